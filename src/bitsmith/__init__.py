@@ -1,0 +1,3 @@
+"""bitsmith measures, compresses and verifies LLM checkpoints."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,92 @@
+"""Text and tokenizer made from the Python standard library's own sources, read at run time."""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+
+from bitsmith.errors import BitsmithError
+
+QWEN35_REGEX = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "__pycache__"}
+_HELD_OUT_SHARE = 20  # one file in twenty
+
+
+def source_files() -> list[tuple[str, Path]]:
+    """Return the standard library's sources as (path relative to it, file), sorted by path."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [(p.relative_to(root).as_posix(), p) for p in root.rglob("*.py")]
+    kept = [(name, p) for name, p in files if not _SKIPPED_FOLDERS & set(name.split("/"))]
+    if not kept:
+        raise BitsmithError("no Python sources found for the lab's corpus", path=root)
+    return sorted(kept)
+
+
+def is_held_out(name: str) -> bool:
+    """Tell whether a source belongs to the held-out split: SHA-256 of its relative path, modulo 20, is 0.
+
+    The split depends on the path alone, so it stays the same across Python versions.
+    """
+    return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_SHARE == 0
+
+
+def documents(held_out: bool) -> Iterator[str]:
+    """Yield the texts of one split, a source file each, in path order; files that are not UTF-8 are passed over."""
+    for name, path in source_files():
+        if is_held_out(name) == held_out:
+            try:
+                yield path.read_text("utf-8")
+            except UnicodeDecodeError:
+                continue
+
+
+def held_out_text(limit_bytes: int = 200_000) -> str:
+    """Return the held-out split joined by newlines and cut at `limit_bytes` bytes of UTF-8."""
+    parts: list[bytes] = []
+    size = 0
+    for text in documents(held_out=True):
+        parts.append(text.encode() + b"\n")
+        size += len(parts[-1])
+        if size >= limit_bytes:
+            break
+    return b"".join(parts)[:limit_bytes].decode("utf-8", "ignore")
+
+
+def train_tokenizer(vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE with Qwen3.5's pre-tokenizer regex on the training split.
+
+    The vocabulary has `vocab_size` entries with the special tokens last, as in Qwen's own files.
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN35_REGEX), behavior="isolated", invert=False),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents(held_out=False), trainer)
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    return tokenizer
