@@ -216,7 +216,7 @@ def assign(shapes: Shapes, mix: Mix, model: Model, *, pure: bool = False) -> dic
         elif pure or mix.is_float:
             chosen[name] = mix.base
         elif name == "output.weight" or (tied and name == "token_embd.weight"):
-            chosen[name] = _output_type(mix, shape[-1])
+            chosen[name] = "Q8_0" if mix.base == "Q8_0" else "Q6_K"
         else:
             rule = mix.rules.get(category_of(name))
             chosen[name] = (rule(places[name]) if rule else None) or mix.base
@@ -233,12 +233,6 @@ def fitting_type(type_name: str, row_weights: int) -> str:
         return type_name
     smaller = _SMALLER_BLOCKS.get(type_name, type_name)
     return smaller if format_named(smaller).fits(row_weights) else "F16"
-
-
-def _output_type(mix: Mix, row_weights: int) -> str:
-    if mix.base == "Q8_0" or not format_named(mix.base).fits(row_weights):
-        return "Q8_0"
-    return "Q6_K"
 
 
 def _places(shapes: Shapes, model: Model) -> dict[str, Place]:
