@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.errors import UnsupportedError
-from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, Rows, TensorRef, View
+from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.store.checkpoint import Checkpoint, TensorRef
 
 Component = Literal["text", "mtp", "vision"]
-Permutation = NDArray[np.intp]
+
+ARCHITECTURES: dict[str, type[Architecture]] = {}
+"""Every architecture by its Hugging Face `model_type`, filled by subclassing `Architecture`."""
+
+_MISSING = object()
+_LISTED_NAMES = 40
 
 
 class Step(ABC):
@@ -28,8 +33,16 @@ class Step(ABC):
     def unapply(self, ref: TensorRef) -> TensorRef:
         """Return the original tensor from the changed one, computed on read."""
 
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape after the step; most steps keep it."""
+        return shape
+
     def importance(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
         """Move an importance vector over the input columns the same way; most steps leave it alone."""
+        return vector
+
+    def importance_back(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Undo `importance`."""
         return vector
 
 
@@ -37,8 +50,10 @@ class Step(ABC):
 class TensorSpec:
     """One tensor's place in an architecture.
 
-    `axes` are labels, one per dimension (`residual`, `ffn`, `head.q`, `head.kv`, `delta.v`, `vocab`, ...);
+    `axes` are labels, one per dimension (`residual`, `ffn`, `head.q`, `head.k`, `delta.v`, `vocab`, ...);
     `site` names the activation it reads, shared by q, k and v; `norm` is how a norm weight acts.
+    `layer` is the GGUF block number (MTP layers count on after the text layers). `gguf_name` is None for a
+    tensor that has no place in a text GGUF. `float_only` tensors stay F32 in every GGUF.
     """
 
     name: str
@@ -51,13 +66,47 @@ class TensorSpec:
     norm: Literal["w", "1+w"] | None = None
     steps: tuple[Step, ...] = field(default=())
     layer: int | None = None
+    float_only: bool = False
+
+    @property
+    def gguf_shape(self) -> tuple[int, ...]:
+        """Shape in GGUF layout, still `out in`."""
+        shape = self.shape
+        for step in self.steps:
+            shape = step.shape(shape)
+        return shape
+
+    def to_gguf(self, ref: TensorRef) -> TensorRef:
+        """Return `ref` in GGUF layout, computed on read."""
+        for step in self.steps:
+            ref = step.apply(ref)
+        return ref
+
+    def from_gguf(self, ref: TensorRef) -> TensorRef:
+        """Return the Hugging Face layout of `ref`, a tensor in GGUF layout; the inverse of `to_gguf`."""
+        for step in reversed(self.steps):
+            ref = step.unapply(ref)
+        return ref
+
+    def importance_to_gguf(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Move importance over the Hugging Face columns (`in`) to the GGUF columns."""
+        for step in self.steps:
+            vector = step.importance(vector)
+        return vector
+
+    def importance_from_gguf(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Move importance over the GGUF columns (`in`), as an imatrix holds it, to Hugging Face's."""
+        for step in reversed(self.steps):
+            vector = step.importance_back(vector)
+        return vector
 
 
 class Architecture(ABC):
-    """One model family, built from a Hugging Face config; registered by defining a subclass with `model_types`.
+    """One model family, built from a Hugging Face config; a subclass with `model_types` registers itself.
 
-    `transformers_module` and the class names say where the reference forward lives; it is loaded by
-    `bitsmith.run.forward`, never here.
+    `names` are the stored tensor names, which settle the optional parts (name prefix, MTP, a stored head);
+    without them the config alone decides. `transformers_module` and the class names say where the reference
+    forward lives; it is loaded by `bitsmith.run.forward`, never here.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -67,9 +116,16 @@ class Architecture(ABC):
     layer_class: ClassVar[str]
     norm_class: ClassVar[str]
     rotary_class: ClassVar[str]
+    default_head_dim: ClassVar[int]
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init_subclass__(cls) -> None:
+        """Register the architecture under its model types."""
+        for model_type in cls.__dict__.get("model_types", ()):
+            ARCHITECTURES[model_type] = cls
+
+    def __init__(self, config: Mapping[str, Any], names: Collection[str] | None = None) -> None:
         self.config = dict(config)
+        self.names = None if names is None else frozenset(names)
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -78,19 +134,151 @@ class Architecture(ABC):
         return dict(nested) if isinstance(nested, Mapping) else self.config
 
     @property
+    def tied(self) -> bool:
+        """Whether the output head is the token embedding; a stored `lm_head.weight` counts as untied.
+
+        transformers and llama.cpp both use a stored head, whatever the config says.
+        """
+        text = self.text_config
+        says_tied = bool(self.config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))
+        return says_tied and "lm_head.weight" not in (self.names or ())
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head; transformers' default where the config has none."""
+        return self.number("head_dim", self.default_head_dim)
+
+    def number(self, key: str, default: object = _MISSING) -> int:
+        """Return a positive integer of the text config.
+
+        Raises BitsmithError if it is absent without a default, or no positive integer.
+        """
+        value = self.text_config.get(key)
+        if value is None and default is not _MISSING:
+            value = default
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise BitsmithError(
+                f"config.json: {key} is {printable(repr(value))}, expected a positive integer"
+            )
+        return value
+
+    def set_aside(self, name: str) -> Component | None:
+        """Return the component of a stored tensor that is claimed by its name alone and not exported."""
+        del name
+        return None
+
+    @property
     @abstractmethod
     def text_prefix(self) -> str:
         """Prefix of the text model's tensor names, `model.` or `model.language_model.`."""
 
     @abstractmethod
-    def specs(self, names: Sequence[str] | None = None) -> list[TensorSpec]:
-        """Return every tensor this config calls for; `names` tells which optional parts a checkpoint has."""
+    def specs(self) -> list[TensorSpec]:
+        """Return every tensor the config calls for, in block order; all of them are required."""
 
     @abstractmethod
     def gguf_metadata(self) -> dict[str, Any]:
-        """Return the architecture's GGUF key/values (without the tokenizer's)."""
+        """Return the architecture's GGUF key/values (without `general.*` and the tokenizer's).
+
+        Raises UnsupportedError where the config asks for something llama.cpp cannot run.
+        """
 
     @classmethod
     @abstractmethod
-    def config_from_gguf(cls, metadata: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-        """Return the Hugging Face config that exports to `metadata`; the inverse of `gguf_metadata`."""
+    def config_from_gguf(
+        cls, metadata: Mapping[str, Any], tensors: Mapping[str, TensorRef]
+    ) -> dict[str, Any]:
+        """Return the Hugging Face config that exports to `metadata`; the inverse of `gguf_metadata`.
+
+        Raises BitsmithError for a key that is absent or out of range.
+        """
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """Return the architecture of a checkpoint, from `model_type` of its config or `general.architecture`.
+
+    Raises UnsupportedError that names the model type and the known ones, BitsmithError if neither is there.
+    """
+    gguf_arch = checkpoint.metadata.get("general.architecture")
+    if not checkpoint.config and isinstance(gguf_arch, str):
+        by_gguf_name = {cls.gguf_arch: cls for cls in ARCHITECTURES.values()}
+        cls = _known(by_gguf_name, gguf_arch, "architecture", checkpoint)
+        return cls(cls.config_from_gguf(checkpoint.metadata, checkpoint))
+    if not checkpoint.config:
+        raise BitsmithError("config.json is missing; it names the architecture", path=checkpoint.path)
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise BitsmithError("config.json has no model_type; it names the architecture", path=checkpoint.path)
+    return _known(ARCHITECTURES, model_type, "model_type", checkpoint)(checkpoint.config, checkpoint)
+
+
+def _known(
+    table: Mapping[str, type[Architecture]], name: str, what: str, checkpoint: Checkpoint
+) -> type[Architecture]:
+    found = table.get(name)
+    if found is None:
+        raise UnsupportedError(
+            f"{what} {printable(name)!r} is not supported; known: {', '.join(sorted(table))}",
+            path=checkpoint.path,
+        )
+    return found
+
+
+def claim(checkpoint: Checkpoint) -> list[tuple[TensorSpec, TensorRef]]:
+    """Match every stored tensor of a Hugging Face checkpoint with its spec, exactly once, in block order.
+
+    Tensors set aside for another file (vision) come last, with their stored shapes and no GGUF name.
+
+    Raises UnsupportedError for a quantized checkpoint or for tensors no spec claims, naming them;
+    BitsmithError for missing tensors, all listed, and for a shape other than the config's.
+    """
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedError(
+            f"weights are already quantized ({printable(str(method))}); use the original BF16 checkpoint",
+            path=checkpoint.path,
+        )
+    arch = architecture_of(checkpoint)
+    wanted = {spec.name: (spec, spec.shape) for spec in arch.specs() if spec.component != "vision"}
+    pairs = match(checkpoint, wanted, arch)
+    claimed = {spec.name for spec, _ in pairs}
+    for name, ref in checkpoint.items():
+        component = arch.set_aside(name)
+        if component is not None and name not in claimed:
+            axes = ("",) * len(ref.shape)
+            pairs.append((TensorSpec(name, ref.shape, component, axes, None, component=component), ref))
+    return pairs
+
+
+def match(
+    checkpoint: Checkpoint, wanted: Mapping[str, tuple[TensorSpec, tuple[int, ...]]], arch: Architecture
+) -> list[tuple[TensorSpec, TensorRef]]:
+    """Return (spec, stored tensor) for each name of `wanted`, refusing orphans, gaps and wrong shapes.
+
+    `wanted` gives the shape that each name is stored with. Raises as `claim` does.
+    """
+    orphans = [name for name in checkpoint if name not in wanted and arch.set_aside(name) is None]
+    if orphans:
+        raise UnsupportedError(f"unknown to {arch.gguf_arch}: {_listed(orphans)}", path=checkpoint.path)
+    missing = [name for name in wanted if name not in checkpoint]
+    if missing:
+        raise BitsmithError(f"missing: {_listed(missing)}", path=checkpoint.path)
+    for name, (_, expected) in wanted.items():
+        if (found := checkpoint[name].shape) != expected:
+            raise BitsmithError(
+                f"shape is {_times(found)}, the config calls for {_times(expected)}",
+                path=checkpoint.path,
+                tensor=name,
+            )
+    return [(spec, checkpoint[name]) for name, (spec, _) in wanted.items()]
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:_LISTED_NAMES])
+    more = f" and {len(names) - _LISTED_NAMES} more" if len(names) > _LISTED_NAMES else ""
+    return f"{len(names)} tensors: {shown}{more}" if len(names) > 1 else f"tensor {shown}"
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
