@@ -1,0 +1,76 @@
+"""Checkpoints on disk: read lazily after checking, written atomically."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitsmith.errors import BitsmithError, UnsupportedError
+from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, View
+from bitsmith.store.gguf import GgufCheckpoint, open_gguf
+from bitsmith.store.gguf_layout import MAGIC, TensorInfo, Typed
+from bitsmith.store.gguf_writer import gguf_size_bytes, write_gguf
+from bitsmith.store.safetensors import open_safetensors
+from bitsmith.store.safetensors_writer import TensorData, write_safetensors
+from bitsmith.store.stored import SourceFile
+
+__all__ = [
+    "Checkpoint",
+    "ComputedTensor",
+    "GgufCheckpoint",
+    "TensorData",
+    "TensorInfo",
+    "TensorRef",
+    "Typed",
+    "View",
+    "gguf_size_bytes",
+    "open_checkpoint",
+    "open_gguf",
+    "open_safetensors",
+    "write_gguf",
+    "write_safetensors",
+]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Open whatever checkpoint lies at `path`: a folder, a .safetensors file or a GGUF file.
+
+    Raises BitsmithError if there is none, UnsupportedError for a file of another kind, DamagedFileError for a
+    damaged one.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BitsmithError("does not exist", path=path)
+    if path.is_dir():
+        return _open_folder(path)
+    if path.suffix == ".safetensors":
+        return open_safetensors(path)
+    if path.suffix == ".gguf" or _starts_with(path, MAGIC):
+        return open_gguf(path)
+    if _looks_like_safetensors(path):
+        return open_safetensors(path)
+    raise UnsupportedError("is neither a .safetensors nor a .gguf file", path=path)
+
+
+def _open_folder(path: Path) -> Checkpoint:
+    if not any(path.iterdir()):
+        raise BitsmithError("is an empty folder, expected a checkpoint", path=path)
+    ggufs = sorted(path.glob("*.gguf"))
+    if not ggufs or any(path.glob("*.safetensors*")):
+        return open_safetensors(path)
+    if len(ggufs) > 1:
+        names = ", ".join(file.name for file in ggufs)
+        raise BitsmithError(f"has several GGUF files, name one of them: {names}", path=path)
+    return open_gguf(ggufs[0])
+
+
+def _starts_with(path: Path, magic: bytes, offset: int = 0) -> bool:
+    source = SourceFile(path)
+    try:
+        end = offset + len(magic)
+        return source.size_bytes >= end and source.read(offset, len(magic)).tobytes() == magic
+    finally:
+        source.close()
+
+
+def _looks_like_safetensors(path: Path) -> bool:
+    return _starts_with(path, b"{", offset=8)

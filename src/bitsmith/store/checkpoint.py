@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType, TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Rows = NDArray[Any]  # float32 for float tensors (float64 for F64), integers as they are
+Bytes = NDArray[np.uint8]
+SLICE_BYTES = 16 << 20
 
 
 class TensorRef(ABC):
     """A tensor that knows its shape and dtype without reading, and reads any slice of its rows.
 
-    `shape` is in numpy order (`out in`), `dtype` is a safetensors dtype (`BF16`) or a ggml type name (`Q4_K`).
+    `shape` is in numpy order (`out in`), `dtype` a safetensors dtype (`BF16`) or a ggml type name (`Q4_K`).
     """
 
     name: str
@@ -40,19 +46,31 @@ class TensorRef(ABC):
 
     @abstractmethod
     def read(self, start: int = 0, stop: int | None = None) -> Rows:
-        """Return rows `[start, stop)` of the first axis, decoded; a scalar is returned whole, with shape ()."""
+        """Return rows `[start, stop)` of the first axis, decoded; a scalar whole, with shape ()."""
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
+        """Return the bytes of rows `[start, stop)`, flat: as stored, or as read where nothing is stored."""
+        return np.ascontiguousarray(self.read(start, stop)).reshape(-1).view(np.uint8)
+
+    def slices(self, limit_bytes: int = SLICE_BYTES) -> Iterator[tuple[int, int]]:
+        """Yield `(start, stop)` over all rows: at most `limit_bytes` each as float32, but at least a row."""
+        step = max(1, limit_bytes * self.n_rows // max(1, 4 * self.size))
+        for start in range(0, self.n_rows, step):
+            yield start, min(start + step, self.n_rows)
 
 
 class Checkpoint(Mapping[str, TensorRef]):
     """A lazy, validated mapping of tensor names to tensors.
 
     `config` is the Hugging Face config (empty where the file has none), `metadata` the file's own key/values,
-    `source_digest` a SHA-256 over names, dtypes, shapes and bytes-identifying facts of the content.
+    `files` the files that hold the content. Usable as a context manager that closes them.
     """
 
     path: Path
     config: dict[str, Any]
     metadata: dict[str, Any]
+    files: tuple[Path, ...] = ()
+    _identity: Mapping[str, Any] = MappingProxyType({})  # what the digest covers besides the tensors
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorRef]) -> None:
         self.path = path
@@ -68,6 +86,31 @@ class Checkpoint(Mapping[str, TensorRef]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release what the checkpoint holds open; its tensors cannot be read after that."""
+
+    @cached_property
+    def source_digest(self) -> str:
+        """SHA-256 of the content: config or GGUF metadata, then by name dtype, shape and stored bytes.
+
+        Sharding, file names and the order of tensors do not change it. Reads every byte when first asked for.
+        """
+        digest = hashlib.sha256(json.dumps(dict(self._identity), sort_keys=True).encode())
+        for name in sorted(self):
+            ref = self[name]
+            digest.update(json.dumps([name, ref.dtype, ref.shape]).encode())
+            for start, stop in ref.slices():
+                digest.update(ref.raw(start, stop).data)
+        return digest.hexdigest()
 
 
 class ComputedTensor(TensorRef):
@@ -99,3 +142,9 @@ class View(Checkpoint):
         self.base = base
         self.config = base.config
         self.metadata = base.metadata
+        self.files = base.files
+
+    @cached_property
+    def source_digest(self) -> str:
+        """The digest of the checkpoint underneath."""
+        return self.base.source_digest

@@ -1,0 +1,181 @@
+"""Outputs that are whole or not there: written beside the target, synced, renamed, and locked meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsmith.errors import OutputError
+
+Chunk = NDArray[np.generic] | bytes | bytearray | memoryview
+BUFFER_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_file(
+    target: Path, *, overwrite: bool = False, expect_bytes: int = 0, sources: Iterable[Path] = ()
+) -> Iterator[BinaryIO]:
+    """Open a file that appears as `target` only when the block ends well.
+
+    It is written as `.NAME.part` beside the target, which doubles as the lock: a second run on the same
+    target is refused, and what a killed run left is taken over. Raises OutputError if the target exists
+    (unless `overwrite`), is one of `sources`, or needs more than the free space (`expect_bytes`).
+    """
+    target = _absolute(target)
+    with _claimed(target, _open_file) as (part, descriptor):
+        _refuse_taken(target, overwrite, sources, folder=False)
+        os.ftruncate(descriptor, 0)
+        _refuse_full(target, expect_bytes)
+        with open(descriptor, "wb", buffering=BUFFER_BYTES, closefd=False) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(descriptor)
+        part.replace(target)
+        sync_folder(target.parent)
+
+
+@contextmanager
+def atomic_folder(
+    target: Path,
+    *,
+    last: str,
+    stale: Callable[[str], bool],
+    overwrite: bool = False,
+    expect_bytes: int = 0,
+    sources: Iterable[Path] = (),
+) -> Iterator[Path]:
+    """Yield a folder to write files into; they appear in `target` only when the block ends well.
+
+    A new or empty `target` appears by one rename. With `overwrite`, files of an existing one whose names are
+    `stale` are removed first and the file `last` is moved in last, so that a half-replaced folder never reads
+    as a whole one; other files stay. Raises as `atomic_file` does.
+    """
+    target = _absolute(target)
+    with _claimed(target, _open_folder) as (part, _):
+        _refuse_taken(target, overwrite, sources, folder=True)
+        for left_over in part.iterdir():
+            _remove(left_over)
+        _refuse_full(target, expect_bytes)
+        yield part
+        for path in part.iterdir():
+            sync_path(path)
+        sync_folder(part)
+        if target.exists():
+            _move_into(part, target, last, stale)
+        else:
+            part.rename(target)
+        sync_folder(target.parent)
+
+
+def write_chunk(stream: BinaryIO, chunk: Chunk) -> int:
+    """Write an array's or buffer's bytes and return how many they are."""
+    if isinstance(chunk, np.ndarray):
+        chunk = np.ascontiguousarray(chunk).reshape(-1).view(np.uint8).data
+    return stream.write(chunk)
+
+
+def sync_path(path: Path) -> None:
+    """Force a file's bytes to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder = sync_path
+
+
+@contextmanager
+def _claimed(target: Path, open_part: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
+    """Make and lock the part beside `target`; what of it the block did not move away is removed."""
+    part = target.with_name(f".{target.name}.part")
+    try:
+        descriptor = _locked(part, target, open_part)
+        try:
+            yield part, descriptor
+        finally:
+            if _is_open_as(part, descriptor):  # else it was renamed, and the next run may have made its own
+                _remove(part)
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=target) from error
+
+
+def _locked(part: Path, target: Path, open_part: Callable[[Path], int]) -> int:
+    while True:
+        descriptor = open_part(part)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open_as(part, descriptor):
+                return descriptor
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise OutputError("is being written by another run", path=target) from error
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner finished between our opening and our locking it
+
+
+def _is_open_as(path: Path, descriptor: int) -> bool:
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+def _absolute(target: Path) -> Path:
+    target = Path(os.path.abspath(target))  # noqa: PTH100 (links stay as named)
+    if not target.name or not target.parent.is_dir():
+        raise OutputError("is not in a folder that exists", path=target)
+    return target
+
+
+def _open_file(part: Path) -> int:
+    return os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
+def _open_folder(part: Path) -> int:
+    part.mkdir(exist_ok=True)
+    return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+
+def _refuse_taken(target: Path, overwrite: bool, sources: Iterable[Path], *, folder: bool) -> None:
+    if not target.exists():
+        return
+    for source in sources:
+        if source.exists() and (target.samefile(source) or target.samefile(source.parent)):
+            raise OutputError("is the input; choose another output", path=target)
+    if target.is_dir() != folder:
+        raise OutputError(f"is a {'file' if folder else 'folder'}, the output is not", path=target)
+    if not overwrite and not (folder and not any(target.iterdir())):
+        raise OutputError("exists; pass --overwrite", path=target)
+
+
+def _refuse_full(target: Path, expect_bytes: int) -> None:
+    free = shutil.disk_usage(target.parent).free
+    if expect_bytes > free:
+        raise OutputError(f"needs {expect_bytes} bytes, the disk has {free} free", path=target)
+
+
+def _move_into(part: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
+    for path in target.iterdir():
+        if stale(path.name):
+            path.unlink()
+    sync_folder(target)
+    for path in sorted(part.iterdir(), key=lambda path: (path.name == last, path.name)):
+        path.replace(target / path.name)
+    sync_folder(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,150 @@
+"""Writes safetensors as a stream, in shards when it is large, with the index last."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bitsmith.errors import BitsmithError
+from bitsmith.store.atomic import Chunk, atomic_folder, write_chunk
+from bitsmith.store.safetensors import INDEX_NAME, ITEM_BYTES, MAX_HEADER_BYTES, SHARD_PATTERN, SINGLE_NAME
+
+SHARD_BYTES = 5_000_000_000
+
+
+class TensorData(NamedTuple):
+    """A tensor to write: `chunks` are its stored bytes in order, made when they are asked for."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    chunks: Iterable[Chunk]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return ITEM_BYTES[self.dtype] * prod(self.shape)
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Iterable[TensorData],
+    config: Mapping[str, Any] | None = None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    sources: Iterable[Path] = (),
+) -> None:
+    """Write a checkpoint folder, atomically: config.json, shards of at most `shard_bytes`, and their index.
+
+    One shard is `model.safetensors` without an index. A tensor larger than `shard_bytes` gets a shard of its
+    own. `files` (tokenizer and the like) are written beside them by name. Raises OutputError as
+    `atomic_folder` does, BitsmithError for a tensor given twice, of an unknown dtype or whose chunks do not
+    add up to its size.
+    """
+    listed = [TensorData(*tensor) for tensor in tensors]
+    _refuse_unsound(listed)
+    shards = _sharded(listed, shard_bytes)
+    names = _shard_names(len(shards))
+    headers = [_header(shard, metadata or {"format": "pt"}) for shard in shards]
+    texts = _side_files(config, files or {}, dict(zip(names, shards, strict=True)))
+    last = INDEX_NAME if INDEX_NAME in texts else SINGLE_NAME
+    nbytes = sum(map(len, [*headers, *texts.values()])) + sum(tensor.nbytes for tensor in listed)
+    with atomic_folder(
+        folder, last=last, stale=_is_model_file, overwrite=overwrite, expect_bytes=nbytes, sources=sources
+    ) as part:
+        for name, header, shard in zip(names, headers, shards, strict=True):
+            _write_shard(part / name, header, shard, folder / name)
+        for name in sorted(texts, key=lambda name: (name == last, name)):
+            (part / name).write_bytes(texts[name])
+
+
+def _refuse_unsound(tensors: Sequence[TensorData]) -> None:
+    seen = set()
+    for tensor in tensors:
+        if tensor.dtype not in ITEM_BYTES:
+            known = " ".join(ITEM_BYTES)
+            raise BitsmithError(f"has dtype {tensor.dtype}, known: {known}", tensor=tensor.name)
+        if tensor.name in seen or tensor.name == "__metadata__":
+            raise BitsmithError("cannot be written twice or called __metadata__", tensor=tensor.name)
+        seen.add(tensor.name)
+
+
+def _sharded(tensors: Iterable[TensorData], shard_bytes: int) -> list[list[TensorData]]:
+    """Fill shards in the order given; within one, wide elements come first so that all stay aligned."""
+    shards: list[list[TensorData]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return [sorted(shard, key=lambda tensor: (-ITEM_BYTES[tensor.dtype], tensor.name)) for shard in shards]
+
+
+def _shard_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{number:05}-of-{count:05}.safetensors" for number in range(1, count + 1)]
+
+
+def _header(shard: Iterable[TensorData], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape, _ in shard:
+        begin, end = end, end + ITEM_BYTES[dtype] * prod(shape)
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise BitsmithError(
+            f"the header of a shard has {len(text)} bytes, the format allows {MAX_HEADER_BYTES}"
+        )
+    return len(text).to_bytes(8, "little") + text
+
+
+def _side_files(
+    config: Mapping[str, Any] | None, files: Mapping[str, bytes], shards: Mapping[str, Sequence[TensorData]]
+) -> dict[str, bytes]:
+    texts = dict(files)
+    if config is not None:
+        texts["config.json"] = _json(config)
+    if len(shards) > 1:
+        weight_map = {tensor.name: name for name, shard in shards.items() for tensor in shard}
+        total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+        texts[INDEX_NAME] = _json(
+            {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        )
+    return texts
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _write_shard(path: Path, header: bytes, shard: Iterable[TensorData], target: Path) -> None:
+    with path.open("wb") as stream:
+        stream.write(header)
+        for tensor in shard:
+            done = 0
+            for chunk in tensor.chunks:
+                done += write_chunk(stream, chunk)
+                if done > tensor.nbytes:
+                    break
+            if done != tensor.nbytes:
+                found = "more" if done > tensor.nbytes else f"{done}"
+                raise BitsmithError(
+                    f"came as {found} bytes, expected {tensor.nbytes}", path=target, tensor=tensor.name
+                )
+
+
+def _is_model_file(name: str) -> bool:
+    """Tell whether a file of a folder to overwrite belongs to the checkpoint that is replaced."""
+    return name in (SINGLE_NAME, INDEX_NAME) or re.fullmatch(SHARD_PATTERN, name) is not None
