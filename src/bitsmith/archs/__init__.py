@@ -4,6 +4,7 @@ from bitsmith.archs.arch import ARCHITECTURES, Architecture, Step, TensorSpec, a
 from bitsmith.archs.export import Export, ExportTensor, export_view, import_view
 from bitsmith.archs.qwen3 import Qwen3
 from bitsmith.archs.qwen3_5 import Qwen35
+from bitsmith.archs.tokenizer import load_tokenizer, tokenizer_metadata
 
 __all__ = [
     "ARCHITECTURES",
@@ -18,4 +19,6 @@ __all__ = [
     "claim",
     "export_view",
     "import_view",
+    "load_tokenizer",
+    "tokenizer_metadata",
 ]

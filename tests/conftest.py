@@ -1,0 +1,35 @@
+"""Tiny checkpoints shared by the suite, written once per session by `bitsmith.lab.synth`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bitsmith.lab.models import DEMO_MODEL
+from bitsmith.lab.synth import synth
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Qwen3.5 as published: text nested beside vision, MTP, twice as many V as K heads, untied."""
+    return synth(tmp_path_factory.mktemp("tiny") / "qwen3_5")
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3_5_tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text-only Qwen3.5 with MTP, tied, in several shards."""
+    folder = tmp_path_factory.mktemp("tiny") / "qwen3_5_tied"
+    return synth(folder, vision=False, tied=True, seed=1, shard_bytes=2_000_000)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Dense Qwen3, untied."""
+    return synth(tmp_path_factory.mktemp("tiny") / "qwen3", "qwen3-tiny", seed=2)
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    """The bundled trained Qwen3.5: text alone, untied, without MTP."""
+    return DEMO_MODEL
