@@ -1,4 +1,4 @@
-"""What a storage format is: blocks of weights with a fixed number of bytes, encoded and decoded row by row."""
+"""What a storage format is: blocks of weights of a fixed number of bytes, coded row by row."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""Numbers only: rounding, sums, divergences; nothing here knows about files or models."""

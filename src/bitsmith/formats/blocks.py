@@ -1,0 +1,225 @@
+"""Block formats in one shape: `weight = d * scale[sub] * level[code] - m * min[sub]`.
+
+Encoding is `fit` (the block's fields) then `round` (the codes on that grid) then `pack` (the bytes);
+a rounder that feeds errors back replaces only `round`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from bitsmith.formats.format import Bytes, Float32, Format
+from bitsmith.numerics.threads import for_ranges
+
+Codes = NDArray[np.uint8]
+Int16 = NDArray[np.int16]
+
+_PIECE_WEIGHTS = 1 << 18
+
+NO_TABLE = np.zeros(1, np.float32)
+"""Stands for evenly spaced levels where a kernel takes a rounding table."""
+
+
+class Fields(NamedTuple):
+    """What a block stores beside its codes, for `n` blocks of `s` sub-blocks.
+
+    `d` and `m` (`n`) are float16 values held as float32, `scales` and `mins` (`n s`) whole numbers.
+    """
+
+    d: Float32
+    m: Float32
+    scales: Int16
+    mins: Int16
+
+    @classmethod
+    def empty(cls, blocks: int, subs: int) -> Fields:
+        """Return fields of `blocks` blocks of `subs` sub-blocks whose scales are 1 and mins 0."""
+        return cls(
+            np.zeros(blocks, np.float32),
+            np.zeros(blocks, np.float32),
+            np.ones((blocks, subs), np.int16),
+            np.zeros((blocks, subs), np.int16),
+        )
+
+    def part(self, first: int, last: int) -> Fields:
+        """Return the fields of blocks `first` to `last` (views)."""
+        return Fields(self.d[first:last], self.m[first:last], self.scales[first:last], self.mins[first:last])
+
+    def steps(self) -> Float32:
+        """Return the factor of the levels per sub-block (`n s`): `d * scale`."""
+        return np.multiply(self.d[:, None], self.scales, dtype=np.float32)
+
+    def offsets(self) -> Float32:
+        """Return what is subtracted per sub-block (`n s`): `m * min`."""
+        return np.multiply(self.m[:, None], self.mins, dtype=np.float32)
+
+
+class BlockFormat(Format):
+    """A format whose blocks hold codes on a grid of levels, scaled per sub-block.
+
+    `levels` are the grid in units of the scale by code; the first and last code that may be written are
+    `first_code` and the last level's.
+    """
+
+    sub_size: ClassVar[int]
+    levels: ClassVar[Float32]
+    first_code: ClassVar[int] = 0
+    rounding_table: ClassVar[Float32] = NO_TABLE
+
+    @property
+    def subs(self) -> int:
+        """Sub-blocks per block."""
+        return self.block_size // self.sub_size
+
+    def fit(self, rows: Float32, importance: Float32 | None = None) -> Fields:
+        """Choose the fields for `rows` (`out in`) that minimise the importance-weighted squared error."""
+        blocks = self._blocks(rows)
+        weights = self._weights(importance)
+        fields = Fields.empty(len(blocks), self.subs)
+        for_ranges(
+            len(blocks),
+            self._piece,
+            lambda a, b: self._fit(blocks[a:b], weights, a, fields.part(a, b)),
+        )
+        return fields
+
+    def round(self, rows: Float32, fields: Fields) -> Codes:
+        """Return the codes (`n block_size`) of the levels nearest to `rows` under `fields`."""
+        blocks = self._blocks(rows)
+        codes = np.empty(blocks.shape, np.uint8)
+        for_ranges(
+            len(blocks), self._piece, lambda a, b: self._round(blocks[a:b], fields.part(a, b), codes[a:b])
+        )
+        return codes
+
+    def pack(self, fields: Fields, codes: Codes) -> Bytes:
+        """Return the blocks' bytes (`n block_bytes`)."""
+        out = np.empty((len(codes), self.block_bytes), np.uint8)
+        self._pack(fields, codes, out)
+        return out
+
+    def unpack(self, blocks: Bytes) -> tuple[Fields, Codes]:
+        """Return the fields and codes that bytes (`out row_bytes`) hold."""
+        flat = blocks.reshape(-1, self.block_bytes)
+        fields = Fields.empty(len(flat), self.subs)
+        codes = np.empty((len(flat), self.block_size), np.uint8)
+        self._unpack(flat, fields, codes)
+        return fields, codes
+
+    def _encode(self, rows: Float32, importance: Float32 | None) -> Bytes:
+        blocks = self._blocks(rows)
+        weights = self._weights(importance)
+        out = np.empty((len(blocks), self.block_bytes), np.uint8)
+
+        def encode(first: int, last: int) -> None:
+            fields = Fields.empty(last - first, self.subs)
+            codes = np.empty((last - first, self.block_size), np.uint8)
+            self._fit(blocks[first:last], weights, first, fields)
+            self._round(blocks[first:last], fields, codes)
+            self._pack(fields, codes, out[first:last])
+
+        for_ranges(len(blocks), self._piece, encode)
+        return out.reshape(*rows.shape[:-1], self.row_bytes(rows.shape[-1]))
+
+    def _decode(self, blocks: Bytes) -> Float32:
+        flat = blocks.reshape(-1, self.block_bytes)
+        out = np.empty((len(flat), self.block_size), np.float32)
+
+        def decode(first: int, last: int) -> None:
+            fields, codes = self.unpack(flat[first:last])
+            _dequantize(*fields, codes, self.levels, out[first:last])
+
+        for_ranges(len(flat), self._piece, decode)
+        weights = blocks.shape[-1] // self.block_bytes * self.block_size
+        return out.reshape(*blocks.shape[:-1], weights)
+
+    @property
+    def _piece(self) -> int:
+        return _PIECE_WEIGHTS // self.block_size
+
+    def _blocks(self, rows: Float32) -> Float32:
+        return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, self.block_size)
+
+    def _weights(self, importance: Float32 | None) -> Float32:
+        """Return the weights per block of a row (`blocks block_size`), the largest of each block 1.
+
+        The floor keeps a column that calibration never saw from being free to take any value.
+        """
+        if importance is None:
+            return np.ones((1, self.block_size), np.float32)
+        blocks = np.ascontiguousarray(importance, dtype=np.float64).reshape(-1, self.block_size)
+        largest = blocks.max(axis=1, keepdims=True)
+        scaled = np.divide(blocks, largest, out=np.ones_like(blocks), where=largest > 0)
+        return np.maximum(scaled, 1e-9).astype(np.float32)
+
+    def _round(self, blocks: Float32, fields: Fields, codes: Codes) -> None:
+        _nearest_codes(blocks, *fields, self.levels, self.first_code, self.rounding_table, codes)
+
+    @abstractmethod
+    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+        """Fill `fields` for `blocks`; block `i` is weighted by `weights[(first + i) % len(weights)]`."""
+
+    @abstractmethod
+    def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None: ...
+
+    @abstractmethod
+    def _unpack(self, blocks: Bytes, fields: Fields, codes: Codes) -> None: ...
+
+
+def halves(blocks: Bytes, at: int) -> Float32:
+    """Return the little-endian float16 at byte `at` of every block, widened to float32."""
+    words: NDArray[np.float16] = np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
+    widened: Float32 = words[:, 0].astype(np.float32)
+    return widened
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _dequantize(
+    d: Float32, m: Float32, scales: Int16, mins: Int16, codes: Codes, levels: Float32, out: Float32
+) -> None:
+    subs = scales.shape[1]
+    size = codes.shape[1] // subs
+    for b in range(codes.shape[0]):
+        for s in range(subs):
+            step = d[b] * np.float32(scales[b, s])
+            offset = m[b] * np.float32(mins[b, s])
+            for j in range(s * size, (s + 1) * size):
+                out[b, j] = step * levels[codes[b, j]] - offset
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _nearest_codes(
+    blocks: Float32,
+    d: Float32,
+    m: Float32,
+    scales: Int16,
+    mins: Int16,
+    levels: Float32,
+    first_code: int,
+    table: Any,
+    codes: Codes,
+) -> None:
+    subs = scales.shape[1]
+    size = codes.shape[1] // subs
+    zero = -levels[0]
+    low = np.float32(first_code)
+    high = np.float32(levels.size - 1)
+    middle = np.float32(table.size // 2)
+    for b in range(codes.shape[0]):
+        for s in range(subs):
+            step = d[b] * np.float32(scales[b, s])
+            offset = m[b] * np.float32(mins[b, s])
+            inverse = np.float32(1.0) / step if step != 0 else np.float32(0.0)
+            if table.size == 1:
+                for j in range(s * size, (s + 1) * size):
+                    place = (blocks[b, j] + offset) * inverse + zero
+                    codes[b, j] = np.uint8(np.int32(np.rint(min(max(place, low), high))))
+            else:
+                for j in range(s * size, (s + 1) * size):
+                    place = (blocks[b, j] + offset) * inverse * np.float32(2.0) + middle
+                    codes[b, j] = table[np.int32(min(max(place, np.float32(0.0)), middle + middle - 1))]

@@ -1,0 +1,73 @@
+"""Real ggml through ctypes: the plain C API that the `xllamacpp` wheel exports."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """Load the wheel's shared object and declare the functions used here."""
+    spec = importlib.util.find_spec("xllamacpp")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError("the oracle needs the `llama` extra: pip install 'bitsmith[llama]'")
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    lib = ctypes.CDLL(str(next(folder.glob("xllamacpp*.so"))))
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_void_p,
+    ]
+    lib.ggml_validate_row_data.restype = ctypes.c_bool
+    lib.ggml_validate_row_data.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
+    lib.ggml_quantize_init.restype = None
+    lib.ggml_quantize_init.argtypes = [ctypes.c_int]
+    return lib
+
+
+def quantize(
+    name: str, rows: np.ndarray, importance: np.ndarray | None = None, threads: int = 1
+) -> np.ndarray:
+    """Encode float32 `rows` (`out in`) with `ggml_quantize_chunk`, the rows shared out over `threads`."""
+    kind = GGMLQuantizationType[name]
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    rows = np.ascontiguousarray(rows, np.float32)
+    n_rows, n_in = rows.shape
+    out = np.empty((n_rows, n_in // block_size * block_bytes), np.uint8)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
+    pointer = None if weights is None else weights.ctypes.data
+    lib = library()
+    lib.ggml_quantize_init(int(kind))
+
+    def part(first: int, last: int) -> None:
+        lib.ggml_quantize_chunk(
+            int(kind), rows.ctypes.data, out.ctypes.data, first * n_in, last - first, n_in, pointer
+        )
+
+    edges = np.linspace(0, n_rows, threads + 1).astype(int)
+    if threads == 1:
+        part(0, n_rows)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(part, edges[:-1].tolist(), edges[1:].tolist()))
+    return out
+
+
+def accepts(name: str, blocks: np.ndarray) -> bool:
+    """Tell whether ggml's own validation takes these bytes (finite scales)."""
+    blocks = np.ascontiguousarray(blocks)
+    return bool(
+        library().ggml_validate_row_data(int(GGMLQuantizationType[name]), blocks.ctypes.data, blocks.nbytes)
+    )
