@@ -1,0 +1,333 @@
+"""A plan: every tensor of the output with its type and bytes, decided before anything is read or written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import prod
+from typing import Any
+
+from bitsmith.archs import Export, architecture_of, export_view, import_view
+from bitsmith.archs.tokenizer import tokenizer_metadata
+from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.formats import format_named
+from bitsmith.run.mixes import Mix, Model, assign, fitting_type, is_quantizable, mix_named
+from bitsmith.store import TensorInfo, gguf_size_bytes
+from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.gguf import GgufCheckpoint
+
+QUANTIZATION_VERSION = 2
+"""`general.quantization_version`: the layout of ggml's blocks that the formats write."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_REPLACED_KEYS = ("general.file_type", "general.quantization_version", "split.no", "split.count")
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A tensor on its way out: `ref` is in GGUF layout, computed on read; `origin` is the one stored."""
+
+    hf_name: str
+    gguf_name: str
+    ref: TensorRef
+    origin: TensorRef
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint in GGUF layout: tensors, what the mixes ask, and the metadata no type changes."""
+
+    checkpoint: Checkpoint
+    tensors: tuple[SourceTensor, ...]
+    metadata: Mapping[str, Any]
+    n_blocks: int
+    gqa: int
+    set_aside: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def metadata_for(self, mix: Mix) -> dict[str, Any]:
+        """Return all key/values of the file that `mix` makes."""
+        return {
+            **self.metadata,
+            "general.quantization_version": QUANTIZATION_VERSION,
+            "general.file_type": mix.file_type,
+        }
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One tensor of the output; `shape` is in numpy order (`out in`).
+
+    `reason` says where the type comes from. `fallback_from` is the type that was wanted where the rows are
+    not whole blocks of it, else None.
+    """
+
+    hf_name: str
+    gguf_name: str
+    shape: tuple[int, ...]
+    source_dtype: str
+    type: str
+    nbytes: int
+    bpw: float
+    reason: str
+    fallback_from: str | None = None
+
+    @property
+    def note(self) -> str:
+        """What a person should know about the row; empty where the mix simply applies."""
+        if self.fallback_from is not None:
+            block = format_named(self.fallback_from).block_size
+            return (
+                f"fallback from {self.fallback_from}: rows of {self.shape[-1]} are not divisible by {block}"
+            )
+        return "" if self.reason == "mix" else self.reason
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved table of one compression; `file_bytes` is the exact size of the file it makes.
+
+    `set_aside` names stored tensors that the file does not hold (vision), `notes` says what else to know.
+    """
+
+    type: str
+    pure: bool
+    tensor_types: tuple[tuple[str, str], ...]
+    rows: tuple[PlanRow, ...]
+    file_bytes: int
+    set_aside: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of tensor data, without header and padding."""
+        return sum(row.nbytes for row in self.rows)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights written."""
+        return sum(prod(row.shape) for row in self.rows)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight of the tensor data: `8 tensor_bytes / parameters`."""
+        return 8 * self.tensor_bytes / self.parameters
+
+    @property
+    def fallbacks(self) -> list[PlanRow]:
+        """Rows stored in another type than was wanted."""
+        return [row for row in self.rows if row.fallback_from is not None]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan, its totals and its digest as plain values."""
+        totals = {name: getattr(self, name) for name in ("tensor_bytes", "parameters", "bpw", "digest")}
+        rows = [asdict(row) | {"note": row.note} for row in self.rows]
+        return asdict(self) | totals | {"rows": rows}
+
+
+def plan(
+    checkpoint: Checkpoint,
+    type_name: str,
+    *,
+    pure: bool = False,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    no_fallback: bool = False,
+) -> Plan:
+    """Decide the type of every tensor of `checkpoint` (Hugging Face or a float GGUF) under a stock mix.
+
+    `tensor_types` are (regex, type) overrides, searched in the Hugging Face and in the GGUF name, any case.
+    The first that matches a tensor wins, as in llama-quantize; unlike there, it leaves the types of all other
+    tensors alone and also applies under F16, BF16 and F32. Tensors that llama.cpp never quantizes (norms,
+    vectors, the convolution) stay F32 whatever an override says.
+
+    Raises BitsmithError for an unknown type, a bad regex, an override that changes no tensor, and with
+    `no_fallback` for rows that are not whole blocks; else as `claim` and `tokenizer_metadata` do.
+    """
+    return plan_source(
+        open_source(checkpoint), type_name, pure=pure, tensor_types=tensor_types, no_fallback=no_fallback
+    )
+
+
+def open_source(checkpoint: Checkpoint) -> Source:
+    """Return `checkpoint` in GGUF layout with its metadata; no weight is read.
+
+    A GGUF file's tensors and metadata are taken as they are. Raises UnsupportedError for weights that are not
+    floats, else as `claim` and `tokenizer_metadata` do.
+    """
+    source = _from_gguf(checkpoint) if isinstance(checkpoint, GgufCheckpoint) else _from_folder(checkpoint)
+    for tensor in source.tensors:
+        if tensor.origin.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"is stored as {tensor.origin.dtype}; expected the original in {', '.join(_FLOATS)}",
+                path=checkpoint.path,
+                tensor=tensor.origin.name,
+            )
+    return source
+
+
+def plan_source(
+    source: Source,
+    type_name: str,
+    *,
+    pure: bool = False,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    no_fallback: bool = False,
+) -> Plan:
+    """Decide as `plan` does, for an opened source; the costly part, its metadata, is shared between plans."""
+    mix = mix_named(type_name)
+    overrides = [_Override(pattern, name) for pattern, name in tensor_types]
+    shapes = {tensor.gguf_name: tensor.ref.shape for tensor in source.tensors}
+    wanted = assign(shapes, mix, Model(source.n_blocks, source.gqa), pure=pure)
+    rows = tuple(_row(tensor, wanted[tensor.gguf_name], overrides) for tensor in source.tensors)
+    for override in overrides:
+        override.refuse_idle()
+    if no_fallback:
+        _refuse_fallbacks(rows, source.checkpoint)
+    infos = [TensorInfo(row.gguf_name, row.shape, row.type) for row in rows]
+    return Plan(
+        type=mix.name,
+        pure=pure,
+        tensor_types=tuple((override.pattern, override.type) for override in overrides),
+        rows=rows,
+        file_bytes=gguf_size_bytes(source.metadata_for(mix), infos),
+        set_aside=source.set_aside,
+        notes=source.notes,
+    )
+
+
+class _Override:
+    """A regex and the type it asks for, with what became of it."""
+
+    def __init__(self, pattern: str, type_name: str) -> None:
+        self.pattern = pattern
+        self.type = format_named(type_name).name
+        self.applied = False
+        self.idle_because = "no tensor has a name that matches"
+        try:
+            self._regex = re.compile(pattern, re.IGNORECASE)
+        except re.error as error:
+            raise BitsmithError(
+                f"tensor type {printable(pattern)!r}: bad regular expression: {error}"
+            ) from error
+
+    def matches(self, tensor: SourceTensor) -> bool:
+        """Tell whether the regex is found in the tensor's Hugging Face or GGUF name."""
+        return bool(self._regex.search(tensor.hf_name) or self._regex.search(tensor.gguf_name))
+
+    def refuse_idle(self) -> None:
+        """Raise BitsmithError if no tensor took its type from this override."""
+        if not self.applied:
+            raise BitsmithError(
+                f"tensor type {printable(self.pattern)}={self.type} changes nothing: {self.idle_because}"
+            )
+
+
+def _row(tensor: SourceTensor, wanted: str, overrides: Iterable[_Override]) -> PlanRow:
+    matching = [override for override in overrides if override.matches(tensor)]
+    reason = "mix"
+    if not is_quantizable(tensor.gguf_name, tensor.ref.shape):
+        reason = "never quantized"
+        for override in matching:
+            override.idle_because = f"llama.cpp never quantizes {tensor.hf_name}"
+    elif matching:
+        first, *others = matching
+        wanted, first.applied = first.type, True
+        reason = f"override {first.pattern}"
+        for override in others:
+            override.idle_because = f"{first.pattern} comes before it"
+    stored = fitting_type(wanted, tensor.ref.shape[-1])
+    nbytes = TensorInfo(tensor.gguf_name, tensor.ref.shape, stored).nbytes
+    return PlanRow(
+        hf_name=tensor.hf_name,
+        gguf_name=tensor.gguf_name,
+        shape=tensor.ref.shape,
+        source_dtype=tensor.origin.dtype,
+        type=stored,
+        nbytes=nbytes,
+        bpw=8 * nbytes / tensor.ref.size,
+        reason=reason,
+        fallback_from=wanted if stored != wanted else None,
+    )
+
+
+def _refuse_fallbacks(rows: Iterable[PlanRow], checkpoint: Checkpoint) -> None:
+    unfit = [
+        f"{row.hf_name} (rows of {row.shape[-1]}: {row.fallback_from} would become {row.type})"
+        for row in rows
+        if row.fallback_from is not None
+    ]
+    if unfit:
+        raise BitsmithError(f"{len(unfit)} tensors need a fallback: {', '.join(unfit)}", path=checkpoint.path)
+
+
+def _from_folder(checkpoint: Checkpoint) -> Source:
+    export = export_view(checkpoint)
+    tokenizer, warnings = tokenizer_metadata(checkpoint, export.arch)
+    architecture = {"general.architecture": export.metadata["general.architecture"]}
+    general = {**architecture, "general.type": "model", "general.name": _model_name(checkpoint)}
+    tensors = tuple(
+        SourceTensor(t.spec.name, t.gguf_name, t.ref, checkpoint[t.spec.name]) for t in export.tensors
+    )
+    metadata = {**general, **export.metadata, **tokenizer}
+    set_aside = tuple(spec.name for spec in export.set_aside)
+    notes = (*_component_notes(export), *warnings)
+    return _source(checkpoint, tensors, metadata, export.arch.gguf_arch, set_aside, notes)
+
+
+def _from_gguf(checkpoint: GgufCheckpoint) -> Source:
+    specs = import_view(checkpoint).specs.values()
+    tensors = tuple(
+        SourceTensor(spec.name, name, checkpoint[name], checkpoint[name])
+        for spec in specs
+        if (name := spec.gguf_name) is not None
+    )
+    metadata = {k: v for k, v in checkpoint.typed_metadata().items() if k not in _REPLACED_KEYS}
+    return _source(checkpoint, tensors, metadata, architecture_of(checkpoint).gguf_arch, (), ())
+
+
+def _source(
+    checkpoint: Checkpoint,
+    tensors: tuple[SourceTensor, ...],
+    metadata: Mapping[str, Any],
+    arch: str,
+    set_aside: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> Source:
+    heads, kv_heads = (
+        _number(metadata, f"{arch}.attention.{key}") for key in ("head_count", "head_count_kv")
+    )
+    blocks = _number(metadata, f"{arch}.block_count")
+    return Source(checkpoint, tensors, metadata, blocks, heads // max(1, kv_heads), set_aside, notes)
+
+
+def _number(metadata: Mapping[str, Any], key: str) -> int:
+    """Return an integer of plain or typed metadata; of an array its first element, the first block's."""
+    value = metadata.get(key)
+    value = getattr(value, "value", value)
+    value = value[0] if isinstance(value, list) and value else value
+    if not isinstance(value, int):
+        raise BitsmithError(f"metadata {key!r} is {printable(repr(value))}, expected an integer")
+    return value
+
+
+def _model_name(checkpoint: Checkpoint) -> str:
+    path = checkpoint.path.resolve()
+    return path.name if path.is_dir() else path.parent.name
+
+
+def _component_notes(export: Export) -> list[str]:
+    notes = []
+    if vision := sum(spec.component == "vision" for spec in export.set_aside):
+        notes.append(f"{vision} vision tensors are set aside: they belong in a separate mmproj file")
+    if mtp := sum(tensor.spec.component == "mtp" for tensor in export.tensors):
+        notes.append(f"{mtp} MTP tensors are kept as nextn blocks")
+    return notes
