@@ -103,9 +103,11 @@ def _claimed(target: Path, open_part: Callable[[Path], int]) -> Iterator[tuple[P
         try:
             yield part, descriptor
         finally:
-            if _is_open_as(part, descriptor):  # else it was renamed, and the next run may have made its own
-                _remove(part)
-            os.close(descriptor)
+            try:
+                if _is_open_as(part, descriptor):  # else it was renamed, and the next run may have its own
+                    _remove(part)
+            finally:
+                os.close(descriptor)
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror or error}", path=target) from error
 

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError, printable
-from bitsmith.formats.format import FORMATS
 from bitsmith.store.checkpoint import Bytes, Rows, TensorRef
 from bitsmith.store.gguf_layout import (
     ALIGNMENT_KEY,
@@ -24,8 +23,9 @@ from bitsmith.store.gguf_layout import (
     VALUE_TYPES,
     VERSION,
     Typed,
-    block_size,
     check_alignment,
+    check_name,
+    ggml_format,
     padded,
     tensor_bytes,
     type_names,
@@ -72,28 +72,14 @@ def _decoder(type_name: str, row_bytes: int | None) -> Decoder:
     """Return the decoder of a ggml type for rows of `row_bytes`; None: any whole number of blocks."""
     if type_name in PLAIN:
         return plain_decoder(type_name)
+    known = ggml_format(type_name)
 
     def decode(raw: Bytes) -> Rows:
         if not raw.size:
             return np.empty(0, np.float32)
-        blocks = raw.reshape(-1, row_bytes or raw.size)
-        if type_name in FORMATS:
-            return FORMATS[type_name].decode(blocks).reshape(-1)
-        return _decode_foreign(blocks, type_name)
+        return known.decode(raw.reshape(-1, row_bytes or raw.size)).reshape(-1)
 
     return decode
-
-
-def _decode_foreign(blocks: Bytes, type_name: str) -> Rows:
-    """Decode a type that bitsmith does not write with the `gguf` package."""
-    from gguf.constants import GGMLQuantizationType  # noqa: PLC0415 (rarely needed)
-    from gguf.quants import dequantize  # noqa: PLC0415
-
-    try:
-        values: Rows = dequantize(blocks, GGMLQuantizationType[type_name])
-    except NotImplementedError as error:
-        raise UnsupportedError(f"{type_name} cannot be decoded") from error
-    return values.reshape(-1)
 
 
 class _Parser:
@@ -155,9 +141,11 @@ class _Parser:
         if not 0 < length <= limit:
             raise DamagedFileError(f"{what} at byte {at} has {length} bytes, expected 1 to {limit}")
         try:
-            return self.take(length, what).decode()
+            name = self.take(length, what).decode()
         except UnicodeDecodeError as error:
             raise DamagedFileError(f"{what} at byte {at} is not UTF-8") from error
+        check_name(name, limit, what)
+        return name
 
     def _preamble(self) -> tuple[int, int]:
         if (magic := self.take(4, "the magic")) != MAGIC:
@@ -268,4 +256,6 @@ class _Parser:
                 tensor=name,
             )
         decode = _decoder(kind, nbytes // prod(shape[:-1]) if len(shape) > 1 else None)
-        return StoredTensor(name, shape, kind, self.source, start, nbytes, decode, block_size(kind).weights)
+        return StoredTensor(
+            name, shape, kind, self.source, start, nbytes, decode, ggml_format(kind).block_size
+        )

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.constants import GGML_QUANT_SIZES
 
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
-from bitsmith.formats.format import FORMATS
+from bitsmith.formats import FORMATS, Format, decoder_named
 
 MAGIC = b"GGUF"
 VERSION = 3
@@ -63,14 +63,6 @@ class Typed(NamedTuple):
     value: Any
 
 
-class BlockSize(NamedTuple):
-    """A ggml type: its number, and `weights` in `nbytes` bytes."""
-
-    ggml_type: int
-    weights: int
-    nbytes: int
-
-
 @dataclass(frozen=True)
 class TensorInfo:
     """A tensor of a GGUF file: `shape` in numpy order (`out in`), `type` a ggml type name."""
@@ -88,18 +80,17 @@ class TensorInfo:
         return tensor_bytes(self.name, self.shape, self.type)
 
 
-def block_size(type_name: str) -> BlockSize:
-    """Return the block size of a ggml type that bitsmith's formats or the `gguf` package know.
+def ggml_format(type_name: str, tensor: str | None = None) -> Format:
+    """Return what is known of a ggml type, whether bitsmith writes it or only reads it.
 
     Raises UnsupportedError for others.
     """
-    if (known := FORMATS.get(type_name)) is not None:
-        return BlockSize(known.ggml_type, known.block_size, known.block_bytes)
-    if type_name in GGMLQuantizationType.__members__:
-        kind = GGMLQuantizationType[type_name]
-        if kind in GGML_QUANT_SIZES:
-            return BlockSize(int(kind), *GGML_QUANT_SIZES[kind])
-    raise UnsupportedError(f"unknown ggml type {printable(type_name)!r}")
+    try:
+        return decoder_named(type_name)
+    except BitsmithError as error:
+        raise UnsupportedError(
+            f"has the unknown ggml type {printable(type_name)!r}", tensor=tensor
+        ) from error
 
 
 def type_names() -> dict[int, str]:
@@ -113,17 +104,17 @@ def tensor_bytes(name: str, shape: Sequence[int], type_name: str) -> int:
 
     Raises BitsmithError if its shape does not suit GGUF or the type, UnsupportedError for an unknown type.
     """
-    size = block_size(type_name)
+    size = ggml_format(type_name, name)
     if len(shape) > MAX_DIMS or any(not 0 < length <= MAX_TENSOR_BYTES for length in shape):
         raise BitsmithError(
             f"has shape {shape}, expected at most {MAX_DIMS} positive dimensions", tensor=name
         )
     row = shape[-1] if shape else 1
-    if row % size.weights:
+    if row % size.block_size:
         raise BitsmithError(
-            f"has rows of {row}, {type_name} needs them divisible by {size.weights}", tensor=name
+            f"has rows of {row}, {type_name} needs them divisible by {size.block_size}", tensor=name
         )
-    nbytes = prod(shape) // size.weights * size.nbytes
+    nbytes = prod(shape) // size.block_size * size.block_bytes
     if nbytes > MAX_TENSOR_BYTES:
         raise BitsmithError(f"has shape {shape}: its size overflows", tensor=name)
     return nbytes
@@ -132,11 +123,16 @@ def tensor_bytes(name: str, shape: Sequence[int], type_name: str) -> int:
 def check_name(name: str, limit: int, what: str) -> bytes:
     """Return the UTF-8 bytes of a tensor name or a metadata key.
 
-    Raises BitsmithError if there are none or more than `limit`.
+    Raises BitsmithError unless they are 1 to `limit` bytes without NUL.
     """
-    encoded = name.encode("utf-8", "surrogateescape")
-    if not 0 < len(encoded) <= limit:
-        raise BitsmithError(f"{what} {printable(name, 80)!r} has {len(encoded)} bytes, expected 1 to {limit}")
+    try:
+        encoded = name.encode()
+    except UnicodeEncodeError as error:
+        raise BitsmithError(f"{what} {printable(name, 80)!r} is not Unicode") from error
+    if not 0 < len(encoded) <= limit or b"\0" in encoded:
+        raise BitsmithError(
+            f"{what} {printable(name, 80)!r} has {len(encoded)} bytes, expected 1 to {limit} without NUL"
+        )
     return encoded
 
 

@@ -23,9 +23,9 @@ from bitsmith.store.gguf_layout import (
     VERSION,
     TensorInfo,
     Typed,
-    block_size,
     check_alignment,
     check_name,
+    ggml_format,
     padded,
 )
 
@@ -106,7 +106,7 @@ def _header(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> bytes
 
 def _tensor_entry(info: TensorInfo, offset: int) -> bytes:
     name = check_name(info.name, MAX_NAME_BYTES, "tensor name")
-    dims, kind = info.shape[::-1], block_size(info.type).ggml_type
+    dims, kind = info.shape[::-1], ggml_format(info.type).ggml_type
     return _string(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
 
 
@@ -152,7 +152,10 @@ def _elements(key: str, kind: str, values: Sequence[Any]) -> bytes:
     ):
         raise BitsmithError(f"metadata {key!r} is not all {kind}")
     if kind == "STRING":
-        return b"".join(_string(value.encode("utf-8", "surrogateescape")) for value in values)
+        try:
+            return b"".join(_string(value.encode("utf-8", "surrogateescape")) for value in values)
+        except UnicodeEncodeError as error:
+            raise BitsmithError(f"metadata {key!r} is not Unicode") from error
     try:
         with np.errstate(over="raise"):
             return np.array(values, NUMBERS[kind]).tobytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import chain
 from math import prod
@@ -20,6 +21,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_DIMS = 32
 MAX_TENSOR_BYTES = (1 << 63) - 1
+MAX_FILE_NAME_BYTES = 255
 LISTED = 50
 ITEM_BYTES = {name: int(bits[2:]) for name, bits in PLAIN.items()} | {"F8_E4M3": 1, "F8_E5M2": 1}
 SHARD_PATTERN = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.safetensors")
@@ -63,8 +65,7 @@ def load_json(data: bytes, path: Path, what: str, *, ignore: Iterable[str] = ())
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in found if keys.count(key) > 1)
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
             raise DamagedFileError(f"{what} has the key {printable(twice)!r} twice", path=path)
         return {key: value for key, value in pairs if key not in dropped}
 
@@ -79,6 +80,11 @@ def load_json(data: bytes, path: Path, what: str, *, ignore: Iterable[str] = ())
     if not isinstance(parsed, dict):
         raise DamagedFileError(f"{what} is not a JSON object", path=path)
     return parsed
+
+
+def is_unicode(name: str) -> bool:
+    """Tell whether `name` has no lone surrogates, which no file format can hold."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def _only_file(folder: Path) -> Path:
                 f"has only pickle files ({_listed(pickles)}), which can run code: convert to safetensors",
                 path=folder,
             )
-        raise DamagedFileError("has no safetensors file", path=folder)
+        raise UnsupportedError("has no .safetensors or .gguf file", path=folder)
     shard = SHARD_PATTERN.fullmatch(found[0].name)
     if shard is not None:
         count = int(shard["count"])
@@ -139,9 +145,10 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise DamagedFileError(f"names the shard {printable(repr(shard))}", path=index, tensor=name)
         parts = PurePosixPath(shard).parts
         outside = not parts or ".." in parts or shard.startswith("/") or bool(PureWindowsPath(shard).drive)
-        if outside or "\\" in shard or not shard.isprintable():
+        unusual = "\\" in shard or not shard.isprintable() or len(shard.encode()) > MAX_FILE_NAME_BYTES
+        if outside or unusual:
             raise DamagedFileError(
-                f"names the shard {printable(shard)!r}, expected a plain name in the folder",
+                f"names the shard {printable(shard)!r}, expected a plain name of a file in the folder",
                 path=index,
                 tensor=name,
             )
@@ -260,6 +267,8 @@ def _header(source: SourceFile) -> tuple[dict[str, Any], int]:
 
 
 def _entry(path: Path, name: str, value: Any) -> _Entry:
+    if not is_unicode(name):
+        raise DamagedFileError("has a name that is not Unicode", path=path, tensor=name)
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
         raise DamagedFileError("needs dtype, shape and data_offsets, nothing else", path=path, tensor=name)
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from bitsmith.errors import BitsmithError
 from bitsmith.store.atomic import Chunk, atomic_folder, write_chunk
-from bitsmith.store.safetensors import INDEX_NAME, ITEM_BYTES, MAX_HEADER_BYTES, SHARD_PATTERN, SINGLE_NAME
+from bitsmith.store.safetensors import (
+    INDEX_NAME,
+    ITEM_BYTES,
+    MAX_HEADER_BYTES,
+    SHARD_PATTERN,
+    SINGLE_NAME,
+    is_unicode,
+)
 
 SHARD_BYTES = 5_000_000_000
 
@@ -71,8 +78,8 @@ def _refuse_unsound(tensors: Sequence[TensorData]) -> None:
         if tensor.dtype not in ITEM_BYTES:
             known = " ".join(ITEM_BYTES)
             raise BitsmithError(f"has dtype {tensor.dtype}, known: {known}", tensor=tensor.name)
-        if tensor.name in seen or tensor.name == "__metadata__":
-            raise BitsmithError("cannot be written twice or called __metadata__", tensor=tensor.name)
+        if tensor.name in seen or tensor.name == "__metadata__" or not is_unicode(tensor.name):
+            raise BitsmithError("is given twice, or has a name that cannot be written", tensor=tensor.name)
         seen.add(tensor.name)
 
 
