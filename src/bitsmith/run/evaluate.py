@@ -1,0 +1,324 @@
+"""Measure a model against a reference on a text: perplexity, KL divergence and agreement, with intervals."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsmith import __version__
+from bitsmith.archs import architecture_of, claim, import_view
+from bitsmith.archs.tokenizer import load_tokenizer, tokenizer_metadata
+from bitsmith.errors import BitsmithError, printable
+from bitsmith.numerics.divergence import Estimate, TokenScores, estimates
+from bitsmith.progress import Progress, silent
+from bitsmith.run.forward import TextModel, check_heads, compare, final_hidden_states
+from bitsmith.store import open_checkpoint
+from bitsmith.store.checkpoint import Checkpoint
+
+INTERVAL = "95 % paired bootstrap over chunks"
+PROTOCOL = "llama.cpp perplexity: non-overlapping chunks, positions ctx/2 to ctx-2 of each are scored"
+RESAMPLES = 2000
+MIN_CTX_TOKENS = 4
+
+_UNITS = {
+    "ppl_ref": "perplexity",
+    "ppl_cand": "perplexity",
+    "ppl_ratio": "ratio",
+    "ppl_difference": "perplexity",
+    "top1_agreement": "fraction",
+}  # every other measure is in nats
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A value with its unit and interval; `low`, `high` and `interval` are None where that is unmeasured."""
+
+    value: float
+    unit: str
+    low: float | None
+    high: float | None
+    interval: str | None
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What was measured: bytes of its weight files, and `bpw` = 8 × stored tensor bytes / `weights`."""
+
+    path: str
+    file_bytes: int
+    weights: int
+    bpw: float
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How it was measured; `chunks` is what was scored, `chunks_available` what the text has."""
+
+    name: str
+    text: str
+    text_sha256: str
+    text_tokens: int
+    ctx_tokens: int
+    chunks: int
+    chunks_available: int
+    scored_tokens: int
+    resamples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate measured against a reference.
+
+    KLD is KL(reference‖candidate) per scored token in nats; `top1_agreement` is the share of scored tokens
+    where both rank the same token first; `ppl_ratio` and `ppl_difference` are candidate against reference.
+    """
+
+    reference: Artifact
+    candidate: Artifact
+    protocol: Protocol
+    ppl_ref: Measure
+    ppl_cand: Measure
+    ppl_ratio: Measure
+    ppl_difference: Measure
+    mean_kld: Measure
+    median_kld: Measure
+    kld_99: Measure
+    kld_99_9: Measure
+    max_kld: Measure
+    top1_agreement: Measure
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """Every measure by name, in the order of the table."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Measure)}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record; an unmeasured interval is null."""
+        return {
+            "kind": "evaluation",
+            "bitsmith": __version__,
+            "reference": asdict(self.reference),
+            "candidate": asdict(self.candidate),
+            "protocol": asdict(self.protocol),
+            "measures": {name: asdict(measure) for name, measure in self.measures.items()},
+        }
+
+    def rows(self) -> list[tuple[str, str, str]]:
+        """Return the measures as (label, value, interval) for a table; a missing interval is `unmeasured`."""
+        return [(label, *_shown(self.measures[name], style)) for name, (label, style) in _LABELS.items()]
+
+
+_LABELS = {
+    "ppl_ref": ("perplexity of the reference", "{:.4f}"),
+    "ppl_cand": ("perplexity of the candidate", "{:.4f}"),
+    "ppl_ratio": ("perplexity, candidate / reference", "{:.5f}"),
+    "ppl_difference": ("perplexity, candidate - reference", "{:+.4f}"),
+    "mean_kld": ("mean KLD", "{:.6f} nats"),
+    "median_kld": ("median KLD", "{:.6f} nats"),
+    "kld_99": ("99 % KLD", "{:.6f} nats"),
+    "kld_99_9": ("99.9 % KLD", "{:.6f} nats"),
+    "max_kld": ("largest KLD", "{:.6f} nats"),
+    "top1_agreement": ("top-1 agreement", "{:.2%}"),
+}
+
+
+def _shown(measure: Measure, style: str) -> tuple[str, str]:
+    if measure.low is None or measure.high is None:
+        return style.format(measure.value), "unmeasured"
+    bare = style.removesuffix(" nats")
+    return style.format(measure.value), f"{bare.format(measure.low)} … {bare.format(measure.high)}"
+
+
+def evaluate(
+    ref: Path,
+    candidate: Path,
+    text: Path,
+    ctx_tokens: int = 512,
+    chunks: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Evaluation:
+    """Measure `candidate` against `ref`, each a Hugging Face folder or a GGUF, on a UTF-8 text.
+
+    llama.cpp's protocol: the text, tokenized by the reference, is cut into chunks of `ctx_tokens`; each
+    starts from an empty context and its positions ctx/2…ctx-2 are scored on the token that follows. `chunks`
+    caps how many are used. Intervals are 95 % percentile intervals of a seeded paired bootstrap over chunks.
+
+    Raises BitsmithError for a text that is not UTF-8 or shorter than one chunk, for vocabularies that differ,
+    and for logits that are not finite.
+    """
+    return evaluate_all(ref, [candidate], text, ctx_tokens, chunks, seed, progress)[0]
+
+
+def evaluate_all(
+    ref: Path,
+    candidates: Sequence[Path],
+    text: Path,
+    ctx_tokens: int = 512,
+    chunks: int | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> list[Evaluation]:
+    """Measure several candidates as `evaluate` does, running the reference forward once."""
+    with open_model(ref) as reference:
+        tokens, protocol = _tokens(reference, text, ctx_tokens, chunks, seed)
+        for path in candidates:  # refuse before the first forward
+            with open_model(path) as model:
+                _check_vocabulary(reference, model)
+        states = _states(reference, tokens, progress, "reference")
+        return [_measured(reference, states, path, tokens, protocol, progress) for path in candidates]
+
+
+def open_model(path: Path) -> TextModel:
+    """Open a Hugging Face folder or a GGUF under Hugging Face names.
+
+    Raises as `open_checkpoint`, `claim` and `import_view` do.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.config:
+        claim(checkpoint)
+        return TextModel(checkpoint, architecture_of(checkpoint), checkpoint)
+    view = import_view(checkpoint)
+    return TextModel(view, view.arch, checkpoint)
+
+
+def _measured(
+    reference: TextModel,
+    ref_states: NDArray[np.float32],
+    path: Path,
+    tokens: NDArray[np.int64],
+    protocol: Protocol,
+    progress: Progress,
+) -> Evaluation:
+    targets = tokens[:, protocol.ctx_tokens // 2 + 1 :].reshape(-1)
+    with open_model(path) as model:
+        states = ref_states, _states(model, tokens, progress, "candidate")
+        scores = compare(reference, model, states, targets, progress)
+        _check_finite(scores, reference, model)
+        found = estimates(scores.reshape(len(tokens)), protocol.resamples, protocol.seed)
+        measures = {name: _measure(name, estimate) for name, estimate in found.items()}
+        return Evaluation(_artifact(reference), _artifact(model), protocol, **measures)
+
+
+def _states(
+    model: TextModel, tokens: NDArray[np.int64], progress: Progress, stage: str
+) -> NDArray[np.float32]:
+    states = final_hidden_states(model, tokens, tokens.shape[1] // 2, progress, stage)
+    return states.reshape(-1, states.shape[-1])
+
+
+def _tokens(
+    model: TextModel, text: Path, ctx_tokens: int, chunks: int | None, seed: int
+) -> tuple[NDArray[np.int64], Protocol]:
+    if ctx_tokens < MIN_CTX_TOKENS:
+        raise BitsmithError(f"a context of {ctx_tokens} tokens is too short; {MIN_CTX_TOKENS} is the least")
+    if chunks is not None and chunks < 1:
+        raise BitsmithError(f"{chunks} chunks leave nothing to measure")
+    raw, decoded = _read_text(text)
+    tokenizer = load_tokenizer(model.source)
+    tokenizer.encode_special_tokens = (
+        True  # llama.cpp's perplexity reads "<|im_end|>" in a text as plain text
+    )
+    found = np.asarray(tokenizer.encode(decoded, add_special_tokens=False).ids, dtype=np.int64)
+    bos = _bos_token(model)
+    if bos is not None:
+        found = np.concatenate([[bos], found])
+    available = len(found) // ctx_tokens
+    if available == 0:
+        raise BitsmithError(
+            f"has {len(found)} tokens, one chunk needs {ctx_tokens}; give a longer text or a smaller --ctx",
+            path=text,
+        )
+    used = available if chunks is None else min(chunks, available)
+    windows = found[: used * ctx_tokens].reshape(used, ctx_tokens).copy()
+    if bos is not None:
+        windows[:, 0] = bos
+    return windows, Protocol(
+        name=PROTOCOL,
+        text=str(text),
+        text_sha256=hashlib.sha256(raw).hexdigest(),
+        text_tokens=len(found),
+        ctx_tokens=ctx_tokens,
+        chunks=used,
+        chunks_available=available,
+        scored_tokens=used * (ctx_tokens - 1 - ctx_tokens // 2),
+        resamples=RESAMPLES,
+        seed=seed,
+    )
+
+
+def _read_text(path: Path) -> tuple[bytes, str]:
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise BitsmithError(f"cannot be read: {error.strerror}", path=path) from error
+    try:
+        return raw, raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BitsmithError(
+            f"is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}", path=path
+        ) from error
+
+
+def _check_vocabulary(reference: TextModel, candidate: TextModel) -> None:
+    check_heads(reference, candidate)
+    ours, theirs = (_tokenizer_keys(model)["tokenizer.ggml.tokens"] for model in (reference, candidate))
+    if len(ours) != len(theirs):
+        raise BitsmithError(
+            f"the tokenizer has {len(theirs)} tokens, the reference's {len(ours)}",
+            path=candidate.checkpoint.path,
+        )
+    for index, (expected, found) in enumerate(zip(ours, theirs, strict=True)):
+        if expected != found:
+            raise BitsmithError(
+                f"token {index} is {printable(found)!r}, the reference's is {printable(expected)!r}; "
+                "models with different vocabularies cannot be compared",
+                path=candidate.checkpoint.path,
+            )
+
+
+def _tokenizer_keys(model: TextModel) -> dict[str, Any]:
+    """Return the tokenizer's GGUF keys: as stored in a GGUF, as they would be exported for a folder."""
+    stored = model.source.metadata
+    keys = stored if model.source is not model.checkpoint else tokenizer_metadata(model.source, model.arch)[0]
+    if not isinstance(keys.get("tokenizer.ggml.tokens"), list):
+        raise BitsmithError("has no tokenizer, so its vocabulary is unknown", path=model.checkpoint.path)
+    return keys
+
+
+def _bos_token(model: TextModel) -> int | None:
+    keys = _tokenizer_keys(model)
+    return keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") else None
+
+
+def _check_finite(scores: TokenScores, reference: TextModel, candidate: TextModel) -> None:
+    for model, nll in ((reference, scores.nll_ref), (candidate, scores.nll_cand)):
+        bad = np.flatnonzero(~np.isfinite(nll))
+        if len(bad):
+            raise BitsmithError(
+                f"logits are NaN or infinite at {len(bad)} of {nll.size} scored tokens, first at {bad[0]}",
+                path=model.checkpoint.path,
+            )
+
+
+def _measure(name: str, estimate: Estimate) -> Measure:
+    interval = None if estimate.low is None else INTERVAL
+    return Measure(estimate.value, _UNITS.get(name, "nats"), estimate.low, estimate.high, interval)
+
+
+def _artifact(model: TextModel) -> Artifact:
+    stored: Checkpoint = model.source
+    weights = sum(ref.size for ref in stored.values())
+    return Artifact(
+        path=str(stored.path),
+        file_bytes=sum(file.stat().st_size for file in stored.files),
+        weights=weights,
+        bpw=8 * sum(ref.nbytes for ref in stored.values()) / weights,
+    )

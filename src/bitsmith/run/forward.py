@@ -1,0 +1,312 @@
+"""The reference forward: transformers' own layers in float32, one layer's weights in memory at a time."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers.utils import logging as transformers_logging
+
+from bitsmith.archs import Architecture
+from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
+from bitsmith.numerics.divergence import DivergenceAccumulator, TokenScores
+from bitsmith.progress import Progress, silent
+from bitsmith.store.checkpoint import Checkpoint, TensorRef
+
+Float32 = NDArray[np.float32]
+Tokens = NDArray[np.int64]
+
+_ACTIVATION_BYTES = 1 << 30
+_TASK_TOKENS = 512
+_SPILL_BYTES = 256 << 20
+_HEAD_SLICE_BYTES = 32 << 20
+_LOGIT_BLOCK = 1 << 19  # logits of one model at a time: 4 MB in float64
+_KNOWN_LAYERS = {"full_attention", "linear_attention"}
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """A model's text tensors under Hugging Face names; `source` is what is stored, closed on exit."""
+
+    checkpoint: Checkpoint
+    arch: Architecture
+    source: Checkpoint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.source.close()
+
+    @property
+    def embedding(self) -> TensorRef:
+        """The token embedding (`vocab hidden`)."""
+        return self._tensor(f"{self.arch.text_prefix}embed_tokens.weight")
+
+    @property
+    def head(self) -> TensorRef:
+        """The output head (`vocab hidden`); the token embedding where the two are tied."""
+        return self.embedding if self.arch.tied else self._tensor("lm_head.weight")
+
+    def _tensor(self, name: str) -> TensorRef:
+        if name not in self.checkpoint:
+            raise BitsmithError("missing", path=self.checkpoint.path, tensor=name)
+        return self.checkpoint[name]
+
+
+def final_hidden_states(
+    model: TextModel, tokens: Tokens, first: int, progress: Progress = silent, stage: str = "forward"
+) -> Float32:
+    """Run `tokens` (`chunks T`); return normed hidden states of positions first…T-2 (`chunks S hidden`).
+
+    Every chunk starts from an empty state, as in llama.cpp's perplexity. Arrays beyond 256 MB live in an
+    unnamed temporary file. Reports in tokens times layers.
+
+    Raises BitsmithError for tensors that are missing, extra, mis-shaped, or that make the states overflow.
+    """
+    with _quiet_transformers(), torch.inference_mode():
+        network = _Network(model)
+        states = _zeros((*tokens.shape, network.hidden_size))
+        _embed(model, tokens, states)
+        batch = max(1, _TASK_TOKENS // tokens.shape[1])
+        batch_bytes = network.bytes_per_token * tokens.shape[1] * batch
+        done, total = 0, network.n_layers * tokens.size
+        with _workers(_ACTIVATION_BYTES // batch_bytes) as pool:
+            for index in range(network.n_layers):
+                for chunks in network.through_layer(index, states, batch, pool):
+                    done += chunks * tokens.shape[1]
+                    progress(stage, done, total)
+        return network.normed(states[:, first:-1])
+
+
+def compare(
+    reference: TextModel,
+    candidate: TextModel,
+    states: tuple[Float32, Float32],
+    targets: Tokens,
+    progress: Progress = silent,
+) -> TokenScores:
+    """Replay both heads over hidden states (`N hidden` each) and score `targets` (`N`).
+
+    Both heads are read once, in slices of the vocabulary; logits are never stored whole. Reports in
+    vocabulary entries.
+
+    Raises BitsmithError if the heads' vocabularies differ in size.
+    """
+    check_heads(reference, candidate)
+    heads = reference.head, candidate.head
+    vocab = heads[0].n_rows
+    accumulator = DivergenceAccumulator(targets)
+    widest = max(head.shape[1] for head in heads)
+    step = min(vocab, max(1, _HEAD_SLICE_BYTES // (4 * widest)), _LOGIT_BLOCK // 64)
+    block = max(1, _LOGIT_BLOCK // step)
+    blocks = [slice(row, min(row + block, len(targets))) for row in range(0, len(targets), block)]
+
+    def add(rows: slice, first: int, weights: list[torch.Tensor]) -> None:
+        ref, cand = (_product(part[rows], weight) for part, weight in zip(states, weights, strict=True))
+        accumulator.update(rows, first, ref, cand)
+
+    with _workers(_ACTIVATION_BYTES // (8 * 8 * _LOGIT_BLOCK)) as pool:
+        for start in range(0, vocab, step):
+            stop = min(start + step, vocab)
+            weights = [_tensor(head, start, stop) for head in heads]
+            for _ in pool.map(lambda rows, a=start, w=weights: add(rows, a, w), blocks):
+                pass
+            progress("head", stop, vocab)
+    return accumulator.scores()
+
+
+@torch.inference_mode()
+def _product(states: Float32, weight: torch.Tensor) -> Float32:
+    product: Float32 = (torch.from_numpy(states) @ weight.T).numpy()
+    return product
+
+
+def check_heads(reference: TextModel, candidate: TextModel) -> None:
+    """Raise BitsmithError if the two models' heads give logits for different numbers of tokens."""
+    expected, found = reference.head.n_rows, candidate.head.n_rows
+    if found != expected:
+        raise BitsmithError(
+            f"the vocabulary has {found} tokens, the reference's {expected}",
+            path=candidate.checkpoint.path,
+            tensor=candidate.head.name,
+        )
+
+
+class _Network:
+    """The transformers classes of one model, its rotary embedding, and layers built on demand."""
+
+    def __init__(self, model: TextModel) -> None:
+        self._model = model
+        arch = model.arch
+        self._module = importlib.import_module(arch.transformers_module)
+        self._config = getattr(self._module, arch.config_class).from_dict(dict(arch.text_config))
+        self._config._attn_implementation = "sdpa"
+        self.n_layers = int(self._config.num_hidden_layers)
+        self.hidden_size = int(self._config.hidden_size)
+        unknown = set(self._config.layer_types) - _KNOWN_LAYERS
+        if unknown:
+            raise UnsupportedError(f"layers of type {', '.join(sorted(unknown))}", path=model.checkpoint.path)
+        self._rotary = getattr(self._module, arch.rotary_class)(self._config)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What a layer's intermediates take for a token, estimated high: MLP, q/k/v and decay matrices."""
+        return 4 * (4 * int(self._config.intermediate_size) + 48 * self.hidden_size)
+
+    def through_layer(
+        self, index: int, states: Float32, batch: int, pool: ThreadPoolExecutor
+    ) -> Iterator[int]:
+        """Replace `states` (`chunks T hidden`) by layer `index`'s output, `batch` chunks in a task.
+
+        Yields the chunks of each task; the layer's weights are dropped at the end.
+        """
+        layer = self._layer(index)
+        parts = [states[start : start + batch] for start in range(0, len(states), batch)]
+        for part, finite in zip(parts, pool.map(lambda part: self._run(layer, part), parts), strict=True):
+            if not finite:
+                raise BitsmithError(
+                    f"layer {index} makes NaN or infinite hidden states", path=self._model.checkpoint.path
+                )
+            yield len(part)
+
+    def _layer(self, index: int) -> torch.nn.Module:
+        with torch.device("meta"):
+            layer = getattr(self._module, self._model.arch.layer_class)(self._config, index)
+        return self._filled(layer, f"{self._model.arch.text_prefix}layers.{index}.")
+
+    @torch.inference_mode()
+    def _run(self, layer: torch.nn.Module, states: Float32) -> bool:
+        """Replace `states` (`B T hidden`) by the causal layer's output; tell if that is finite."""
+        hidden = torch.from_numpy(states)
+        positions = torch.arange(states.shape[1])[None]
+        states[...] = layer(
+            hidden,
+            position_embeddings=self._rotary(hidden, positions),
+            attention_mask=None,  # scaled_dot_product_attention then masks causally by itself
+            position_ids=positions,
+        ).numpy()
+        return bool(np.isfinite(states).all())
+
+    def normed(self, states: Float32) -> Float32:
+        """Return the final norm of `states` (`B S hidden`)."""
+        with torch.device("meta"):
+            norm = getattr(self._module, self._model.arch.norm_class)(
+                self.hidden_size, eps=self._config.rms_norm_eps
+            )
+        norm = self._filled(norm, f"{self._model.arch.text_prefix}norm.")
+        out = _zeros(states.shape)
+        for index in range(len(states)):
+            out[index] = norm(torch.from_numpy(states[index])).numpy()
+        return out
+
+    def _filled(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
+        """Give a module on the meta device its weights, the tensors of the checkpoint under `prefix`."""
+        checkpoint = self._model.checkpoint
+        wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+        found = {name.removeprefix(prefix) for name in checkpoint if name.startswith(prefix)}
+        for what, names in (("missing", wanted.keys() - found), ("not of this model", found - wanted.keys())):
+            if names:
+                listed = ", ".join(printable(prefix + name) for name in sorted(names))
+                raise BitsmithError(f"{what}: {listed}", path=checkpoint.path)
+        for name, shape in wanted.items():
+            if (stored := checkpoint[prefix + name].shape) != shape:
+                raise BitsmithError(
+                    f"shape is {stored}, expected {shape}", path=checkpoint.path, tensor=prefix + name
+                )
+        weights = {name: _tensor(checkpoint[prefix + name]) for name in wanted}
+        module.load_state_dict(weights, strict=True, assign=True)
+        return module.eval()
+
+
+def _embed(model: TextModel, tokens: Tokens, states: Float32) -> None:
+    """Fill `states` (`chunks T hidden`) with the embedding rows of `tokens`, reading only rows that occur."""
+    embedding = model.embedding
+    if tokens.max() >= embedding.n_rows:
+        raise BitsmithError(
+            f"token {tokens.max()} has no row among {embedding.n_rows}",
+            path=model.checkpoint.path,
+            tensor=embedding.name,
+        )
+    flat = states.reshape(-1, states.shape[-1])
+    order = np.argsort(tokens, axis=None, kind="stable")
+    ordered = tokens.reshape(-1)[order]
+    limit = max(1, _HEAD_SLICE_BYTES // (4 * states.shape[-1]))
+    start = 0
+    while start < len(ordered):
+        low = int(ordered[start])
+        stop = start + _run_length(ordered[start:], limit)
+        rows = embedding.read(low, int(ordered[stop - 1]) + 1)
+        flat[order[start:stop]] = rows[ordered[start:stop] - low]
+        start = stop
+
+
+def _run_length(ordered: Tokens, limit: int, gap: int = 16) -> int:
+    """Return how many of the sorted tokens one read serves: no gap over `gap` rows, at most `limit` rows."""
+    window = ordered[: int(np.searchsorted(ordered, ordered[0] + limit))]
+    breaks = np.flatnonzero(np.diff(window) > gap)
+    return int(breaks[0]) + 1 if len(breaks) else len(window)
+
+
+def _tensor(ref: TensorRef, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    rows = np.require(ref.read(start, stop), dtype=np.float32, requirements=["C", "W"])
+    return torch.from_numpy(rows)
+
+
+def _zeros(shape: tuple[int, ...]) -> Float32:
+    """Return a float32 array of zeros, in an unnamed temporary file if it is large.
+
+    Raises OutputError if the temporary folder has no room for it.
+    """
+    size_bytes = 4 * int(np.prod(shape, dtype=np.int64))
+    if size_bytes <= _SPILL_BYTES:
+        return np.zeros(shape, dtype=np.float32)
+    with tempfile.TemporaryFile() as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        except OSError as error:
+            raise OutputError(
+                f"no room for {size_bytes} bytes of hidden states: {error.strerror}",
+                path=tempfile.gettempdir(),
+            ) from error
+        return np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+
+
+@contextmanager
+def _workers(limit: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads, at most `limit`, that share out torch's own; they work on separate chunks.
+
+    torch's threading inside an operation stalls in DeltaNet's many tiny triangular solves.
+    """
+    threads = torch.get_num_threads()
+    workers = max(1, min(threads, limit))
+    share = threads // workers
+    try:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Silence transformers' notes about absent fast kernels; errors still show."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
