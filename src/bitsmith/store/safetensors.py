@@ -223,9 +223,10 @@ def _regions(source: SourceFile) -> dict[str, TensorRef]:
         end = entry.end
     if data_start + end > source.size_bytes:
         raise DamagedFileError(
-            f"is truncated: it has {source.size_bytes} bytes, its header needs {data_start + end}; "
+            f"the file is truncated: it has {source.size_bytes} bytes, its header needs {data_start + end}; "
             "download it again",
             path=source.path,
+            tensor=next(entry.name for entry in entries if data_start + entry.end > source.size_bytes),
         )
     if data_start + end < source.size_bytes:
         raise DamagedFileError(
