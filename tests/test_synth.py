@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -60,14 +61,12 @@ def test_a_seed_gives_the_same_values_in_any_slices():
     config = synth_config("4B", vision=False)
     once, again = synth_tensors(config, seed=3), synth_tensors(config, seed=3)
     other = synth_tensors(config, seed=4)
-    name = "model.layers.0.mlp.down_proj.weight"
+    name, next_layer = (f"model.layers.{n}.mlp.up_proj.weight" for n in range(2))
     whole = once[name].read(100, 400)
     pieces = [again[name].read(start, start + 50) for start in range(100, 400, 50)]
     assert np.array_equal(whole, np.concatenate(pieces))
     assert not np.array_equal(whole, other[name].read(100, 400))
-    assert not np.array_equal(
-        whole[:, :2560], once["model.layers.1.mlp.down_proj.weight"].read(100, 400)[:, :2560]
-    )
+    assert not np.array_equal(whole, once[next_layer].read(100, 400))
 
 
 def test_writing_needs_the_memory_of_slices(tmp_path):
@@ -78,6 +77,7 @@ def test_writing_needs_the_memory_of_slices(tmp_path):
     finally:
         tracemalloc.stop()
     written = sum(file.stat().st_size for file in (tmp_path / "big").iterdir())
+    shutil.rmtree(tmp_path / "big")
     assert written > 300_000_000
     assert peak_bytes < 60_000_000
 
@@ -97,7 +97,7 @@ def test_every_size_has_a_config_its_architecture_accepts(size):
 
 
 def test_wrong_requests_are_refused(tiny_qwen3):
-    with pytest.raises(BitsmithError, match="unknown size '3B'; known: 0.8B"):
+    with pytest.raises(BitsmithError, match=r"unknown size '3B'; known: 0\.8B"):
         synth_config("3B")
     with pytest.raises(OutputError):
         synth(tiny_qwen3, "qwen3-tiny")
