@@ -132,7 +132,7 @@ class _Parser:
 
     def string(self, what: str) -> bytes:
         """Return the next length-prefixed string."""
-        return self.take(self.number("<Q", what), what)
+        return self.take(int.from_bytes(self.take(8, what), "little"), what)
 
     def name(self, limit: int, what: str) -> str:
         """Return the next string as a name of 1 to `limit` UTF-8 bytes."""

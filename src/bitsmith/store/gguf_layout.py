@@ -141,7 +141,12 @@ def check_alignment(kind: str, value: Any) -> int:
 
     Raises BitsmithError unless it is a UINT32 and a power of two up to a megabyte.
     """
-    if kind != "UINT32" or not 0 < value <= MAX_ALIGNMENT or value & (value - 1):
+    if (
+        kind != "UINT32"
+        or not isinstance(value, int)
+        or not 0 < value <= MAX_ALIGNMENT
+        or value & (value - 1)
+    ):
         found = f"{kind} {printable(str(value), 40)}"
         raise BitsmithError(
             f"{ALIGNMENT_KEY} is {found}, expected UINT32 and a power of two up to {MAX_ALIGNMENT}"
