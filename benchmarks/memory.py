@@ -1,0 +1,75 @@
+"""Peak resident memory of `bitsmith compress` on synthetic checkpoints of about 4 and 8 GB, as JSON.
+
+    python benchmarks/memory.py [--type Q4_K_M] [--sizes 2B 4B] [--folder DIR]
+
+Each step runs in a process of its own; the peak is the kernel's `ru_maxrss` of the compressing one. The
+checkpoints have Qwen3.5's shapes (text and MTP); they are temporary, or kept and used again in `--folder`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SYNTH = "import sys; from pathlib import Path; from bitsmith.lab.synth import synth; \
+synth(Path(sys.argv[1]), sys.argv[2], vision=False)"
+COMPRESS = "import sys; from pathlib import Path; from bitsmith.run.execute import compress; \
+compress(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
+
+
+def peak_of(code: str, *arguments: str | Path) -> tuple[int, float]:
+    """Run `code` in a fresh interpreter and return its peak resident bytes and its seconds."""
+    started = time.monotonic()
+    child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)])
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"failed with exit status {child.returncode}: {arguments}")
+    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.monotonic() - started
+
+
+def measure(size: str, type_name: str, folder: Path) -> dict[str, object]:
+    model, out = folder / f"synth-{size}", folder / f"synth-{size}-{type_name}.gguf"
+    if not model.exists():
+        peak_of(SYNTH, model, size)
+    out.unlink(missing_ok=True)
+    peak, seconds = peak_of(COMPRESS, model, out, type_name)
+    written = out.stat().st_size
+    out.unlink()
+    return {
+        "size": size,
+        "checkpoint_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "output_bytes": written,
+        "peak_memory_bytes": peak,
+        "seconds": round(seconds, 1),
+    }
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--type", default="Q4_K_M")
+    options.add_argument("--sizes", nargs="+", default=["2B", "4B"])
+    options.add_argument("--folder", type=Path)
+    chosen = options.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = chosen.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        runs = [measure(size, chosen.type, folder) for size in chosen.sizes]
+    peaks = [int(str(run["peak_memory_bytes"])) for run in runs]
+    print(
+        json.dumps(
+            {"type": chosen.type, "runs": runs, "peak_ratio_last_to_first": peaks[-1] / peaks[0]}, indent=2
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
