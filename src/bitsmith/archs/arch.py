@@ -151,12 +151,12 @@ class Architecture(ABC):
     def number(self, key: str, default: object = _MISSING) -> int:
         """Return a positive integer of the text config.
 
-        Raises BitsmithError if it is absent without a default, or no positive integer.
+        Raises BitsmithError if it is absent without a default, or no positive 31-bit integer.
         """
         value = self.text_config.get(key)
         if value is None and default is not _MISSING:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 1 << 31:
             raise BitsmithError(
                 f"config.json: {key} is {printable(repr(value))}, expected a positive integer"
             )
@@ -240,6 +240,11 @@ def claim(checkpoint: Checkpoint) -> list[tuple[TensorSpec, TensorRef]]:
             path=checkpoint.path,
         )
     arch = architecture_of(checkpoint)
+    if (layers := arch.number("num_hidden_layers")) > len(checkpoint):
+        raise BitsmithError(
+            f"config.json: num_hidden_layers is {layers}, but only {len(checkpoint)} tensors are stored",
+            path=checkpoint.path,
+        )
     wanted = {spec.name: (spec, spec.shape) for spec in arch.specs() if spec.component != "vision"}
     pairs = match(checkpoint, wanted, arch)
     claimed = {spec.name for spec, _ in pairs}

@@ -16,14 +16,15 @@ import numpy as np
 
 from bitsmith.archs.arch import Architecture, Component, Step, TensorSpec
 from bitsmith.archs.block import Block, trunk
-from bitsmith.archs.llama_keys import gguf_int, rope_of, shared_config, shared_metadata
+from bitsmith.archs.llama_keys import gguf_int, real, rope_of, shared_config, shared_metadata
 from bitsmith.archs.steps import AddOne, NegativeExp, Permutation, PermuteColumns, PermuteRows, SqueezeKernel
-from bitsmith.errors import BitsmithError, UnsupportedError
+from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.store.checkpoint import TensorRef
 
 _DEFAULT_MROPE_SECTION = [11, 11, 10, 0]
 _LAYER_TYPES = ("linear_attention", "full_attention")
 _ROTARY_SHARE = 0.25
+_MAX_CHANNELS = 1 << 22
 _ADD_ONE = (AddOne(),)
 
 
@@ -64,20 +65,21 @@ class Qwen35(Architecture):
         if given is None:
             interval = self.number("full_attention_interval", 4)
             return [_LAYER_TYPES[(n + 1) % interval == 0] for n in range(layers)]
-        if len(given) != layers or set(given) - set(_LAYER_TYPES):
+        if not isinstance(given, list) or len(given) != layers or any(k not in _LAYER_TYPES for k in given):
             raise BitsmithError(
-                f"config.json: layer_types is {len(given)} entries of {sorted(set(given))}, "
-                f"expected {layers} of {list(_LAYER_TYPES)}"
+                f"config.json: layer_types is {printable(repr(given))}, "
+                f"expected {layers} of {' and '.join(_LAYER_TYPES)}"
             )
-        return list(given)
+        return given
 
     @property
     def mtp_layers(self) -> int:
         """Number of MTP layers: as many as are stored, or as the config says where nothing is stored yet."""
         if self.names is None:
-            return int(self.text_config.get("mtp_num_hidden_layers") or 0)
+            said = self.text_config.get("mtp_num_hidden_layers") or 0
+            return self.number("mtp_num_hidden_layers") if said else 0
         found = [int(m[1]) for m in map(re.compile(r"mtp\.layers\.(\d+)\.").match, self.names) if m]
-        return max(found, default=-1) + 1
+        return min(max(found, default=-1) + 1, len(self.names))
 
     def set_aside(self, name: str) -> Component | None:
         """Vision tensors are claimed by prefix: they belong to llama.cpp's separate mmproj file."""
@@ -165,7 +167,7 @@ class Qwen35(Architecture):
             keys[f"{name}.attention.recurrent_layers"] = recurrent + [False] * mtp
         keys[f"{name}.full_attention_interval"] = self.number("full_attention_interval", 4)
         keys[f"{name}.rope.dimension_count"] = int(
-            self.head_dim * float(rope.get("partial_rotary_factor", _ROTARY_SHARE))
+            self.head_dim * real(rope, "partial_rotary_factor", _ROTARY_SHARE)
         )
         if mtp:
             keys[f"{name}.nextn_predict_layers"] = mtp
@@ -181,11 +183,10 @@ class Qwen35(Architecture):
         layers, v_heads = config["num_hidden_layers"], gguf_int(metadata, f"{name}.ssm.time_step_rank")
         interval = gguf_int(metadata, f"{name}.full_attention_interval", 4)
         recurrent = metadata.get(f"{name}.attention.recurrent_layers")
-        if recurrent is None:
+        if not isinstance(recurrent, list):
             recurrent = [(n + 1) % interval != 0 for n in range(layers)]
         config["rope_parameters"] |= {
             "partial_rotary_factor": gguf_int(metadata, f"{name}.rope.dimension_count") / config["head_dim"],
-            "mrope_section": [int(n) for n in metadata[f"{name}.rope.dimension_sections"]][:3],
             "mrope_interleaved": True,
         }
         mtp = gguf_int(metadata, f"{name}.nextn_predict_layers", 0)
@@ -193,7 +194,7 @@ class Qwen35(Architecture):
             "architectures": ["Qwen3_5ForCausalLM"],
             "model_type": "qwen3_5_text",
             **config,
-            "layer_types": [_LAYER_TYPES[not linear] for linear in list(recurrent)[:layers]],
+            "layer_types": [_LAYER_TYPES[not linear] for linear in recurrent[:layers]],
             "full_attention_interval": interval,
             "linear_conv_kernel_dim": gguf_int(metadata, f"{name}.ssm.conv_kernel"),
             "linear_key_head_dim": gguf_int(metadata, f"{name}.ssm.state_size"),
@@ -220,6 +221,10 @@ class _DeltaShapes:
                 f"linear_num_key_heads {self.k_heads}"
             )
         self.qk, self.v = 2 * self.k_heads * self.k_dim, self.v_heads * self.v_dim
+        if self.qk + self.v > _MAX_CHANNELS:
+            raise BitsmithError(
+                f"config.json: {self.qk + self.v} linear attention channels are beyond any model"
+            )
         self.qkv_steps: tuple[Step, ...] = ()
         self.v_steps: tuple[Step, ...] = ()
         self.head_steps: tuple[Step, ...] = ()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
@@ -37,6 +37,7 @@ _SPECIAL_KEYS = {
     "mask": "mask",
 }
 _NORMALIZER_KEY = "bitsmith.tokenizer.normalizer"
+_Item = TypeVar("_Item", str, int)
 _SPACE_IN_MERGE = chr(ord(" ") + 256)
 
 
@@ -96,22 +97,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     Raises UnsupportedError for another model than byte-level BPE or an unknown pre-tokenizer,
     DamagedFileError for lists that do not fit together.
     """
-    model, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    model, pre = metadata.get("tokenizer.ggml.model"), str(metadata.get("tokenizer.ggml.pre"))
     if model != "gpt2" or pre not in PRE_TOKENIZER_REGEXES:
         raise UnsupportedError(
-            f"tokenizer {printable(str(model))!r} with pre-tokenizer {printable(str(pre))!r} is unsupported; "
+            f"tokenizer {printable(str(model))!r} with pre-tokenizer {printable(pre)!r} is unsupported; "
             f"known: 'gpt2' with {', '.join(map(repr, PRE_TOKENIZER_REGEXES))}",
             path=path,
         )
-    tokens, types = metadata.get("tokenizer.ggml.tokens"), metadata.get("tokenizer.ggml.token_type")
-    if not isinstance(tokens, list) or not isinstance(types, list) or len(tokens) != len(types):
-        raise DamagedFileError("tokenizer.ggml.tokens and token_type are not lists of one length", path=path)
+    tokens, types = _list_of(str, metadata, "tokens", path), _list_of(int, metadata, "token_type", path)
+    if len(tokens) != len(types):
+        raise DamagedFileError(f"has {len(tokens)} tokenizer.ggml.tokens and {len(types)} types", path=path)
     vocab = {
         token: number
         for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
         if kind != UNUSED
     }
-    merges = [_split_merge(line) for line in metadata.get("tokenizer.ggml.merges") or []]
+    merges = [_split_merge(line) for line in _list_of(str, metadata, "merges", path)]
     try:
         tokenizer = Tokenizer(BPE(vocab=vocab, merges=merges))
     except Exception as error:  # the tokenizers package raises plain Exception
@@ -130,6 +131,13 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], path: Path) -> Tokenizer:
     ]
     tokenizer.add_tokens(added)
     return tokenizer
+
+
+def _list_of(kind: type[_Item], metadata: Mapping[str, Any], key: str, path: Path) -> list[_Item]:
+    value = metadata.get(f"tokenizer.ggml.{key}")
+    if not isinstance(value, list) or not all(type(item) is kind for item in value):
+        raise DamagedFileError(f"tokenizer.ggml.{key} is not a list of {kind.__name__}", path=path)
+    return value
 
 
 def _load_file(file: Path) -> Tokenizer:
@@ -236,7 +244,7 @@ def _special_ids(
         content = entry.get("content") if isinstance(entry, dict) else entry
         given = [config.get(f"{kind}_token_id") for config in configs]
         firsts = [ids[0] if isinstance(ids, list) and ids else ids for ids in given]
-        candidates = [by_content.get(content), *firsts]
+        candidates = [by_content.get(str(content)), *firsts]
         usable = [n for n in candidates if type(n) is int and 0 <= n < vocab_size]
         if usable:
             found[f"tokenizer.ggml.{key}_token_id"] = usable[0]
@@ -270,6 +278,10 @@ def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     names = []
     for choice in template if isinstance(template, list) else []:
+        if not isinstance(choice, dict) or not all(
+            isinstance(choice.get(k), str) for k in ("name", "template")
+        ):
+            raise DamagedFileError("chat_template is neither text nor a list of named texts", path=folder)
         name = "".join(c if c.isascii() and c.isalnum() else "_" for c in choice["name"])
         if name == "default":
             keys["tokenizer.chat_template"] = choice["template"]
