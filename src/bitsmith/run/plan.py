@@ -15,10 +15,11 @@ from bitsmith.archs import Export, architecture_of, export_view, import_view
 from bitsmith.archs.tokenizer import tokenizer_metadata
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.formats import format_named
-from bitsmith.run.mixes import Mix, Model, assign, fitting_type, is_quantizable, mix_named
-from bitsmith.store import TensorInfo, gguf_size_bytes
+from bitsmith.run.mixes import MIXES, Mix, Model, assign, fitting_type, is_quantizable, mix_named
+from bitsmith.store import TensorInfo, Typed, gguf_size_bytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
+from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
 
 QUANTIZATION_VERSION = 2
 """`general.quantization_version`: the layout of ggml's blocks that the formats write."""
@@ -56,6 +57,20 @@ class Source:
             "general.quantization_version": QUANTIZATION_VERSION,
             "general.file_type": mix.file_type,
         }
+
+    def file_bytes(self, infos: Sequence[TensorInfo]) -> int:
+        """Return the exact size of the file that holds `infos`, all of the source's tensors, in any types."""
+        return self._header_bytes + self._data_bytes(infos)
+
+    @cached_property
+    def _header_bytes(self) -> int:
+        # A quarter million tokens are packed to find it, and no type changes it.
+        infos = [TensorInfo(tensor.gguf_name, tensor.ref.shape, "F32") for tensor in self.tensors]
+        return gguf_size_bytes(self.metadata_for(MIXES["F32"]), infos) - self._data_bytes(infos)
+
+    def _data_bytes(self, infos: Iterable[TensorInfo]) -> int:
+        alignment = _plain(self.metadata.get(ALIGNMENT_KEY, DEFAULT_ALIGNMENT))
+        return sum(padded(info.nbytes, alignment) for info in infos)
 
 
 @dataclass(frozen=True)
@@ -198,7 +213,7 @@ def plan_source(
         pure=pure,
         tensor_types=tuple((override.pattern, override.type) for override in overrides),
         rows=rows,
-        file_bytes=gguf_size_bytes(source.metadata_for(mix), infos),
+        file_bytes=source.file_bytes(infos),
         set_aside=source.set_aside,
         notes=source.notes,
     )
@@ -311,12 +326,15 @@ def _source(
 
 def _number(metadata: Mapping[str, Any], key: str) -> int:
     """Return an integer of plain or typed metadata; of an array its first element, the first block's."""
-    value = metadata.get(key)
-    value = getattr(value, "value", value)
+    value = _plain(metadata.get(key))
     value = value[0] if isinstance(value, list) and value else value
     if not isinstance(value, int):
         raise BitsmithError(f"metadata {key!r} is {printable(repr(value))}, expected an integer")
     return value
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Typed) else value
 
 
 def _model_name(checkpoint: Checkpoint) -> str:
