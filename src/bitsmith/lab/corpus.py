@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from bitsmith.errors import BitsmithError
+from bitsmith.store.atomic import atomic_file
 
 QWEN35_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -24,7 +26,15 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-_SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "ensurepip", "__pycache__"}
+_SKIPPED_FOLDERS = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "ensurepip",
+    "__pycache__",
+}
 _HELD_OUT_SHARE = 20  # one file in twenty
 
 
@@ -47,7 +57,7 @@ def is_held_out(name: str) -> bool:
 
 
 def documents(held_out: bool) -> Iterator[str]:
-    """Yield the texts of one split, a source file each, in path order; files that are not UTF-8 are passed over."""
+    """Yield the texts of one split, a source file each, in path order, without those that are not UTF-8."""
     for name, path in source_files():
         if is_held_out(name) == held_out:
             try:
@@ -66,6 +76,13 @@ def held_out_text(limit_bytes: int = 200_000) -> str:
         if size >= limit_bytes:
             break
     return b"".join(parts)[:limit_bytes].decode("utf-8", "ignore")
+
+
+def write_held_out_text(out: Path, limit_bytes: int = 200_000, *, overwrite: bool = False) -> Path:
+    """Write `held_out_text(limit_bytes)` to `out`. Raises OutputError if it exists without `overwrite`."""
+    with atomic_file(out, overwrite=overwrite) as stream:
+        stream.write(held_out_text(limit_bytes).encode())
+    return out
 
 
 def train_tokenizer(vocab_size: int) -> Tokenizer:
@@ -90,3 +107,16 @@ def train_tokenizer(vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(documents(held_out=False), trainer)
     tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
     return tokenizer
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` with the lab's chat template."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+        "add_bos_token": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

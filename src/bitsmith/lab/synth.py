@@ -15,6 +15,7 @@ from bitsmith.archs import ARCHITECTURES, TensorSpec
 from bitsmith.errors import BitsmithError
 from bitsmith.formats import format_named
 from bitsmith.lab.models import DEMO_MODEL
+from bitsmith.progress import Progress, silent
 from bitsmith.store.checkpoint import ComputedTensor, TensorRef
 from bitsmith.store.safetensors_writer import SHARD_BYTES, TensorData, write_safetensors
 
@@ -211,6 +212,7 @@ def synth(
     layers: int | None = None,
     dtype: str = "BF16",
     shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
 ) -> Path:
     """Write a Hugging Face folder of a size of `SIZES` with random weights and the demo model's tokenizer.
 
@@ -220,12 +222,17 @@ def synth(
     config = synth_config(size, mtp=mtp, vision=vision, tied=tied, layers=layers, dtype=dtype)
     tensors = synth_tensors(config, seed, dtype)
     files = {name: (DEMO_MODEL / name).read_bytes() for name in _TOKENIZER_FILES}
-    data = [TensorData(name, ref.dtype, ref.shape, _encoded(ref)) for name, ref in tensors.items()]
+    total, done = sum(ref.size for ref in tensors.values()), 0
+
+    def encoded(ref: TensorRef) -> Iterator[NDArray[np.uint8]]:
+        nonlocal done
+        encoding = format_named(ref.dtype)
+        for start, stop in ref.slices(_SLICE_BYTES):
+            rows = ref.read(start, stop).reshape(1, -1)
+            yield encoding.encode(rows)
+            done += rows.size
+            progress("synth", done, total)
+
+    data = [TensorData(name, ref.dtype, ref.shape, encoded(ref)) for name, ref in tensors.items()]
     write_safetensors(out, data, config, shard_bytes=shard_bytes, files=files)
     return out
-
-
-def _encoded(ref: TensorRef) -> Iterator[NDArray[np.uint8]]:
-    encoding = format_named(ref.dtype)
-    for start, stop in ref.slices(_SLICE_BYTES):
-        yield encoding.encode(ref.read(start, stop).reshape(1, -1))

@@ -1,26 +1,33 @@
-"""Train a tiny real Qwen3.5 or Qwen3 on the Python standard library's sources, from random weights, on CPU."""
+"""Train a tiny real Qwen3.5 or Qwen3 on the Python standard library's sources, from random weights."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.lab.corpus import CHAT_TEMPLATE, documents, train_tokenizer
+from bitsmith.lab.corpus import documents, save_tokenizer, train_tokenizer
+from bitsmith.progress import Progress, silent
+from bitsmith.store.atomic import atomic_folder
 
 _FLOAT32_SUFFIXES = (".A_log", ".linear_attn.norm.weight")  # Qwen's own files keep these two in F32
+_SAVED_EVERY_SECONDS = 300.0
+_LOGGED_EVERY_STEPS = 100
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,8 @@ class TrainSpec:
 
 def model_config(spec: TrainSpec) -> Any:
     """Return the transformers config of `spec`: heads of 64, twice as many query as KV and V as K heads."""
-    from transformers import Qwen3_5TextConfig, Qwen3Config
-
     heads = max(2, spec.hidden_size // 64)
-    shared = {
+    shared: dict[str, Any] = {
         "hidden_size": spec.hidden_size,
         "num_hidden_layers": spec.num_hidden_layers,
         "intermediate_size": spec.intermediate_size,
@@ -87,8 +92,6 @@ def model_config(spec: TrainSpec) -> Any:
 
 def new_model(spec: TrainSpec) -> torch.nn.Module:
     """Return a freshly initialised causal LM of `spec`, seeded."""
-    from transformers import Qwen3_5ForCausalLM, Qwen3ForCausalLM
-
     torch.manual_seed(spec.seed)
     cls = Qwen3ForCausalLM if spec.arch == "qwen3" else Qwen3_5ForCausalLM
     model: torch.nn.Module = cls(model_config(spec))
@@ -96,7 +99,7 @@ def new_model(spec: TrainSpec) -> torch.nn.Module:
 
 
 def _token_stream(tokenizer: Tokenizer, held_out: bool) -> NDArray[np.int64]:
-    end = tokenizer.token_to_id("<|endoftext|>")
+    (end,) = tokenizer.encode("<|endoftext|>").ids
     ids: list[int] = []
     for encoding in tokenizer.encode_batch(list(documents(held_out))):
         ids.extend(encoding.ids)
@@ -104,21 +107,15 @@ def _token_stream(tokenizer: Tokenizer, held_out: bool) -> NDArray[np.int64]:
     return np.asarray(ids, dtype=np.int64)
 
 
-def _batch(stream: NDArray[np.int64], rng: np.random.Generator, spec: TrainSpec) -> torch.Tensor:
-    starts = rng.integers(0, len(stream) - spec.context_tokens - 1, spec.batch_size)
+def _batch(stream: NDArray[np.int64], seed: Sequence[int], spec: TrainSpec) -> torch.Tensor:
+    starts = np.random.default_rng(seed).integers(0, len(stream) - spec.context_tokens - 1, spec.batch_size)
     return torch.from_numpy(np.stack([stream[s : s + spec.context_tokens + 1] for s in starts]))
 
 
 def _loss_nats(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def _held_out_loss_nats(model: Any, stream: NDArray[np.int64], spec: TrainSpec) -> float:
-    rng = np.random.default_rng(12345)
-    with torch.no_grad():
-        return float(np.mean([_loss_nats(model, _batch(stream, rng, spec)).item() for _ in range(4)]))
+    return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
 
 
 def _optimizer(model: torch.nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
@@ -132,93 +129,128 @@ def _rate(done: float, step: int) -> float:
     return min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def train(out: Path, spec: TrainSpec) -> Path:
+class _Run:
+    """A training under way: model, optimizer, step, seconds spent and log, kept in one state file."""
+
+    def __init__(self, spec: TrainSpec, state: Path) -> None:
+        self.spec = spec
+        self.state = state
+        self.model = new_model(spec)
+        self.optimizer = _optimizer(self.model, spec)
+        self.step = 0
+        self.seconds = 0.0
+        self.log: list[dict[str, object]] = []
+        if state.exists():
+            self._resume()
+
+    def fit(
+        self, stream: NDArray[np.int64], held_out: NDArray[np.int64], progress: Progress
+    ) -> list[dict[str, object]]:
+        """Step until the spec's steps or minutes are spent; return the log."""
+        forward = torch.compile(self.model) if self.spec.compile else self.model
+        saved = resumed = time.monotonic() - self.seconds
+        while (done := self._done) < 1.0:
+            loss = self._advance(forward, _batch(stream, (self.spec.seed, self.step), self.spec), done)
+            self.seconds = time.monotonic() - resumed
+            if self.step % _LOGGED_EVERY_STEPS == 0 or self._done >= 1.0:
+                self._note(loss, self._held_out_loss_nats(forward, held_out))
+            if time.monotonic() - saved > _SAVED_EVERY_SECONDS:
+                self._save()
+                saved = time.monotonic()
+            progress("train", int(1000 * min(self._done, 1.0)), 1000)
+        return self.log
+
+    @property
+    def _done(self) -> float:
+        return max(self.step / self.spec.steps, self.seconds / (60 * self.spec.minutes))
+
+    def _advance(self, forward: Any, tokens: torch.Tensor, done: float) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.spec.learning_rate * _rate(done, self.step)
+        loss = _loss_nats(forward, tokens)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.item())
+
+    def _note(self, loss_nats: float, held_out_loss_nats: float) -> None:
+        row: dict[str, object] = {
+            "step": self.step,
+            "tokens": self.step * self.spec.batch_size * self.spec.context_tokens,
+            "seconds": round(self.seconds, 1),
+            "train_loss_nats": round(loss_nats, 4),
+            "held_out_loss_nats": round(held_out_loss_nats, 4),
+        }
+        self.log.append(row)
+
+    def _held_out_loss_nats(self, forward: Any, stream: NDArray[np.int64]) -> float:
+        with torch.no_grad():
+            losses = [_loss_nats(forward, _batch(stream, (12345, i), self.spec)).item() for i in range(4)]
+        return float(np.mean(losses))
+
+    def _save(self) -> None:
+        tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for name, p in self.model.named_parameters():
+            tensors |= {f"{moment}.{name}": self.optimizer.state[p][moment] for moment in _MOMENTS}
+        facts = {"spec": asdict(self.spec), "step": self.step, "seconds": self.seconds, "log": self.log}
+        part = self.state.with_name(self.state.name + ".part")
+        save_file(tensors, part, metadata={"run": json.dumps(facts)})
+        part.replace(self.state)
+
+    def _resume(self) -> None:
+        with safe_open(self.state, "pt") as file:
+            facts = json.loads(file.metadata()["run"])
+        if facts["spec"] != asdict(self.spec):
+            raise BitsmithError("holds a training with other options; finish or delete it", path=self.state)
+        self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
+        tensors = load_file(self.state)
+        for name, p in self.model.named_parameters():
+            p.data.copy_(tensors[f"model.{name}"])
+            moments = {moment: tensors[f"{moment}.{name}"] for moment in _MOMENTS}
+            self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+def train(out: Path, spec: TrainSpec, progress: Progress = silent) -> Path:
     """Train `spec` and write a Hugging Face folder with its tokenizer and `training_log.jsonl`.
 
     Cosine schedule over the steps or minutes, AdamW, bf16 autocast; losses are in nats per token.
     Weights are BF16 except `A_log` and `linear_attn.norm`, which stay F32 as in Qwen's own files.
+    A state file `.OUT.training` beside `out`, saved every five minutes, lets a killed run go on.
 
-    Raises OutputError if `out` exists.
+    Raises OutputError if `out` exists, BitsmithError for a hidden size that is no multiple of 128.
     """
     if out.exists():
-        raise OutputError("exists already; choose another folder", path=out)
+        raise OutputError("exists; choose another folder", path=out)
     if spec.hidden_size % 128:
         raise BitsmithError(f"hidden size {spec.hidden_size} is not a multiple of 128")
     tokenizer = train_tokenizer(spec.vocab_size)
-    stream = _token_stream(tokenizer, held_out=False)
-    held_out = _token_stream(tokenizer, held_out=True)
-    model = new_model(spec)
-    log = _fit(model, stream, held_out, spec)
-    save(out, model, tokenizer, spec)
-    (out / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    stream, held_out = (_token_stream(tokenizer, held_out=split) for split in (False, True))
+    run = _Run(spec, out.with_name(f".{out.name}.training"))
+    header = {
+        "spec": asdict(spec),
+        "parameters": sum(p.numel() for p in run.model.parameters()),
+        "train_tokens_available": len(stream),
+        "held_out_tokens_available": len(held_out),
+        "loss_unit": "nats per token",
+    }
+    log = [header, *run.fit(stream, held_out, progress)]
+    with atomic_folder(out, last="model.safetensors", stale=lambda _: False) as folder:
+        _save_model(folder, run.model, tokenizer, spec)
+        (folder / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    run.state.unlink(missing_ok=True)
     return out
 
 
-def _fit(
-    model: torch.nn.Module, stream: NDArray[np.int64], held_out: NDArray[np.int64], spec: TrainSpec
-) -> list[dict[str, object]]:
-    optimizer = _optimizer(model, spec)
-    forward = torch.compile(model) if spec.compile else model
-    rng = np.random.default_rng(spec.seed)
-    log: list[dict[str, object]] = [
-        {
-            "spec": asdict(spec),
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "train_tokens_available": len(stream),
-            "held_out_tokens_available": len(held_out),
-            "loss_unit": "nats per token",
-        }
-    ]
-    started, step, done = time.monotonic(), 0, 0.0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        bar = progress.add_task("training", total=1000)
-        while done < 1.0:
-            for group in optimizer.param_groups:
-                group["lr"] = spec.learning_rate * _rate(done, step)
-            loss = _loss_nats(forward, _batch(stream, rng, spec))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            step += 1
-            seconds = time.monotonic() - started
-            done = max(step / spec.steps, seconds / (60 * spec.minutes))
-            if step % 100 == 0 or done >= 1.0:
-                row: dict[str, object] = {
-                    "step": step,
-                    "tokens": step * spec.batch_size * spec.context_tokens,
-                    "seconds": round(seconds, 1),
-                    "train_loss_nats": round(loss.item(), 4),
-                    "held_out_loss_nats": round(_held_out_loss_nats(forward, held_out, spec), 4),
-                }
-                log.append(row)
-                progress.console.print(json.dumps(row), highlight=False)
-            progress.update(bar, completed=int(1000 * min(done, 1.0)))
-    return log
-
-
-def save(out: Path, model: Any, tokenizer: Tokenizer, spec: TrainSpec) -> None:
-    """Write `model` as a Hugging Face folder: config, BF16 safetensors, tokenizer and chat template."""
-    out.mkdir(parents=True)
+def _save_model(folder: Path, model: Any, tokenizer: Tokenizer, spec: TrainSpec) -> None:
     state = {
-        name: p.detach().to(torch.float32 if name.endswith(_FLOAT32_SUFFIXES) else torch.bfloat16).contiguous()
+        name: p.detach()
+        .to(torch.float32 if name.endswith(_FLOAT32_SUFFIXES) else torch.bfloat16)
+        .contiguous()
         for name, p in model.state_dict().items()
         if not (spec.tie_word_embeddings and name == "lm_head.weight")
     }
-    save_file(state, out / "model.safetensors", metadata={"format": "pt"})
-    model.config.save_pretrained(out)
-    save_tokenizer(out, tokenizer)
-
-
-def save_tokenizer(out: Path, tokenizer: Tokenizer) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` with the lab's chat template."""
-    tokenizer.save(str(out / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|endoftext|>",
-        "pad_token": "<|endoftext|>",
-        "add_bos_token": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.save_pretrained(folder)
+    save_tokenizer(folder, tokenizer)
