@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bitsmith.archs.arch import Architecture, TensorSpec, architecture_of, claim, match
@@ -29,7 +28,7 @@ class ExportTensor:
 class Export:
     """A checkpoint in GGUF layout: tensors in block order, architecture key/values, what is left out.
 
-    `metadata` lacks the tokenizer's keys and `general.file_type`.
+    `metadata` lacks the tokenizer's keys and `general.*` other than the architecture.
     """
 
     arch: Architecture
@@ -66,13 +65,7 @@ def export_view(checkpoint: Checkpoint) -> Export:
         for spec, ref in pairs
         if spec.gguf_name is not None
     ]
-    general = {
-        "general.architecture": arch.gguf_arch,
-        "general.type": "model",
-        "general.name": _folder_name(checkpoint.path),
-        "general.quantization_version": 2,
-    }
-    metadata = {**general, **arch.gguf_metadata()}
+    metadata = {"general.architecture": arch.gguf_arch, **arch.gguf_metadata()}
     return Export(arch, tensors, metadata, [spec for spec, _ in pairs if spec.gguf_name is None])
 
 
@@ -89,11 +82,6 @@ def import_view(checkpoint: Checkpoint) -> ImportedView:
     pairs = match(checkpoint, wanted, arch)
     tensors = {spec.name: _named(spec.from_gguf(ref), spec.name) for spec, ref in pairs}
     return ImportedView(checkpoint, tensors, arch, specs)
-
-
-def _folder_name(path: Path) -> str:
-    path = path.resolve()
-    return path.name if path.is_dir() else path.parent.name
 
 
 def _named(ref: TensorRef, name: str) -> TensorRef:
