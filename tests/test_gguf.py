@@ -17,46 +17,9 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFWriter,
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
+from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
 from bitsmith.store import TensorInfo, Typed, gguf_size_bytes, open_gguf, write_gguf
-
-U32, STRING, ARRAY, U64 = 4, 8, 9, 10
-F32, Q8_0 = 0, 8
-
-
-def text(value: bytes | str) -> bytes:
-    raw = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(raw)) + raw
-
-
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + value
-
-
-def info(name: bytes | str, dims: list[int], kind: int = F32, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-
-
-def whole(
-    pairs: list[bytes] | None = None,
-    infos: list[bytes] | None = None,
-    data: bytes = bytes(1024),
-    *,
-    magic: bytes = b"GGUF",
-    version: bytes = struct.pack("<I", 3),
-    n_pairs: int | None = None,
-    n_tensors: int | None = None,
-    align: int = 32,
-) -> bytes:
-    """Return a file from its parts, sound or not."""
-    pairs, infos = pairs or [], infos or []
-    counts = struct.pack(
-        "<QQ",
-        len(infos) if n_tensors is None else n_tensors,
-        len(pairs) if n_pairs is None else n_pairs,
-    )
-    head = magic + version + counts + b"".join(pairs) + b"".join(infos)
-    return head + bytes(-len(head) % align) + data
+from broken_files import ARRAY, F32, Q8_0, STRING, U32, U64, info, pair, text, whole
 
 
 def alignment(value: int, kind: int = U32) -> bytes:
@@ -392,98 +355,6 @@ def test_a_vocabulary_of_248k_tokens_opens_within_a_second(tmp_path: Path) -> No
     assert seconds < 1
 
 
-# ---------------------------------------------------------------- writing
-
-WRONG_METADATA: dict[str, tuple[Any, str]] = {
-    "negative": (-1, "does not fit UINT32"),
-    "too large": (2**32, "does not fit UINT32"),
-    "large in an array": ([2**31], "does not fit INT32"),
-    "float too large": (1e300, "does not fit FLOAT32"),
-    "empty array": ([], "empty array"),
-    "mixed array": ([1, "a"], "not all INT32"),
-    "flags among numbers": ([1, True], "not all INT32"),
-    "an object": ({"a": 1}, "dict"),
-    "nothing": (None, "NoneType"),
-    "unknown type": (Typed("UINT128", 1), "UINT128"),
-    "array type": (Typed("ARRAY", [1]), "ARRAY"),
-    "text as a number": (Typed("UINT32", "1"), "not all UINT32"),
-    "lone surrogate": ("\ud800", "Unicode"),
-}
-
-
-@pytest.mark.parametrize("fault", WRONG_METADATA)
-def test_metadata_that_gguf_cannot_hold_is_refused(tmp_path: Path, fault: str) -> None:
-    value, words = WRONG_METADATA[fault]
-    with pytest.raises(BitsmithError, match=f"'a.key'.*{words}"):
-        write_gguf(tmp_path / "x.gguf", {"a.key": value}, [], lambda _: [])
-    assert not list(tmp_path.iterdir())
-
-
-WRONG_TENSORS: dict[str, tuple[list[TensorInfo], str]] = {
-    "long name": ([TensorInfo("n" * 64, (1,), "F32")], "64 bytes"),
-    "no name": ([TensorInfo("", (1,), "F32")], "0 bytes"),
-    "NUL in a name": ([TensorInfo("a\0", (1,), "F32")], "NUL"),
-    "surrogate in a name": ([TensorInfo("\ud800", (1,), "F32")], "Unicode"),
-    "name twice": ([TensorInfo("w", (1,), "F32")] * 2, "'w': appears twice"),
-    "five dimensions": ([TensorInfo("w", (1,) * 5, "F32")], "'w': has shape"),
-    "empty dimension": ([TensorInfo("w", (4, 0), "F32")], "'w': has shape"),
-    "row that cuts a block": ([TensorInfo("w", (2, 100), "Q4_K")], "'w': has rows of 100, Q4_K"),
-    "unknown type": ([TensorInfo("w", (1,), "Q9_Z")], "'w': has the unknown ggml type 'Q9_Z'"),
-}
-
-
-@pytest.mark.parametrize("fault", WRONG_TENSORS)
-def test_tensors_that_gguf_cannot_hold_are_refused(tmp_path: Path, fault: str) -> None:
-    tensors, words = WRONG_TENSORS[fault]
-    for act in (
-        lambda: gguf_size_bytes({}, tensors),
-        lambda: write_gguf(tmp_path / "x.gguf", {}, tensors, lambda _: [b"1234"]),
-    ):
-        with pytest.raises(BitsmithError, match=words):
-            act()
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("chunks", [[], [b"1234"], [b"12345678", b"9"], [np.zeros(3, np.float32)]])
-def test_wrong_byte_counts_are_refused_and_leave_nothing(tmp_path: Path, chunks: list[Any]) -> None:
-    with pytest.raises(BitsmithError, match=r"x\.gguf: tensor 'w': .*expected 8"):
-        write_gguf(tmp_path / "x.gguf", {}, [TensorInfo("w", (2,), "F32")], lambda _: chunks)
-    assert not list(tmp_path.iterdir())
-
-
-def test_output_that_exists_or_is_the_input_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "x.gguf"
-    tensors = [TensorInfo("w", (2,), "F32")]
-    write_gguf(path, {}, tensors, lambda _: [bytes(8)])
-    before = path.read_bytes()
-    with pytest.raises(OutputError, match="exists; pass --overwrite"):
-        write_gguf(path, {}, tensors, lambda _: [b"12345678"])
-    with open_gguf(path) as opened, pytest.raises(OutputError, match="is the input"):
-        write_gguf(path, {}, tensors, lambda _: [b"12345678"], overwrite=True, sources=opened.files)
-    assert path.read_bytes() == before
-    write_gguf(path, {}, tensors, lambda _: [b"12345678"], overwrite=True)
-    assert open_gguf(path)["w"].raw().tobytes() == b"12345678"
-
-
-def test_writing_holds_one_chunk_at_a_time(tmp_path: Path) -> None:
-    rows, width = 64, 1 << 18
-
-    def encode(_: TensorInfo) -> Iterator[Any]:
-        for number in range(rows):
-            yield np.full((1, width), number, np.float32)
-
-    tracemalloc.start()
-    try:
-        write_gguf(tmp_path / "x.gguf", {}, [TensorInfo("w", (rows, width), "F32")], encode)
-        with open_gguf(tmp_path / "x.gguf") as opened:
-            for start, stop in opened["w"].slices(1 << 20):
-                assert np.all(opened["w"].read(start, stop) == start)
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
-    assert peak < 6 << 20 < opened["w"].nbytes // 8
-
-
 # ---------------------------------------------------------------- properties
 
 HERE = [HealthCheck.function_scoped_fixture]
@@ -525,44 +396,3 @@ def test_what_is_written_is_read(tmp_path: Path, metadata: dict[str, Any], shape
         for name, raw in data.items():
             np.testing.assert_array_equal(opened[name].raw(), raw)
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.gguf"]
-
-
-SEED = whole(
-    [
-        pair("general.alignment", U32, struct.pack("<I", 32)),
-        pair("a.tokens", ARRAY, struct.pack("<IQ", STRING, 3) + text("x") + text("yy") + text("")),
-        pair("a.types", ARRAY, struct.pack("<IQ3i", 5, 3, 1, 2, 3)),
-    ],
-    [info("w", [32, 3], Q8_0), info("v", [4], F32, 128), info("u", [], F32, 160)],
-    bytes(192),
-)
-
-
-@settings(max_examples=800, suppress_health_check=HERE, deadline=None)
-@given(data=st.data())
-def test_a_mutated_file_opens_or_is_refused(tmp_path: Path, data: st.DataObject) -> None:
-    changed = bytearray(SEED)
-    for _ in range(data.draw(st.integers(1, 4))):
-        at = data.draw(st.integers(0, max(0, len(changed) - 1)))
-        match data.draw(st.sampled_from(["flip", "insert", "cut", "large", "splice"])):
-            case "flip":
-                changed[at : at + 1] = bytes([data.draw(st.integers(0, 255))])
-            case "insert":
-                changed[at:at] = data.draw(st.binary(max_size=6))
-            case "cut":
-                del changed[at : at + data.draw(st.integers(1, 8))]
-            case "large":
-                changed[at : at + 8] = struct.pack(
-                    "<Q", data.draw(st.sampled_from([MOST, 1 << 63, 1 << 62, 1 << 31]))
-                )
-            case "splice":
-                start = data.draw(st.integers(0, len(SEED)))
-                changed[at:at] = SEED[start : start + 20]
-    path = tmp_path / "model.gguf"
-    path.write_bytes(changed)
-    try:
-        with open_gguf(path) as opened:
-            for ref in opened.values():
-                assert ref.raw().size == ref.nbytes <= len(changed)
-    except BitsmithError as error:
-        assert "\n" not in str(error)
