@@ -7,7 +7,7 @@ a rounder that feeds errors back replaces only `round`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -20,9 +20,6 @@ Codes = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 
 _PIECE_WEIGHTS = 1 << 18
-
-NO_TABLE = np.zeros(1, np.float32)
-"""Stands for evenly spaced levels where a kernel takes a rounding table."""
 
 
 class Fields(NamedTuple):
@@ -69,7 +66,6 @@ class BlockFormat(Format):
     sub_size: ClassVar[int]
     levels: ClassVar[Float32]
     first_code: ClassVar[int] = 0
-    rounding_table: ClassVar[Float32] = NO_TABLE
 
     @property
     def subs(self) -> int:
@@ -155,10 +151,12 @@ class BlockFormat(Format):
         blocks = np.ascontiguousarray(importance, dtype=np.float64).reshape(-1, self.block_size)
         largest = blocks.max(axis=1, keepdims=True)
         scaled = np.divide(blocks, largest, out=np.ones_like(blocks), where=largest > 0)
-        return np.maximum(scaled, 1e-9).astype(np.float32)
+        weights: Float32 = np.maximum(scaled, 1e-9).astype(np.float32)
+        return weights
 
     def _round(self, blocks: Float32, fields: Fields, codes: Codes) -> None:
-        _nearest_codes(blocks, *fields, self.levels, self.first_code, self.rounding_table, codes)
+        zero, low, high = -self.levels[0], np.float32(self.first_code), np.float32(len(self.levels) - 1)
+        _nearest_codes(blocks, *fields, zero, low, high, codes)
 
     @abstractmethod
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
@@ -193,33 +191,46 @@ def _dequantize(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _grid(d: np.float32, scale: int, m: np.float32, least: int) -> tuple[np.float32, np.float32]:
+    """Return the inverse step (0 for a step of 0) and the offset of a sub-block."""
+    step = d * np.float32(scale)
+    return (np.float32(1.0) / step if step != 0 else np.float32(0.0)), m * np.float32(least)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _nearest_codes(
-    blocks: Float32,
-    d: Float32,
-    m: Float32,
-    scales: Int16,
-    mins: Int16,
-    levels: Float32,
-    first_code: int,
-    table: Any,
-    codes: Codes,
-) -> None:
-    subs = scales.shape[1]
-    size = codes.shape[1] // subs
-    zero = -levels[0]
-    low = np.float32(first_code)
-    high = np.float32(levels.size - 1)
-    middle = np.float32(table.size // 2)
+    blocks: Float32, d: Float32, m: Float32, scales: Int16, mins: Int16,
+    zero: np.float32, low: np.float32, high: np.float32, codes: Codes,
+) -> None:  # fmt: skip
+    """Round to evenly spaced levels, 32 weights at a time: they lie in one sub-block or in two of 16."""
+    subs, runs = scales.shape[1], codes.shape[1] // 32
+    x, c = blocks.reshape(-1, 32), codes.reshape(-1, 32)
     for b in range(codes.shape[0]):
-        for s in range(subs):
-            step = d[b] * np.float32(scales[b, s])
-            offset = m[b] * np.float32(mins[b, s])
-            inverse = np.float32(1.0) / step if step != 0 else np.float32(0.0)
-            if table.size == 1:
-                for j in range(s * size, (s + 1) * size):
-                    place = (blocks[b, j] + offset) * inverse + zero
-                    codes[b, j] = np.uint8(np.int32(np.rint(min(max(place, low), high))))
+        for r in range(runs):
+            k, s = b * runs + r, r * subs // runs
+            inverse, offset = _grid(d[b], scales[b, s], m[b], mins[b, s])
+            if subs <= runs:
+                for j in range(32):
+                    place = (x[k, j] + offset) * inverse + zero
+                    c[k, j] = np.uint8(np.int32(np.rint(min(max(place, low), high))))
             else:
-                for j in range(s * size, (s + 1) * size):
-                    place = (blocks[b, j] + offset) * inverse * np.float32(2.0) + middle
-                    codes[b, j] = table[np.int32(min(max(place, np.float32(0.0)), middle + middle - 1))]
+                inverse2, offset2 = _grid(d[b], scales[b, s + 1], m[b], mins[b, s + 1])
+                for j in range(32):
+                    place = (x[k, j] + (offset if j < 16 else offset2)) * (inverse if j < 16 else inverse2)
+                    c[k, j] = np.uint8(np.int32(np.rint(min(max(place + zero, low), high))))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def nearest_in_table(blocks: Float32, d: Float32, scales: Int16, table: Codes, codes: Codes) -> None:
+    """Round to the codes of a table by `floor(2 x / step) + len / 2`, 32 weights per sub-block."""
+    x, c, flat = blocks.reshape(-1, 32), codes.reshape(-1, 32), scales.reshape(-1)
+    places = np.empty(32, np.uint16)
+    middle = np.float32(table.size // 2)
+    top = middle + middle - np.float32(1.0)
+    for k in range(x.shape[0]):
+        inverse, _ = _grid(d[k // scales.shape[1]], flat[k], np.float32(0.0), 0)
+        for j in range(32):
+            place = x[k, j] * inverse * np.float32(2.0) + middle
+            places[j] = np.int32(min(max(place, np.float32(0.0)), top))
+        for j in range(32):
+            c[k, j] = table[places[j]]

@@ -5,41 +5,50 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
+from bitsmith.formats.blocks import BlockFormat, Codes, Fields, Int16, halves, nearest_in_table
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.klayout import put_half
 from bitsmith.formats.search import fit_super_symmetric, fit_symmetric
+from bitsmith.formats.starts import floats
 
 _LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32
 )
 
 
-def _nearest_table(levels: Float32) -> tuple[Float32, Float32]:
+def _nearest_table(levels: Float32) -> tuple[Codes, Float32]:
     """Return the nearest code and level to a place `p` at `floor(2 p) + 256` (bin edges are halves)."""
     places = (np.arange(512) - 256 + 0.5) / 2
     codes = np.abs(places[:, None] - levels).argmin(axis=1)
-    return codes.astype(np.float32), levels[codes]
+    return codes.astype(np.uint8), levels[codes]
 
 
 _CODE_TABLE, _LEVEL_TABLE = _nearest_table(_LEVELS)
 
-_TARGETS = np.concatenate([np.arange(-148, -99, 4), np.arange(92, 133, 5)]).astype(np.float32)
+_STARTS = floats(
+    -130, 118, -142, -122, -108, 136, 110, -160, 126, -190, -136, 152, -102, 92, -126, 178, -86, -114, -150,
+    114, -176, 104, 144, -200,
+)  # fmt: skip
 
 
-class IQ4_NL(BlockFormat):
+class _Uneven(BlockFormat):
+    sub_size = 32
+    levels = _LEVELS
+
+    def _round(self, blocks: Float32, fields: Fields, codes: Codes) -> None:
+        nearest_in_table(blocks, fields.d, fields.scales, _CODE_TABLE, codes)
+
+
+class IQ4_NL(_Uneven):
     """4 bits on uneven levels, one float16 scale per 32."""
 
     name = "IQ4_NL"
     ggml_type = 20
     block_size = 32
     block_bytes = 18
-    sub_size = 32
-    levels = _LEVELS
-    rounding_table = _CODE_TABLE
 
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
-        fit_symmetric(blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _TARGETS, 3, fields.d)
+        fit_symmetric(blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _STARTS, 1, fields.d)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         _pack_halves(fields.d, codes, 2, out)
@@ -49,22 +58,18 @@ class IQ4_NL(BlockFormat):
         _unpack_halves(blocks[:, 2:], codes)
 
 
-class IQ4_XS(BlockFormat):
+class IQ4_XS(_Uneven):
     """4 bits on uneven levels: 8 sub-blocks of 32 with signed 6-bit scales."""
 
     name = "IQ4_XS"
     ggml_type = 23
     block_size = 256
     block_bytes = 136
-    sub_size = 32
-    levels = _LEVELS
-    rounding_table = _CODE_TABLE
-    spreads = np.array([0], np.float32)
 
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
         fit_super_symmetric(
-            blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _TARGETS, -32, 31, self.spreads,
-            fields.d, fields.scales,
+            blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _STARTS, 2,
+            np.float32(-32), np.float32(31), fields.d, fields.scales,
         )  # fmt: skip
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -90,7 +95,7 @@ def _pack_halves(d: Float32, codes: Codes, at: int, out: Bytes) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _pack_scales(scales: np.ndarray, out: Bytes) -> None:
+def _pack_scales(scales: Int16, out: Bytes) -> None:
     for b in range(scales.shape[0]):
         out[b, 2] = 0
         out[b, 3] = 0

@@ -7,35 +7,37 @@ from typing import ClassVar
 import numpy as np
 
 from bitsmith.formats import klayout
-from bitsmith.formats.blocks import NO_TABLE, BlockFormat, Codes, Fields, halves
+from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
 from bitsmith.formats.format import Bytes, Float32
-from bitsmith.formats.search import fit_super_affine, fit_super_symmetric
+from bitsmith.formats.search import EVEN, fit_super_affine, fit_super_symmetric
+from bitsmith.formats.starts import AFFINE_2, AFFINE_4, AFFINE_5, floats
 
 
 class _Symmetric(BlockFormat):
     block_size = 256
-    scale_range: ClassVar[tuple[int, int]]
-    targets: ClassVar[Float32]
-    spreads: ClassVar[Float32]
+    scale_range: ClassVar[Float32]
+    starts: ClassVar[Float32]
+    reach: ClassVar[int]
 
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
         low, high = self.levels[self.first_code], self.levels[-1]
         fit_super_symmetric(
-            blocks, weights, first, low, high, NO_TABLE, self.targets, *self.scale_range, self.spreads,
-            fields.d, fields.scales,
+            blocks, weights, first, low, high, EVEN, self.starts, self.reach, self.scale_range[0],
+            self.scale_range[1], fields.d, fields.scales,
         )  # fmt: skip
 
 
 class _Affine(BlockFormat):
     block_size = 256
-    scale_max: ClassVar[int]
-    targets: ClassVar[Float32]
-    spreads: ClassVar[Float32]
+    scale_max: ClassVar[np.float32]
+    starts: ClassVar[Float32]
+    reach: ClassVar[tuple[int, int]] = (3, 1)
 
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
         fit_super_affine(
-            blocks, weights, first, self.levels[-1], self.targets, self.scale_max, self.spreads, *fields
-        )
+            blocks, weights, first, self.levels[-1], self.starts, self.reach[0], self.reach[1],
+            self.scale_max, fields.d, fields.m, fields.scales, fields.mins,
+        )  # fmt: skip
 
 
 class Q2_K(_Affine):
@@ -46,9 +48,8 @@ class Q2_K(_Affine):
     block_bytes = 84
     sub_size = 16
     levels = np.arange(4, dtype=np.float32)
-    scale_max = 15
-    targets = np.arange(2, 4.4, 0.1, dtype=np.float32)
-    spreads = np.array([0], np.float32)
+    scale_max = np.float32(15)
+    starts = AFFINE_2
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q2(*fields, codes, out)
@@ -69,9 +70,9 @@ class Q3_K(_Symmetric):
     block_bytes = 110
     sub_size = 16
     levels = np.arange(-4, 4, dtype=np.float32)
-    scale_range = (-32, 31)
-    targets = np.arange(-5.2, -2.8, 0.15, dtype=np.float32)
-    spreads = np.array([0], np.float32)
+    scale_range = floats(-32, 31)
+    starts = floats(-4.24, -3.24, -4.6, -3.84, -5.36, -2.96, 4.6, -6.0, 5.92, 4.04, 5.12, -4.04)
+    reach = 2
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q3(fields.d, fields.scales, codes, out)
@@ -90,9 +91,8 @@ class Q4_K(_Affine):
     block_bytes = 144
     sub_size = 32
     levels = np.arange(16, dtype=np.float32)
-    scale_max = 63
-    targets = np.arange(14, 17.6, 0.2, dtype=np.float32)
-    spreads = np.array([0], np.float32)
+    scale_max = np.float32(63)
+    starts = AFFINE_4
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q45(*fields, False, codes, out)
@@ -110,9 +110,9 @@ class Q5_K(_Affine):
     block_bytes = 176
     sub_size = 32
     levels = np.arange(32, dtype=np.float32)
-    scale_max = 63
-    targets = np.arange(30, 33.6, 0.2, dtype=np.float32)
-    spreads = np.array([0], np.float32)
+    scale_max = np.float32(63)
+    starts = AFFINE_5
+    reach = (3, 2)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q45(*fields, True, codes, out)
@@ -130,9 +130,12 @@ class Q6_K(_Symmetric):
     block_bytes = 210
     sub_size = 16
     levels = np.arange(-32, 32, dtype=np.float32)
-    scale_range = (-128, 127)
-    targets = np.arange(-33, -29.9, 0.2, dtype=np.float32)
-    spreads = np.array([0], np.float32)
+    scale_range = floats(-128, 127)
+    starts = floats(
+        -32.0, -31.04, -30.08, -29.12, -27.84, -26.88, -32.64, -25.92, -24.96, -24.0, -33.6, -23.04, -28.48,
+        -31.68, -21.12, -29.76, -30.72, -22.08, -35.2, -28.8, -27.2, -32.32, -31.36, -34.24,
+    )  # fmt: skip
+    reach = 3
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q6(fields.d, fields.scales, codes, out)

@@ -1,4 +1,4 @@
-"""The 32-weight formats: Q8_0 Q4_0 Q4_1 Q5_0 Q5_1. A block is a float16 d [, a float16 m] [, high bits], codes."""
+"""The 32-weight formats: Q8_0 Q4_0 Q4_1 Q5_0 Q5_1: float16 d [, float16 m] [, high bits], codes."""
 
 from __future__ import annotations
 
@@ -7,23 +7,31 @@ from typing import ClassVar
 import numpy as np
 from numba import njit
 
-from bitsmith.formats.blocks import NO_TABLE, BlockFormat, Codes, Fields, halves
+from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
 from bitsmith.formats.format import Bytes, Float32
-from bitsmith.formats.search import fit_affine, fit_symmetric
+from bitsmith.formats.search import EVEN, fit_affine, fit_symmetric
+from bitsmith.formats.starts import AFFINE_4, AFFINE_5, floats
 from bitsmith.numerics.half import half_bits
 
 
 class _Legacy(BlockFormat):
+    """One scale per block; fewer starts are tried where every weight counts the same."""
+
     block_size = 32
     sub_size = 32
-    quick_targets: ClassVar[Float32]
-    targets: ClassVar[Float32]
     high_bits: ClassVar[bool] = False
+    starts: ClassVar[Float32]
+    plain_starts: ClassVar[int]
+    plain_rounds: ClassVar[int]
+
+    def _effort(self, weights: Float32) -> tuple[Float32, int]:
+        if len(weights) == 1 and bool((weights == 1).all()):
+            return self.starts[: self.plain_starts], self.plain_rounds
+        return self.starts, 1
 
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
-        targets, rounds = (self.quick_targets, 1) if len(weights) == 1 else (self.targets, 2)
         low, high = self.levels[self.first_code], self.levels[-1]
-        fit_symmetric(blocks, weights, first, low, high, NO_TABLE, targets, rounds, fields.d)
+        fit_symmetric(blocks, weights, first, low, high, EVEN, *self._effort(weights), fields.d)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         _pack_nibbles(fields.d, fields.m, False, self.high_bits, codes, out)
@@ -35,8 +43,7 @@ class _Legacy(BlockFormat):
 
 class _LegacyAffine(_Legacy):
     def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
-        targets, rounds = (self.quick_targets, 1) if len(weights) == 1 else (self.targets, 2)
-        fit_affine(blocks, weights, first, self.levels[-1], targets, rounds, fields.d, fields.m)
+        fit_affine(blocks, weights, first, self.levels[-1], *self._effort(weights), fields.d, fields.m)
         fields.mins[:] = 1
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -57,11 +64,9 @@ class Q8_0(_Legacy):
     block_bytes = 34
     levels = np.arange(-128, 128, dtype=np.float32)
     first_code = 1
-    quick_targets = np.array([-127], np.float32)
-    targets = np.array([-127], np.float32)
-
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
-        super()._fit(blocks, weights, first, fields)
+    starts = floats(-127, -126, -124, -125, -123, -122, -120, -121, -118, -116)
+    plain_starts = 4
+    plain_rounds = 0
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         _pack_bytes(fields.d, codes, out)
@@ -78,8 +83,12 @@ class Q4_0(_Legacy):
     ggml_type = 2
     block_bytes = 18
     levels = np.arange(-8, 8, dtype=np.float32)
-    quick_targets = np.array([-8, -7.4], np.float32)
-    targets = np.arange(-9.2, -6, 0.2, dtype=np.float32)
+    starts = floats(
+        -8.24, -7.76, -8.64, -9.12, -7.2, -10.4, 8.8, -11.76, -6.16, 9.84, -6.88, -9.68, 8.32, 11.12, -7.6,
+        -8.0, -8.8, 11.92, -5.2, -10.96,
+    )  # fmt: skip
+    plain_starts = 2
+    plain_rounds = 0
 
 
 class Q4_1(_LegacyAffine):
@@ -89,8 +98,9 @@ class Q4_1(_LegacyAffine):
     ggml_type = 3
     block_bytes = 20
     levels = np.arange(16, dtype=np.float32)
-    quick_targets = np.array([15], np.float32)
-    targets = np.arange(14, 18, 0.25, dtype=np.float32)
+    starts = AFFINE_4
+    plain_starts = 1
+    plain_rounds = 0
 
 
 class Q5_0(_Legacy):
@@ -101,8 +111,12 @@ class Q5_0(_Legacy):
     block_bytes = 22
     high_bits = True
     levels = np.arange(-16, 16, dtype=np.float32)
-    quick_targets = np.array([-16], np.float32)
-    targets = np.arange(-17.2, -14, 0.2, dtype=np.float32)
+    starts = floats(
+        -16.16, -15.2, -16.8, -14.08, -18.4, -15.84, -13.12, -16.48, -19.84, -17.6, -15.36, -12.0, -14.72,
+        -22.4, -19.04, -13.76, 16.96, -12.8, -11.04, -20.8, -14.4, -23.84, -15.68, 16.32,
+    )  # fmt: skip
+    plain_starts = 4
+    plain_rounds = 0
 
 
 class Q5_1(_LegacyAffine):
@@ -113,8 +127,9 @@ class Q5_1(_LegacyAffine):
     block_bytes = 24
     high_bits = True
     levels = np.arange(32, dtype=np.float32)
-    quick_targets = np.array([31], np.float32)
-    targets = np.arange(30, 34, 0.25, dtype=np.float32)
+    starts = AFFINE_5
+    plain_starts = 2
+    plain_rounds = 0
 
 
 @njit(nogil=True, cache=True)

@@ -5,8 +5,11 @@ the loops vectorise without reassociation and the result does not depend on the 
 the number of threads or on how the rows were cut. Values are scaled by a power of two per block (`unit`),
 which is exact and keeps every sum in range.
 
-A candidate scale is judged by the best error its codes allow: with codes `q`, the scale `sum(wqx) / sum(wqq)`
-leaves the error `sum(wxx) - sum(wqx)^2 / sum(wqq)`, so the largest gain `sum(wqx)^2 / sum(wqq)` wins.
+First every sub-block tries a list of starts. Its codes `q` under a start allow the least-squares scale
+`sum(wqx) / sum(wqq)`, which lowers the error from `sum(wxx)` by the gain `sum(wqx)^2 / sum(wqq)` (with an
+offset: the two-variable form); the largest gain wins. Then, where sub-scales are whole numbers, the
+neighbours of the rounded ones are tried by their exact error, and the block's float16 factors are refitted by
+least squares to the codes and whole numbers found, in turn; the best block seen is kept.
 """
 
 from __future__ import annotations
@@ -20,7 +23,12 @@ from bitsmith.numerics.half import HALF_TINY, half_round
 
 LANES = 64
 
+EVEN = np.zeros(1, np.float32)
+"""Stands for whole-number levels where a kernel takes a table of levels."""
+
+_REFITS = 3  # times the whole numbers of a block are chosen; between two, its float16 factors are refitted
 _SMALLEST = np.float32(2.0**-100)  # blocks whose largest weight is below it are stored as zeros
+_LOWEST = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
@@ -29,7 +37,7 @@ Int16 = NDArray[np.int16]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _load_weights(weights: Float32, block: int, blocks: int, subs: int, w: Float32) -> None:
+def _load_weights(weights: Float32, block: int, subs: int, w: Float32) -> None:
     size = w.shape[0]
     for lane in range(LANES):
         row = (block + lane // subs) % weights.shape[0]
@@ -39,22 +47,23 @@ def _load_weights(weights: Float32, block: int, blocks: int, subs: int, w: Float
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _power_of_two(block: Float32) -> np.float32:
+    """Return the power of two at or below the largest magnitude, 0 for a block to be stored as zeros."""
+    bits = np.int32(0)
+    for value in block.view(np.int32):
+        bits = max(bits, np.int32(value & np.int32(0x7FFFFFFF)))
+    if np.int32(bits).view(np.float32) < _SMALLEST:
+        return _ZERO
+    exponent = min(np.int32(bits & np.int32(0x7F800000)), np.int32(0x7E000000))
+    return np.int32(exponent).view(np.float32)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float32) -> None:
     size = x.shape[0]
     for k in range(LANES // subs):
-        scale = _ZERO
-        inverse = _ZERO
-        if block + k < blocks.shape[0]:
-            bits = np.int32(0)
-            for j in range(subs * size):
-                bits = max(
-                    bits, np.int32(np.float32(blocks[block + k, j]).view(np.int32) & np.int32(0x7FFFFFFF))
-                )
-            largest = np.int32(bits).view(np.float32)
-            if largest >= _SMALLEST:
-                exponent = min(np.int32(bits & np.int32(0x7F800000)), np.int32(0x7E000000))
-                scale = np.int32(exponent).view(np.float32)
-                inverse = _ONE / scale
+        scale = _power_of_two(blocks[block + k]) if block + k < blocks.shape[0] else _ZERO
+        inverse = _ONE / scale
         for s in range(subs):
             lane = k * subs + s
             unit[lane] = scale
@@ -69,8 +78,13 @@ def _load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float3
 @njit(nogil=True, cache=True, error_model="numpy")
 def _symmetric_sums(
     x: Float32, w: Float32, inverse: Float32, low: np.float32, high: np.float32, table: Float32,
-    sqx: Float32, sqq: Float32,
+    places: NDArray[np.uint16], sqx: Float32, sqq: Float32,
 ) -> None:  # fmt: skip
+    """Sum `w q x` and `w q q` per lane for the levels `q` nearest to `x * inverse`.
+
+    With a table, a place `p` has its level at index `floor(2 p) + len / 2`; the index is stored first so that
+    both halves vectorise.
+    """
     for lane in range(LANES):
         sqx[lane] = _ZERO
         sqq[lane] = _ZERO
@@ -82,23 +96,26 @@ def _symmetric_sums(
                 wq = w[j, lane] * q
                 sqx[lane] += wq * value
                 sqq[lane] += wq * q
-    else:
-        middle = np.float32(table.size // 2)
-        top = middle + middle - _ONE
-        for j in range(x.shape[0]):
-            for lane in range(LANES):
-                value = x[j, lane]
-                q = table[np.int32(min(max(value * inverse[lane] * _TWO + middle, _ZERO), top))]
-                wq = w[j, lane] * q
-                sqx[lane] += wq * value
-                sqq[lane] += wq * q
+        return
+    middle = np.float32(table.size // 2)
+    top = middle + middle - _ONE
+    for j in range(x.shape[0]):
+        for lane in range(LANES):
+            place = x[j, lane] * inverse[lane] * _TWO + middle
+            places[lane] = np.int32(min(max(place, _ZERO), top))
+        for lane in range(LANES):
+            q = table[places[lane]]
+            wq = w[j, lane] * q
+            sqx[lane] += wq * x[j, lane]
+            sqq[lane] += wq * q
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _search_symmetric(
-    x: Float32, w: Float32, low: np.float32, high: np.float32, table: Float32, targets: Float32, rounds: int,
-    scratch: Float32, scale: Float32,
+    x: Float32, w: Float32, low: np.float32, high: np.float32, table: Float32, starts: Float32, rounds: int,
+    places: NDArray[np.uint16], scratch: Float32, scale: Float32,
 ) -> None:  # fmt: skip
+    """Find `x ≈ scale * q` per lane. A start is the place that the lane's extreme value is put at."""
     extreme, inverse, sqx, sqq, best = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     for lane in range(LANES):
         extreme[lane] = _ZERO
@@ -108,12 +125,12 @@ def _search_symmetric(
         for lane in range(LANES):
             value = x[j, lane]
             extreme[lane] = value if abs(value) > abs(extreme[lane]) else extreme[lane]
-    for t in range(targets.size + rounds):
+    for t in range(starts.size + rounds):
         for lane in range(LANES):
-            at = extreme[lane] if t < targets.size else scale[lane]
-            target = targets[t] if t < targets.size else _ONE
+            at = extreme[lane] if t < starts.size else scale[lane]
+            target = starts[t] if t < starts.size else _ONE
             inverse[lane] = target / at if at != 0 else _ZERO
-        _symmetric_sums(x, w, inverse, low, high, table, sqx, sqq)
+        _symmetric_sums(x, w, inverse, low, high, table, places, sqx, sqq)
         for lane in range(LANES):
             gain = sqx[lane] * sqx[lane] / sqq[lane]
             better = gain > best[lane]
@@ -124,52 +141,56 @@ def _search_symmetric(
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_symmetric(
     blocks: Float32, weights: Float32, first: int, low: np.float32, high: np.float32, table: Float32,
-    targets: Float32, rounds: int, d: Float32,
+    starts: Float32, rounds: int, d: Float32,
 ) -> None:  # fmt: skip
-    """Fill `d` (`n`) for `x ≈ d * level`, levels whole numbers in `low`…`high` or those of `table`."""
+    """Fill `d` (`n`) for `x ≈ d * level`, levels whole numbers in `low`…`high` or those of `table`.
+
+    Block `i` has the weights of row `(first + i) % len(weights)`. `rounds` refinements follow the `starts`.
+    """
     size = blocks.shape[1]
-    x = np.empty((size, LANES), np.float32)
-    w = np.empty((size, LANES), np.float32)
-    unit = np.empty(LANES, np.float32)
-    scale = np.empty(LANES, np.float32)
-    scratch = np.empty((5, LANES), np.float32)
+    x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+    unit, scale = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    scratch, places = np.empty((5, LANES), np.float32), np.empty(LANES, np.uint16)
     for block in range(0, blocks.shape[0], LANES):
         _load_lanes(blocks, block, 1, x, unit)
         if block == 0 or weights.shape[0] > 1:
-            _load_weights(weights, first + block, blocks.shape[0], 1, w)
-        _search_symmetric(x, w, low, high, table, targets, rounds, scratch, scale)
+            _load_weights(weights, first + block, 1, w)
+        _search_symmetric(x, w, low, high, table, starts, rounds, places, scratch, scale)
         for lane in range(min(LANES, blocks.shape[0] - block)):
             d[block + lane] = half_round(scale[lane] * unit[lane])
 
 
+@njit(nogil=True, cache=True)
+def _outwards(step: int) -> int:
+    """Return 0, -1, 1, -2, 2, … for steps 0, 1, 2, …: the first of equals is the nearest."""
+    return (step + 1) // 2 * (1 - 2 * (step & 1) if step > 0 else 1)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
-def _super_gains(
-    x: Float32, w: Float32, unit_d: Float32, subs: int, low: np.float32, high: np.float32, table: Float32,
-    scale_low: int, scale_high: int, scale: Float32, scratch: Float32,
-    trial: Int16, gain: Float32, num: Float32, den: Float32,
+def _choose_scales(
+    x: Float32, w: Float32, factor: Float32, low: np.float32, high: np.float32, table: Float32,
+    centre: Float32, reach: int, scale_low: np.float32, scale_high: np.float32,
+    places: NDArray[np.uint16], scratch: Float32, found: Float32,
 ) -> None:  # fmt: skip
-    """Choose whole sub-scales near `scale / unit_d` by their exact error; sum gain and the refit of d."""
-    inverse, sqx, sqq = scratch[1], scratch[2], scratch[3]
+    """Fill `found`: per lane the gain, the whole scale within `reach` of `centre`, and the refit's sums."""
+    whole, inverse, sqx, sqq = scratch[0], scratch[1], scratch[2], scratch[3]
     for lane in range(LANES):
-        gain[lane] = np.float32(-np.inf)
-    for step in range(3):
+        found[0, lane] = _LOWEST
+    for step in range(2 * reach + 1):
         for lane in range(LANES):
-            du = unit_d[lane]
-            near = np.rint(scale[lane] / du) if du != 0 else _ZERO
-            whole = min(max(near + np.float32(step - 1), np.float32(scale_low)), np.float32(scale_high))
-            s = whole * du
-            scratch[4, lane] = whole
-            inverse[lane] = _ONE / s if s != 0 else _ZERO
-        _symmetric_sums(x, w, inverse, low, high, table, sqx, sqq)
+            near = np.rint(centre[lane]) + np.float32(_outwards(step))
+            whole[lane] = min(max(near, scale_low), scale_high)
+            scale = whole[lane] * factor[lane]
+            inverse[lane] = _ONE / scale if scale != 0 else _ZERO
+        _symmetric_sums(x, w, inverse, low, high, table, places, sqx, sqq)
         for lane in range(LANES):
-            whole = scratch[4, lane]
-            s = whole * unit_d[lane]
-            this = s * (_TWO * sqx[lane] - s * sqq[lane])
-            better = this > gain[lane]
-            gain[lane] = this if better else gain[lane]
-            trial[lane] = np.int16(whole) if better else trial[lane]
-            num[lane] = whole * sqx[lane] if better else num[lane]
-            den[lane] = whole * whole * sqq[lane] if better else den[lane]
+            scale = whole[lane] * factor[lane]
+            gain = scale * (_TWO * sqx[lane] - scale * sqq[lane])
+            better = gain > found[0, lane]
+            found[0, lane] = gain if better else found[0, lane]
+            found[1, lane] = whole[lane] if better else found[1, lane]
+            found[2, lane] = whole[lane] * sqx[lane] if better else found[2, lane]
+            found[3, lane] = whole[lane] * whole[lane] * sqq[lane] if better else found[3, lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -177,60 +198,55 @@ def _half_in_unit(value: np.float32, unit: np.float32) -> np.float32:
     """Round `value * unit` to float16, never to zero, and give it back in the block's unit."""
     if unit == 0:
         return _ZERO
-    true = half_round(value * unit)
-    if true == 0:
-        true = -HALF_TINY if value < 0 else HALF_TINY
-    return true / unit
+    rounded = half_round(value * unit)
+    if rounded == 0:
+        rounded = -HALF_TINY if value < 0 else HALF_TINY
+    return rounded / unit
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_super_symmetric(
     blocks: Float32, weights: Float32, first: int, low: np.float32, high: np.float32, table: Float32,
-    targets: Float32, scale_low: int, scale_high: int, spreads: Float32, d: Float32, scales: Int16,
+    starts: Float32, reach: int, scale_low: np.float32, scale_high: np.float32, d: Float32, scales: Int16,
 ) -> None:  # fmt: skip
-    """Fill `d` (`n`) and `scales` (`n s`) for `x ≈ d * scale[sub] * level`."""
+    """Fill `d` (`n`) and `scales` (`n s`) for `x ≈ d * scale[sub] * level` (as `fit_symmetric`)."""
     subs = scales.shape[1]
-    size = blocks.shape[1] // subs
-    group = LANES // subs
-    x = np.empty((size, LANES), np.float32)
-    w = np.empty((size, LANES), np.float32)
-    unit = np.empty(LANES, np.float32)
-    scale = np.empty(LANES, np.float32)
-    scratch = np.empty((5, LANES), np.float32)
-    unit_d = np.empty(LANES, np.float32)
-    trial = np.empty(LANES, np.int16)
-    gain = np.empty(LANES, np.float32)
-    num = np.empty(LANES, np.float32)
-    den = np.empty(LANES, np.float32)
-    best = np.empty(group, np.float32)
+    size, group = blocks.shape[1] // subs, LANES // subs
+    x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+    unit, scale = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    factor, centre = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    scratch, places = np.empty((5, LANES), np.float32), np.empty(LANES, np.uint16)
+    found, best = np.empty((4, LANES), np.float32), np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
         _load_lanes(blocks, block, subs, x, unit)
         if block == 0 or weights.shape[0] > 1:
-            _load_weights(weights, first + block, blocks.shape[0], subs, w)
-        _search_symmetric(x, w, low, high, table, targets, 2, scratch, scale)
-        best[:] = np.float32(-np.inf)
-        for k in range(spreads.size * 3):
+            _load_weights(weights, first + block, subs, w)
+        _search_symmetric(x, w, low, high, table, starts, 1, places, scratch, scale)
+        best[:] = _LOWEST
+        for turn in range(_REFITS):
             for b in range(group):
                 lanes = slice(b * subs, (b + 1) * subs)
-                if k % 3 == 0:
-                    extreme = _ZERO
-                    for s in scale[lanes]:
-                        extreme = s if abs(s) > abs(extreme) else extreme
-                    value = extreme / (np.float32(scale_low) + spreads[k // 3])
+                if turn == 0:
+                    value = scale[lanes][np.argmax(np.abs(scale[lanes]))] / scale_low
                 else:
-                    total = den[lanes].sum()
-                    value = num[lanes].sum() / total if total > 0 else unit_d[b * subs]
-                unit_d[lanes] = _half_in_unit(value, unit[b * subs])
-            _super_gains(
-                x, w, unit_d, subs, low, high, table, scale_low, scale_high, scale, scratch,
-                trial, gain, num, den,
+                    total = found[3, lanes].sum()
+                    value = found[2, lanes].sum() / total if total > 0 else factor[b * subs]
+                factor[lanes] = _half_in_unit(value, unit[b * subs])
+            for lane in range(LANES):
+                start = scale[lane] / factor[lane] if factor[lane] != 0 else _ZERO
+                centre[lane] = start if turn == 0 else found[1, lane]
+            _choose_scales(
+                x, w, factor, low, high, table, centre, reach if turn == 0 else 1, scale_low, scale_high,
+                places, scratch, found,
             )  # fmt: skip
             for b in range(min(group, blocks.shape[0] - block)):
-                total = gain[b * subs : (b + 1) * subs].sum()
+                lanes = slice(b * subs, (b + 1) * subs)
+                total = found[0, lanes].sum()
                 if total > best[b]:
                     best[b] = total
-                    d[block + b] = unit_d[b * subs] * unit[b * subs]
-                    scales[block + b] = trial[b * subs : (b + 1) * subs]
+                    d[block + b] = factor[b * subs] * unit[b * subs]
+                    for s in range(subs):
+                        scales[block + b, s] = np.int16(found[1, b * subs + s])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -238,6 +254,7 @@ def _affine_sums(
     x: Float32, w: Float32, inverse: Float32, offset: Float32, high: np.float32,
     sq: Float32, sqx: Float32, sqq: Float32,
 ) -> None:  # fmt: skip
+    """Sum `w q`, `w q x` and `w q q` per lane for the codes `q` nearest to `(x + offset) * inverse`."""
     for lane in range(LANES):
         sq[lane] = _ZERO
         sqx[lane] = _ZERO
@@ -253,15 +270,9 @@ def _affine_sums(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _search_affine(
-    x: Float32, w: Float32, high: np.float32, targets: Float32, rounds: int, negative: bool, scratch: Float32,
-    scale: Float32, offset: Float32,
-) -> None:  # fmt: skip
-    """Find `x ≈ scale * q - offset` per lane; with `negative` false the offset stays at or above 0."""
-    least, most, sw, sx = scratch[0], scratch[1], scratch[2], scratch[3]
-    inverse, trial, sq, sqx, sqq, best = (
-        scratch[4], scratch[5], scratch[6], scratch[7], scratch[8], scratch[9],
-    )  # fmt: skip
+def _measure_lanes(
+    x: Float32, w: Float32, negative: bool, least: Float32, most: Float32, sw: Float32, sx: Float32
+) -> None:
     for lane in range(LANES):
         least[lane] = x[0, lane] if negative else min(x[0, lane], _ZERO)
         most[lane] = x[0, lane]
@@ -274,20 +285,37 @@ def _search_affine(
             most[lane] = max(most[lane], value)
             sw[lane] += w[j, lane]
             sx[lane] += w[j, lane] * value
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _search_affine(
+    x: Float32, w: Float32, high: np.float32, starts: Float32, rounds: int, negative: bool, scratch: Float32,
+    line: Float32,
+) -> None:  # fmt: skip
+    """Find `x ≈ scale * q - offset` per lane; unless `negative`, the offset stays at or above 0.
+
+    A start (share, stretch) puts code 0 at `least + share * span` and spreads `stretch` steps over the span.
+    Fills `line` with scale, offset and the codes' weighted sum.
+    """
+    least, most, sw, sx = scratch[0], scratch[1], scratch[2], scratch[3]
+    inverse, trial, sq, sqx = scratch[4], scratch[5], scratch[6], scratch[7]
+    sqq, best = scratch[8], scratch[9]
+    scale, offset, codes = line[0], line[1], line[2]
+    _measure_lanes(x, w, negative, least, most, sw, sx)
     for lane in range(LANES):
-        # all weights one value: the offset alone, or the scale alone where the offset may not be negative
         mean = sx[lane] / sw[lane]
-        offset[lane] = -mean if negative or mean < 0 else _ZERO
+        flat = negative or mean < 0
+        offset[lane] = -mean if flat else _ZERO
+        best[lane] = mean * sx[lane] if flat else _ZERO
         scale[lane] = _ZERO
-        best[lane] = mean * sx[lane] if negative or mean < 0 else _ZERO
-    for t in range(targets.size + rounds):
+        codes[lane] = _ZERO
+    for t in range(starts.shape[0] + rounds):
         for lane in range(LANES):
             span = most[lane] - least[lane]
-            first = t < targets.size
-            trial[lane] = -least[lane] if first else offset[lane]
-            step = span if first else scale[lane]
-            target = targets[t] if first else _ONE
-            inverse[lane] = target / step if step > 0 else _ZERO
+            begin = t < starts.shape[0]
+            trial[lane] = -(least[lane] + starts[t, 0] * span) if begin else offset[lane]
+            step = span if begin else scale[lane]
+            inverse[lane] = (starts[t, 1] if begin else _ONE) / step if step > 0 else _ZERO
         _affine_sums(x, w, inverse, trial, high, sq, sqx, sqq)
         for lane in range(LANES):
             det = sw[lane] * sqq[lane] - sq[lane] * sq[lane]
@@ -301,129 +329,124 @@ def _search_affine(
             best[lane] = gain if better else best[lane]
             scale[lane] = s if better else scale[lane]
             offset[lane] = o if better else offset[lane]
+            codes[lane] = sq[lane] if better else codes[lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_affine(
-    blocks: Float32, weights: Float32, first: int, high: np.float32, targets: Float32, rounds: int,
+    blocks: Float32, weights: Float32, first: int, high: np.float32, starts: Float32, rounds: int,
     d: Float32, m: Float32,
 ) -> None:  # fmt: skip
-    """Fill `d` and `m` (`n`) for `x ≈ d * code - m`."""
+    """Fill `d` and `m` (`n`) for `x ≈ d * code - m` (as `fit_symmetric`)."""
     size = blocks.shape[1]
-    x = np.empty((size, LANES), np.float32)
-    w = np.empty((size, LANES), np.float32)
-    unit = np.empty(LANES, np.float32)
-    scale = np.empty(LANES, np.float32)
-    offset = np.empty(LANES, np.float32)
+    x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+    unit, line = np.empty(LANES, np.float32), np.empty((3, LANES), np.float32)
     scratch = np.empty((10, LANES), np.float32)
     for block in range(0, blocks.shape[0], LANES):
         _load_lanes(blocks, block, 1, x, unit)
         if block == 0 or weights.shape[0] > 1:
-            _load_weights(weights, first + block, blocks.shape[0], 1, w)
-        _search_affine(x, w, high, targets, rounds, True, scratch, scale, offset)
+            _load_weights(weights, first + block, 1, w)
+        _search_affine(x, w, high, starts, rounds, True, scratch, line)
         for lane in range(min(LANES, blocks.shape[0] - block)):
-            d[block + lane] = half_round(scale[lane] * unit[lane])
-            m[block + lane] = half_round(offset[lane] * unit[lane])
+            d[block + lane] = half_round(line[0, lane] * unit[lane])
+            m[block + lane] = half_round(line[1, lane] * unit[lane])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _super_affine_gains(
-    x: Float32, w: Float32, unit_d: Float32, unit_m: Float32, high: np.float32, scale_max: int,
-    scale: Float32, offset: Float32, scratch: Float32,
-    whole_scale: Int16, whole_min: Int16, gain: Float32, normal: Float32,
+def _choose_scales_and_mins(
+    x: Float32, w: Float32, factor: Float32, factor_m: Float32, high: np.float32, top: np.float32,
+    line: Float32, turn: int, reach: int, reach_m: int, scratch: Float32, found: Float32,
 ) -> None:  # fmt: skip
-    """Choose whole sub-scales and sub-mins by exact error; keep the sums that refit d and m."""
-    sw, sx, inverse, trial, sq, sqx, sqq = (
-        scratch[2], scratch[3], scratch[4], scratch[5], scratch[6], scratch[7], scratch[8],
-    )  # fmt: skip
-    top = np.float32(scale_max)
+    """Fill `found`: per lane the gain, the whole scale, the whole min, and the five sums of the refit.
+
+    The first turn looks around the lane's line: for each scale, the mins near the one its codes call for.
+    Later turns look around what was found before.
+    """
+    whole, whole_m, sw, sx = scratch[0], scratch[1], scratch[2], scratch[3]
+    inverse, trial, sq, sqx = scratch[4], scratch[5], scratch[6], scratch[7]
+    sqq, centre, centre_m = scratch[8], scratch[9], scratch[10]
     for lane in range(LANES):
-        gain[lane] = np.float32(-np.inf)
-    for step in range(9):
+        start = line[0, lane] / factor[lane] if factor[lane] > 0 else _ZERO
+        centre[lane] = np.rint(start) if turn == 0 else found[1, lane]
+        centre_m[lane] = found[2, lane]
+        found[0, lane] = _LOWEST
+    width = 2 * reach_m + 1
+    for step in range((2 * reach + 1) * width):
         for lane in range(LANES):
-            du, mu = unit_d[lane], unit_m[lane]
-            ws = np.rint(scale[lane] / du) if du > 0 else _ZERO
-            wm = np.rint(offset[lane] / mu) if mu > 0 else _ZERO
-            ws = min(max(ws + np.float32(step % 3 - 1), _ZERO), top)
-            wm = min(max(wm + np.float32(step // 3 - 1), _ZERO), top)
-            scratch[0, lane] = ws
-            scratch[1, lane] = wm
-            trial[lane] = wm * mu
-            inverse[lane] = _ONE / (ws * du) if ws * du > 0 else _ZERO
+            whole[lane] = min(max(centre[lane] + np.float32(_outwards(step // width)), _ZERO), top)
+            scale = whole[lane] * factor[lane]
+            offset = (scale * line[2, lane] - sx[lane]) / sw[lane] if line[0, lane] > 0 else line[1, lane]
+            near = np.rint(max(offset, _ZERO) / factor_m[lane]) if factor_m[lane] > 0 else _ZERO
+            near = near if turn == 0 else centre_m[lane]
+            whole_m[lane] = min(max(near + np.float32(_outwards(step % width)), _ZERO), top)
+            trial[lane] = whole_m[lane] * factor_m[lane]
+            inverse[lane] = _ONE / scale if scale > 0 else _ZERO
         _affine_sums(x, w, inverse, trial, high, sq, sqx, sqq)
         for lane in range(LANES):
-            ws, wm = scratch[0, lane], scratch[1, lane]
-            s = ws * unit_d[lane]
-            o = wm * unit_m[lane]
-            this = s * (_TWO * (sqx[lane] + o * sq[lane]) - s * sqq[lane]) - o * (
-                _TWO * sx[lane] + o * sw[lane]
-            )
-            better = this > gain[lane]
-            gain[lane] = this if better else gain[lane]
-            whole_scale[lane] = np.int16(ws) if better else whole_scale[lane]
-            whole_min[lane] = np.int16(wm) if better else whole_min[lane]
-            normal[0, lane] = ws * ws * sqq[lane] if better else normal[0, lane]
-            normal[1, lane] = ws * wm * sq[lane] if better else normal[1, lane]
-            normal[2, lane] = wm * wm * sw[lane] if better else normal[2, lane]
-            normal[3, lane] = ws * sqx[lane] if better else normal[3, lane]
-            normal[4, lane] = wm * sx[lane] if better else normal[4, lane]
+            a, b = whole[lane], whole_m[lane]
+            scale, offset = a * factor[lane], trial[lane]
+            gain = scale * (_TWO * (sqx[lane] + offset * sq[lane]) - scale * sqq[lane])
+            gain -= offset * (_TWO * sx[lane] + offset * sw[lane])
+            better = gain > found[0, lane]
+            found[0, lane] = gain if better else found[0, lane]
+            found[1, lane] = a if better else found[1, lane]
+            found[2, lane] = b if better else found[2, lane]
+            found[3, lane] = a * a * sqq[lane] if better else found[3, lane]
+            found[4, lane] = a * b * sq[lane] if better else found[4, lane]
+            found[5, lane] = b * b * sw[lane] if better else found[5, lane]
+            found[6, lane] = a * sqx[lane] if better else found[6, lane]
+            found[7, lane] = b * sx[lane] if better else found[7, lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _refit_factors(found: Float32, d: np.float32, m: np.float32) -> tuple[np.float32, np.float32]:
+    """Solve least squares for the block's two factors; where it is singular keep them or fit `d` alone."""
+    aa, ab, bb = found[3].sum(), found[4].sum(), found[5].sum()
+    ax, bx = found[6].sum(), found[7].sum()
+    det = aa * bb - ab * ab
+    if det > np.float32(1e-6) * aa * bb:
+        return (ax * bb - bx * ab) / det, (ax * ab - bx * aa) / det
+    return (ax / aa if aa > 0 else d), m
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_super_affine(
-    blocks: Float32, weights: Float32, first: int, high: np.float32, targets: Float32, scale_max: int,
-    spreads: Float32, d: Float32, m: Float32, scales: Int16, mins: Int16,
+    blocks: Float32, weights: Float32, first: int, high: np.float32, starts: Float32, reach: int,
+    reach_m: int, top: np.float32, d: Float32, m: Float32, scales: Int16, mins: Int16,
 ) -> None:  # fmt: skip
-    """Fill `d`, `m` (`n`), `scales` and `mins` (`n s`) for `x ≈ d * scale[sub] * code - m * min[sub]`."""
+    """Fill `d`, `m` (`n`), `scales`, `mins` (`n s`) for `x ≈ d * scale[sub] * code - m * min[sub]`."""
     subs = scales.shape[1]
-    size = blocks.shape[1] // subs
-    group = LANES // subs
-    x = np.empty((size, LANES), np.float32)
-    w = np.empty((size, LANES), np.float32)
-    unit = np.empty(LANES, np.float32)
-    scale = np.empty(LANES, np.float32)
-    offset = np.empty(LANES, np.float32)
-    scratch = np.empty((10, LANES), np.float32)
-    unit_d = np.empty(LANES, np.float32)
-    unit_m = np.empty(LANES, np.float32)
-    whole_scale = np.empty(LANES, np.int16)
-    whole_min = np.empty(LANES, np.int16)
-    gain = np.empty(LANES, np.float32)
-    normal = np.empty((5, LANES), np.float32)
+    size, group = blocks.shape[1] // subs, LANES // subs
+    x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
+    unit, line = np.empty(LANES, np.float32), np.empty((3, LANES), np.float32)
+    factor, factor_m = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+    scratch, found = np.empty((11, LANES), np.float32), np.zeros((8, LANES), np.float32)
     best = np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
         _load_lanes(blocks, block, subs, x, unit)
         if block == 0 or weights.shape[0] > 1:
-            _load_weights(weights, first + block, blocks.shape[0], subs, w)
-        _search_affine(x, w, high, targets, 2, False, scratch, scale, offset)
-        best[:] = np.float32(-np.inf)
-        for k in range(spreads.size * 3):
+            _load_weights(weights, first + block, subs, w)
+        _search_affine(x, w, high, starts, 1, False, scratch, line)
+        best[:] = _LOWEST
+        for turn in range(_REFITS):
             for b in range(group):
                 lanes = slice(b * subs, (b + 1) * subs)
-                if k % 3 == 0:
-                    dv = scale[lanes].max() / (np.float32(scale_max) + spreads[k // 3])
-                    mv = offset[lanes].max() / (np.float32(scale_max) + spreads[k // 3])
-                else:
-                    aa, ab, bb = normal[0, lanes].sum(), normal[1, lanes].sum(), normal[2, lanes].sum()
-                    ax, bx = normal[3, lanes].sum(), normal[4, lanes].sum()
-                    det = aa * bb - ab * ab
-                    dv, mv = unit_d[b * subs], unit_m[b * subs]
-                    if det > np.float32(1e-6) * aa * bb:
-                        dv = (ax * bb - bx * ab) / det
-                        mv = (ax * ab - bx * aa) / det
-                    elif aa > 0:
-                        dv = ax / aa
-                unit_d[lanes] = _half_in_unit(max(dv, _ZERO), unit[b * subs])
-                unit_m[lanes] = _half_in_unit(max(mv, _ZERO), unit[b * subs])
-            _super_affine_gains(
-                x, w, unit_d, unit_m, high, scale_max, scale, offset, scratch,
-                whole_scale, whole_min, gain, normal,
-            )  # fmt: skip
+                value, value_m = line[0, lanes].max() / top, line[1, lanes].max() / top
+                if turn > 0:
+                    value, value_m = _refit_factors(found[:, lanes], factor[b * subs], factor_m[b * subs])
+                factor[lanes] = _half_in_unit(max(value, _ZERO), unit[b * subs])
+                factor_m[lanes] = _half_in_unit(max(value_m, _ZERO), unit[b * subs])
+            near, near_m = (reach, reach_m) if turn == 0 else (1, 1)
+            _choose_scales_and_mins(
+                x, w, factor, factor_m, high, top, line, turn, near, near_m, scratch, found
+            )
             for b in range(min(group, blocks.shape[0] - block)):
-                total = gain[b * subs : (b + 1) * subs].sum()
+                lanes = slice(b * subs, (b + 1) * subs)
+                total = found[0, lanes].sum()
                 if total > best[b]:
                     best[b] = total
-                    d[block + b] = unit_d[b * subs] * unit[b * subs]
-                    m[block + b] = unit_m[b * subs] * unit[b * subs]
-                    scales[block + b] = whole_scale[b * subs : (b + 1) * subs]
-                    mins[block + b] = whole_min[b * subs : (b + 1) * subs]
+                    d[block + b] = factor[b * subs] * unit[b * subs]
+                    m[block + b] = factor_m[b * subs] * unit[b * subs]
+                    for s in range(subs):
+                        scales[block + b, s] = np.int16(found[1, b * subs + s])
+                        mins[block + b, s] = np.int16(found[2, b * subs + s])
