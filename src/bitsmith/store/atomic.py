@@ -129,7 +129,10 @@ def _locked(part: Path, target: Path, open_part: Callable[[Path], int]) -> int:
 
 
 def _is_open_as(path: Path, descriptor: int) -> bool:
-    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _absolute(target: Path) -> Path:
