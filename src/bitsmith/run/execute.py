@@ -21,7 +21,7 @@ from bitsmith.run.mixes import mix_named
 from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source, plan, plan_source
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
 from bitsmith.store.atomic import atomic_file
-from bitsmith.store.checkpoint import Bytes, Rows
+from bitsmith.store.checkpoint import Bytes, TensorRef
 
 MANIFEST_SUFFIX = ".sha256"
 SLICE_BYTES = 8 << 20
@@ -165,9 +165,7 @@ def _encoded(tensor: SourceTensor, row: PlanRow, path: Path, written: list[Writt
     width = row.shape[-1]
     error = energy = 0.0
     for start, stop in tensor.ref.slices(SLICE_BYTES):
-        weights = _float32(tensor.ref.read(start, stop)).reshape(
-            -1, width if len(row.shape) > 1 else stop - start
-        )
+        weights = _read(tensor.ref, start, stop).reshape(-1, width if len(row.shape) > 1 else stop - start)
         if first_non_finite(weights) is not None:
             _refuse_non_finite(tensor, path)
         blocks = fmt.encode(weights)
@@ -181,9 +179,9 @@ def _encoded(tensor: SourceTensor, row: PlanRow, path: Path, written: list[Writt
     written.append(Written(row.hf_name, row.gguf_name, row.type, row.nbytes, relative, seconds))
 
 
-def _float32(rows: Rows) -> Float32:
+def _read(ref: TensorRef, start: int, stop: int) -> Float32:
     with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
-        return np.ascontiguousarray(rows, dtype=np.float32)
+        return np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
 
 
 def _squares(values: Float32) -> float:
@@ -195,7 +193,7 @@ def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:
     """Raise DamagedFileError with the first NaN or infinity: in the stored tensor, else as exported."""
     for ref, layout in ((tensor.origin, ""), (tensor.ref, f" of {tensor.gguf_name}")):
         for start, stop in ref.slices(SLICE_BYTES):
-            rows = _float32(ref.read(start, stop))
+            rows = _read(ref, start, stop)
             for first, *rest in np.argwhere(~np.isfinite(rows))[:1].tolist():
                 place = [start + first, *rest]
                 raise DamagedFileError(
