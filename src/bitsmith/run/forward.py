@@ -164,8 +164,10 @@ class _Network:
 
     @property
     def bytes_per_token(self) -> int:
-        """What a layer's intermediates take for a token, estimated high: MLP, q/k/v and decay matrices."""
-        return 4 * (4 * int(self._config.intermediate_size) + 48 * self.hidden_size)
+        """What a layer's intermediates take for a token: wider of MLP and DeltaNet, measured, rounded up."""
+        config = self._config
+        delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
+        return 4 * (8 * self.hidden_size + max(4 * int(config.intermediate_size), 20 * delta))
 
     def through_layer(
         self, index: int, states: Float32, batch: int, pool: ThreadPoolExecutor
@@ -276,7 +278,10 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
         return np.zeros(shape, dtype=np.float32)
     with tempfile.TemporaryFile() as file:
         try:
-            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size_bytes)
+            else:  # macOS and Windows
+                file.truncate(size_bytes)
         except OSError as error:
             raise OutputError(
                 f"no room for {size_bytes} bytes of hidden states: {error.strerror}",
