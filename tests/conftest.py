@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.lab.synth import synth
+
+settings.register_profile("suite", deadline=None)  # the suite shares its machine; pytest-timeout bounds it
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

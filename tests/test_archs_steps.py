@@ -128,7 +128,7 @@ def as_gguf(export: Export) -> Checkpoint:
     return checkpoint
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     k_heads=st.integers(1, 4),
     ratio=st.integers(1, 4),

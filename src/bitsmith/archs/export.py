@@ -37,7 +37,10 @@ class Export:
     set_aside: list[TensorSpec]
 
     def __getitem__(self, gguf_name: str) -> ExportTensor:
-        return next(tensor for tensor in self.tensors if tensor.gguf_name == gguf_name)
+        for tensor in self.tensors:
+            if tensor.gguf_name == gguf_name:
+                return tensor
+        raise KeyError(gguf_name)
 
 
 class ImportedView(View):
