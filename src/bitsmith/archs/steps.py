@@ -71,8 +71,8 @@ class AddOne(Step):
 class NegativeExp(Step):
     """`a -> -exp(a)`, computed in float64 and rounded once to float32, so the same on every machine.
 
-    PyTorch's float32 `exp`, which llama.cpp's converter takes, is one unit in the last place away from this in
-    about one value of a hundred.
+    PyTorch's float32 `exp`, which llama.cpp's converter takes, is one unit in the last place away from this
+    in about one value of a hundred.
     """
 
     def apply(self, ref: TensorRef) -> TensorRef:
