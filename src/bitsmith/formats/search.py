@@ -28,6 +28,8 @@ EVEN = np.zeros(1, np.float32)
 
 _REFITS = 3  # times the whole numbers of a block are chosen; between two, its float16 factors are refitted
 _SMALLEST = np.float32(2.0**-100)  # blocks whose largest weight is below it are stored as zeros
+_EXPONENT = np.int32(0x7F800000)
+_EXPONENT_LIMIT = np.int32(0x7E000000)  # whose reciprocal is still a normal number
 _LOWEST = np.float32(-np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
@@ -47,32 +49,37 @@ def _load_weights(weights: Float32, block: int, subs: int, w: Float32) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _power_of_two(block: Float32) -> np.float32:
-    """Return the power of two at or below the largest magnitude, 0 for a block to be stored as zeros."""
-    bits = np.int32(0)
-    for value in block.view(np.int32):
-        bits = max(bits, np.int32(value & np.int32(0x7FFFFFFF)))
-    if np.int32(bits).view(np.float32) < _SMALLEST:
-        return _ZERO
-    exponent = min(np.int32(bits & np.int32(0x7F800000)), np.int32(0x7E000000))
-    return np.int32(exponent).view(np.float32)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float32) -> None:
-    size = x.shape[0]
-    for k in range(LANES // subs):
-        scale = _power_of_two(blocks[block + k]) if block + k < blocks.shape[0] else _ZERO
-        inverse = _ONE / scale
+def _load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float32, scratch: Float32) -> None:
+    """Fill `x` with sub-blocks side by side, divided by `unit`: a power of two at or below the block's largest."""
+    rows = blocks.reshape(-1, x.shape[0])
+    filled = min(LANES, rows.shape[0] - block * subs)
+    largest, inverse = scratch[0], scratch[1]
+    for lane in range(filled):
+        for j in range(x.shape[0]):
+            x[j, lane] = rows[block * subs + lane, j]
+    for lane in range(filled, LANES):
+        for j in range(x.shape[0]):
+            x[j, lane] = _ZERO
+    for lane in range(LANES):
+        largest[lane] = _ZERO
+    for j in range(x.shape[0]):
+        for lane in range(LANES):
+            largest[lane] = max(largest[lane], abs(x[j, lane]))
+    for start in range(0, LANES if subs > 1 else 0, subs):
+        most = _ZERO
         for s in range(subs):
-            lane = k * subs + s
-            unit[lane] = scale
-            if scale > 0:
-                for j in range(size):
-                    x[j, lane] = blocks[block + k, s * size + j] * inverse
-            else:
-                for j in range(size):
-                    x[j, lane] = _ZERO
+            most = max(most, largest[start + s])
+        for s in range(subs):
+            largest[start + s] = most
+    for lane in range(LANES):
+        exponent = np.int32(min(np.float32(largest[lane]).view(np.int32) & _EXPONENT, _EXPONENT_LIMIT))
+        power = exponent.view(np.float32)
+        stored = largest[lane] >= _SMALLEST
+        unit[lane] = power if stored else _ZERO
+        inverse[lane] = _ONE / power if stored else _ZERO
+    for j in range(x.shape[0]):
+        for lane in range(LANES):
+            x[j, lane] *= inverse[lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -152,7 +159,7 @@ def fit_symmetric(
     unit, scale = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
     scratch, places = np.empty((5, LANES), np.float32), np.empty(LANES, np.uint16)
     for block in range(0, blocks.shape[0], LANES):
-        _load_lanes(blocks, block, 1, x, unit)
+        _load_lanes(blocks, block, 1, x, unit, scratch)
         if block == 0 or weights.shape[0] > 1:
             _load_weights(weights, first + block, 1, w)
         _search_symmetric(x, w, low, high, table, starts, rounds, places, scratch, scale)
@@ -218,7 +225,7 @@ def fit_super_symmetric(
     scratch, places = np.empty((5, LANES), np.float32), np.empty(LANES, np.uint16)
     found, best = np.empty((4, LANES), np.float32), np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
-        _load_lanes(blocks, block, subs, x, unit)
+        _load_lanes(blocks, block, subs, x, unit, scratch)
         if block == 0 or weights.shape[0] > 1:
             _load_weights(weights, first + block, subs, w)
         _search_symmetric(x, w, low, high, table, starts, 1, places, scratch, scale)
@@ -343,7 +350,7 @@ def fit_affine(
     unit, line = np.empty(LANES, np.float32), np.empty((3, LANES), np.float32)
     scratch = np.empty((10, LANES), np.float32)
     for block in range(0, blocks.shape[0], LANES):
-        _load_lanes(blocks, block, 1, x, unit)
+        _load_lanes(blocks, block, 1, x, unit, scratch)
         if block == 0 or weights.shape[0] > 1:
             _load_weights(weights, first + block, 1, w)
         _search_affine(x, w, high, starts, rounds, True, scratch, line)
@@ -423,7 +430,7 @@ def fit_super_affine(
     scratch, found = np.empty((11, LANES), np.float32), np.zeros((8, LANES), np.float32)
     best = np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
-        _load_lanes(blocks, block, subs, x, unit)
+        _load_lanes(blocks, block, subs, x, unit, scratch)
         if block == 0 or weights.shape[0] > 1:
             _load_weights(weights, first + block, subs, w)
         _search_affine(x, w, high, starts, 1, False, scratch, line)
