@@ -19,14 +19,12 @@ from pathlib import Path
 
 SYNTH = "import sys; from pathlib import Path; from bitsmith.lab.synth import synth; \
 synth(Path(sys.argv[1]), sys.argv[2], vision=False)"
-COMPRESS = "import sys; from pathlib import Path; from bitsmith.run.execute import compress; \
-compress(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])"
 
 
-def peak_of(code: str, *arguments: str | Path) -> tuple[int, float]:
-    """Run `code` in a fresh interpreter and return its peak resident bytes and its seconds."""
+def peak_of(*arguments: str | Path) -> tuple[int, float]:
+    """Run a fresh interpreter with `arguments` and return its peak resident bytes and its seconds."""
     started = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)])
+    child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=sys.stderr)
     _, status, usage = os.wait4(child.pid, 0)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
@@ -37,9 +35,9 @@ def peak_of(code: str, *arguments: str | Path) -> tuple[int, float]:
 def measure(size: str, type_name: str, folder: Path) -> dict[str, object]:
     model, out = folder / f"synth-{size}", folder / f"synth-{size}-{type_name}.gguf"
     if not model.exists():
-        peak_of(SYNTH, model, size)
-    out.unlink(missing_ok=True)
-    peak, seconds = peak_of(COMPRESS, model, out, type_name)
+        peak_of("-c", SYNTH, model, size)
+    options = ("--type", type_name, "--overwrite")
+    peak, seconds = peak_of("-m", "bitsmith.cli.main", "compress", model, "-o", out, *options)
     written = out.stat().st_size
     out.unlink()
     return {

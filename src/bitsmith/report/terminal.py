@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -12,11 +13,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from bitsmith.errors import printable
-from bitsmith.lab.demo import Demo
-from bitsmith.run.evaluate import Evaluation
 from bitsmith.run.execute import Record
 from bitsmith.run.inspect import Inspection, Share
 from bitsmith.run.plan import Plan
+
+if TYPE_CHECKING:  # these load torch, which printing a plan must not
+    from bitsmith.lab.demo import Demo
+    from bitsmith.run.evaluate import Evaluation
 
 Rows = tuple[Sequence[str], list[Sequence[str]]]
 
