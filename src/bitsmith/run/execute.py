@@ -97,7 +97,8 @@ def compress(
 ) -> Record:
     """Write `model` (a Hugging Face folder, a safetensors file or a float GGUF) to the GGUF `out`.
 
-    Memory holds one slice of one tensor at a time. The bytes depend on the source and the options alone.
+    Memory holds one slice of one tensor at a time. The bytes depend on the source (and its folder's name,
+    which becomes `general.name`) and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
     disk; DamagedFileError for a weight that is not finite; else as `plan` does. Nothing is left then.
