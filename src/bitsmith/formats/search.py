@@ -50,16 +50,26 @@ def _load_weights(weights: Float32, block: int, subs: int, w: Float32) -> None:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float32, scratch: Float32) -> None:
-    """Fill `x` with sub-blocks side by side, divided by `unit`: a power of two at or below the block's largest."""
+    """Fill `x` with sub-blocks side by side, over their block's `unit`; lanes past the end are zero."""
     rows = blocks.reshape(-1, x.shape[0])
     filled = min(LANES, rows.shape[0] - block * subs)
-    largest, inverse = scratch[0], scratch[1]
+    inverse = scratch[0]
     for lane in range(filled):
         for j in range(x.shape[0]):
             x[j, lane] = rows[block * subs + lane, j]
     for lane in range(filled, LANES):
         for j in range(x.shape[0]):
             x[j, lane] = _ZERO
+    _find_units(x, subs, unit, inverse)
+    for j in range(x.shape[0]):
+        for lane in range(LANES):
+            x[j, lane] *= inverse[lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _find_units(x: Float32, subs: int, unit: Float32, inverse: Float32) -> None:
+    """Set `unit` to the power of two at or below each block's largest value, 0 to store it as zeros."""
+    largest = unit
     for lane in range(LANES):
         largest[lane] = _ZERO
     for j in range(x.shape[0]):
@@ -73,13 +83,10 @@ def _load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float3
             largest[start + s] = most
     for lane in range(LANES):
         exponent = np.int32(min(np.float32(largest[lane]).view(np.int32) & _EXPONENT, _EXPONENT_LIMIT))
-        power = exponent.view(np.float32)
         stored = largest[lane] >= _SMALLEST
-        unit[lane] = power if stored else _ZERO
+        power = exponent.view(np.float32)
         inverse[lane] = _ONE / power if stored else _ZERO
-    for j in range(x.shape[0]):
-        for lane in range(LANES):
-            x[j, lane] *= inverse[lane]
+        unit[lane] = power if stored else _ZERO
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -356,7 +363,9 @@ def fit_affine(
         _search_affine(x, w, high, starts, rounds, True, scratch, line)
         for lane in range(min(LANES, blocks.shape[0] - block)):
             d[block + lane] = half_round(line[0, lane] * unit[lane])
-            m[block + lane] = half_round(line[1, lane] * unit[lane])
+            # where the scale underflows, the best the block can hold is one value: the mean
+            offset = line[1, lane] if d[block + lane] != 0 else -scratch[3, lane] / scratch[2, lane]
+            m[block + lane] = half_round(offset * unit[lane])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
