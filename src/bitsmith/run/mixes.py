@@ -149,7 +149,7 @@ MIXES: dict[str, Mix] = {
         Mix("Q2_K_S", "Q2_K", 21, {"value": _grouped("Q4_K"), "ffn_down": _first_eighth("Q4_K")}),
     )
 }
-"""Every stock mix by its llama.cpp name, most bits first; llama-quantize makes Q2_K_S only with an imatrix."""
+"""Every stock mix by its llama.cpp name, most bits first; llama-quantize wants an imatrix for Q2_K_S."""
 
 ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 """Short names that llama-quantize takes for a mix."""
