@@ -234,6 +234,9 @@ def test_wrong_inputs_are_refused() -> None:
         format_named("Q9_K")
     with pytest.raises(BitsmithError, match=r"importance has shape \(31,\), expected \(32,\)"):
         FORMATS["Q8_0"].encode(np.ones((1, 32), np.float32), np.ones(31, np.float32))
+    for bad in (np.nan, np.inf, -1.0):
+        with pytest.raises(BitsmithError, match="importance holds values that are negative or not finite"):
+            FORMATS["Q8_0"].encode(np.ones((1, 32), np.float32), np.full(32, bad, np.float32))
     with pytest.raises(BitsmithError, match="Q8_0 rows are multiples of 34 bytes, found 35"):
         FORMATS["Q8_0"].decode(np.zeros((1, 35), np.uint8))
 

@@ -55,7 +55,9 @@ class Format(ABC):
         """Encode `rows` (`out in`) to bytes (`out row_bytes`).
 
         With `importance` (`in`, non-negative) block scales minimise `sum_j importance_j (w_j - q_j)^2`,
-        without it the plain squared error. Deterministic for any number of threads.
+        without it the plain squared error. Deterministic for any number of threads. Finite rows give finite
+        blocks; look for others first with `numerics.finite.first_non_finite`.
+        Raises BitsmithError for rows that do not fit and for an importance that is not such a vector.
         """
         self.row_bytes(rows.shape[-1])
         weights = np.ascontiguousarray(rows, dtype=np.float32)
@@ -63,6 +65,8 @@ class Format(ABC):
             if importance.shape != weights.shape[-1:]:
                 raise BitsmithError(f"importance has shape {importance.shape}, expected {weights.shape[-1:]}")
             importance = np.ascontiguousarray(importance, dtype=np.float32)
+            if not (np.isfinite(importance) & (importance >= 0)).all():
+                raise BitsmithError("importance holds values that are negative or not finite")
         return self._encode(weights, importance)
 
     def decode(self, blocks: Bytes) -> Float32:
