@@ -228,7 +228,7 @@ def lab_synth(
     """Write a checkpoint of a published model's exact shapes with seeded random weights."""
     from bitsmith.lab.synth import synth
 
-    options = {"mtp": mtp, "vision": vision, "tied": tied, "layers": layers}
+    options: dict[str, Any] = {"mtp": mtp, "vision": vision, "tied": tied, "layers": layers}
     with _progress() as progress:
         synth(out, size, seed=seed, progress=progress, **options)
     typer.echo(f"wrote {out}")
