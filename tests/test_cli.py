@@ -154,7 +154,7 @@ def test_demo_writes_its_files_and_one_table(tmp_path: Path) -> None:
         p.name for p in tmp_path.iterdir()
     }
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    kld = evaluation["mean_kld"]
+    kld = evaluation["measures"]["mean_kld"]
     assert 0 < kld["low"] <= kld["value"] <= kld["high"]
     assert kld["unit"] == "nats"
     assert "mean KLD" in done.stdout

@@ -30,7 +30,10 @@ _REFITS = 3  # times the whole numbers of a block are chosen; between two, its f
 _SMALLEST = np.float32(2.0**-100)  # blocks whose largest weight is below it are stored as zeros
 _EXPONENT = np.int32(0x7F800000)
 _EXPONENT_LIMIT = np.int32(0x7E000000)  # whose reciprocal is still a normal number
-_LOWEST = np.float32(-np.inf)
+_CLEARLY = np.float32(1 + 2.0**-20)  # above rounding noise, so that equals fall to the same start everywhere
+_SPREAD = np.float32(1e-5)  # of codes, relative; with less there is no telling scale from offset
+_HEARD = np.float32(1e-6)  # weights up to it (the largest of a block is 1) do not stretch the starts' span
+_HIGHEST = np.float32(np.inf)
 _ZERO = np.float32(0.0)
 _ONE = np.float32(1.0)
 _TWO = np.float32(2.0)
@@ -138,7 +141,8 @@ def _search_symmetric(
     for j in range(x.shape[0]):
         for lane in range(LANES):
             value = x[j, lane]
-            extreme[lane] = value if abs(value) > abs(extreme[lane]) else extreme[lane]
+            larger = abs(value) > abs(extreme[lane]) and w[j, lane] > _HEARD
+            extreme[lane] = value if larger else extreme[lane]
     for t in range(starts.size + rounds):
         for lane in range(LANES):
             at = extreme[lane] if t < starts.size else scale[lane]
@@ -147,7 +151,7 @@ def _search_symmetric(
         _symmetric_sums(x, w, inverse, low, high, table, places, sqx, sqq)
         for lane in range(LANES):
             gain = sqx[lane] * sqx[lane] / sqq[lane]
-            better = gain > best[lane]
+            better = gain > best[lane] * _CLEARLY
             best[lane] = gain if better else best[lane]
             scale[lane] = sqx[lane] / sqq[lane] if better else scale[lane]
 
@@ -177,7 +181,33 @@ def fit_symmetric(
 @njit(nogil=True, cache=True)
 def _outwards(step: int) -> int:
     """Return 0, -1, 1, -2, 2, … for steps 0, 1, 2, …: the first of equals is the nearest."""
-    return (step + 1) // 2 * (1 - 2 * (step & 1) if step > 0 else 1)
+    return (step + 1) // 2 * (1 - 2 * (step & 1))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _symmetric_errors(
+    x: Float32, w: Float32, scale: Float32, inverse: Float32, low: np.float32, high: np.float32,
+    table: Float32, places: NDArray[np.uint16], error: Float32,
+) -> None:  # fmt: skip
+    """Sum `w (x - scale q)^2` per lane, `q` as in `_symmetric_sums`."""
+    for lane in range(LANES):
+        error[lane] = _ZERO
+    if table.size == 1:
+        for j in range(x.shape[0]):
+            for lane in range(LANES):
+                value = x[j, lane]
+                left = value - scale[lane] * np.rint(min(max(value * inverse[lane], low), high))
+                error[lane] += w[j, lane] * left * left
+        return
+    middle = np.float32(table.size // 2)
+    top = middle + middle - _ONE
+    for j in range(x.shape[0]):
+        for lane in range(LANES):
+            place = x[j, lane] * inverse[lane] * _TWO + middle
+            places[lane] = np.int32(min(max(place, _ZERO), top))
+        for lane in range(LANES):
+            left = x[j, lane] - scale[lane] * table[places[lane]]
+            error[lane] += w[j, lane] * left * left
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -186,25 +216,30 @@ def _choose_scales(
     centre: Float32, reach: int, scale_low: np.float32, scale_high: np.float32,
     places: NDArray[np.uint16], scratch: Float32, found: Float32,
 ) -> None:  # fmt: skip
-    """Fill `found`: per lane the gain, the whole scale within `reach` of `centre`, and the refit's sums."""
-    whole, inverse, sqx, sqq = scratch[0], scratch[1], scratch[2], scratch[3]
+    """Fill `found`: per lane the least error, its whole scale, and the sums that refit the factor.
+
+    Whole scales within `reach` of `centre` are tried, and the one opposite to it: the grid is not symmetric.
+    """
+    whole, scale, inverse, error = scratch[0], scratch[1], scratch[2], scratch[3]
     for lane in range(LANES):
-        found[0, lane] = _LOWEST
-    for step in range(2 * reach + 1):
+        found[0, lane] = _HIGHEST
+    tries = 2 * reach + 1
+    for step in range(tries + 1):
         for lane in range(LANES):
-            near = np.rint(centre[lane]) + np.float32(_outwards(step))
+            near = np.rint(centre[lane])
+            near = near + np.float32(_outwards(step)) if step < tries else -near
             whole[lane] = min(max(near, scale_low), scale_high)
-            scale = whole[lane] * factor[lane]
-            inverse[lane] = _ONE / scale if scale != 0 else _ZERO
-        _symmetric_sums(x, w, inverse, low, high, table, places, sqx, sqq)
+            scale[lane] = whole[lane] * factor[lane]
+            inverse[lane] = _ONE / scale[lane] if scale[lane] != 0 else _ZERO
+        _symmetric_errors(x, w, scale, inverse, low, high, table, places, error)
         for lane in range(LANES):
-            scale = whole[lane] * factor[lane]
-            gain = scale * (_TWO * sqx[lane] - scale * sqq[lane])
-            better = gain > found[0, lane]
-            found[0, lane] = gain if better else found[0, lane]
+            better = error[lane] < found[0, lane]
+            found[0, lane] = error[lane] if better else found[0, lane]
             found[1, lane] = whole[lane] if better else found[1, lane]
-            found[2, lane] = whole[lane] * sqx[lane] if better else found[2, lane]
-            found[3, lane] = whole[lane] * whole[lane] * sqq[lane] if better else found[3, lane]
+    for lane in range(LANES):
+        best = found[1, lane] * factor[lane]
+        inverse[lane] = _ONE / best if best != 0 else _ZERO
+    _symmetric_sums(x, w, inverse, low, high, table, places, found[2], found[3])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -236,15 +271,16 @@ def fit_super_symmetric(
         if block == 0 or weights.shape[0] > 1:
             _load_weights(weights, first + block, subs, w)
         _search_symmetric(x, w, low, high, table, starts, 1, places, scratch, scale)
-        best[:] = _LOWEST
+        best[:] = _HIGHEST
         for turn in range(_REFITS):
             for b in range(group):
                 lanes = slice(b * subs, (b + 1) * subs)
                 if turn == 0:
                     value = scale[lanes][np.argmax(np.abs(scale[lanes]))] / scale_low
                 else:
-                    total = found[3, lanes].sum()
-                    value = found[2, lanes].sum() / total if total > 0 else factor[b * subs]
+                    whole = found[1, lanes]
+                    total = (whole * whole * found[3, lanes]).sum()
+                    value = (whole * found[2, lanes]).sum() / total if total > 0 else factor[b * subs]
                 factor[lanes] = _half_in_unit(value, unit[b * subs])
             for lane in range(LANES):
                 start = scale[lane] / factor[lane] if factor[lane] != 0 else _ZERO
@@ -256,7 +292,7 @@ def fit_super_symmetric(
             for b in range(min(group, blocks.shape[0] - block)):
                 lanes = slice(b * subs, (b + 1) * subs)
                 total = found[0, lanes].sum()
-                if total > best[b]:
+                if total < best[b]:
                     best[b] = total
                     d[block + b] = factor[b * subs] * unit[b * subs]
                     for s in range(subs):
@@ -288,15 +324,16 @@ def _measure_lanes(
     x: Float32, w: Float32, negative: bool, least: Float32, most: Float32, sw: Float32, sx: Float32
 ) -> None:
     for lane in range(LANES):
-        least[lane] = x[0, lane] if negative else min(x[0, lane], _ZERO)
-        most[lane] = x[0, lane]
+        least[lane] = _HIGHEST if negative else _ZERO
+        most[lane] = -_HIGHEST
         sw[lane] = _ZERO
         sx[lane] = _ZERO
     for j in range(x.shape[0]):
         for lane in range(LANES):
             value = x[j, lane]
-            least[lane] = min(least[lane], value)
-            most[lane] = max(most[lane], value)
+            heard = w[j, lane] > _HEARD
+            least[lane] = min(least[lane], value) if heard else least[lane]
+            most[lane] = max(most[lane], value) if heard else most[lane]
             sw[lane] += w[j, lane]
             sx[lane] += w[j, lane] * value
 
@@ -320,7 +357,7 @@ def _search_affine(
         mean = sx[lane] / sw[lane]
         flat = negative or mean < 0
         offset[lane] = -mean if flat else _ZERO
-        best[lane] = mean * sx[lane] if flat else _ZERO
+        best[lane] = _ZERO if flat else -mean * sx[lane]
         scale[lane] = _ZERO
         codes[lane] = _ZERO
     for t in range(starts.shape[0] + rounds):
@@ -332,14 +369,18 @@ def _search_affine(
             inverse[lane] = (starts[t, 1] if begin else _ONE) / step if step > 0 else _ZERO
         _affine_sums(x, w, inverse, trial, high, sq, sqx, sqq)
         for lane in range(LANES):
-            det = sw[lane] * sqq[lane] - sq[lane] * sq[lane]
-            s = (sw[lane] * sqx[lane] - sx[lane] * sq[lane]) / det
-            o = (sq[lane] * sqx[lane] - sqq[lane] * sx[lane]) / det
-            alone = (not negative) and not o > 0
+            mean, level = sx[lane] / sw[lane], sq[lane] / sw[lane]
+            together = sqx[lane] - level * sx[lane]
+            spread = sqq[lane] - level * sq[lane]
+            known = spread > _SPREAD * sqq[lane]
+            s = together / spread if known else _ZERO
+            o = s * level - mean
+            gain = s * together
+            alone = (not negative) and not (known and o > 0)
+            gain = sqx[lane] * sqx[lane] / sqq[lane] - mean * sx[lane] if alone else gain
             s = sqx[lane] / sqq[lane] if alone else s
             o = _ZERO if alone else o
-            gain = s * sqx[lane] - o * sx[lane]
-            better = gain > best[lane] and s > 0
+            better = gain > max(best[lane] * _CLEARLY, best[lane]) and s > 0
             best[lane] = gain if better else best[lane]
             scale[lane] = s if better else scale[lane]
             offset[lane] = o if better else offset[lane]
@@ -369,60 +410,85 @@ def fit_affine(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _affine_errors(
+    x: Float32,
+    w: Float32,
+    scale: Float32,
+    inverse: Float32,
+    offset: Float32,
+    high: np.float32,
+    error: Float32,
+) -> None:
+    """Sum `w (x + offset - scale q)^2` per lane, `q` as in `_affine_sums`."""
+    for lane in range(LANES):
+        error[lane] = _ZERO
+    for j in range(x.shape[0]):
+        for lane in range(LANES):
+            value = x[j, lane] + offset[lane]
+            left = value - scale[lane] * np.rint(min(max(value * inverse[lane], _ZERO), high))
+            error[lane] += w[j, lane] * left * left
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _choose_scales_and_mins(
     x: Float32, w: Float32, factor: Float32, factor_m: Float32, high: np.float32, top: np.float32,
     line: Float32, turn: int, reach: int, reach_m: int, scratch: Float32, found: Float32,
 ) -> None:  # fmt: skip
-    """Fill `found`: per lane the gain, the whole scale, the whole min, and the five sums of the refit.
+    """Fill `found`: per lane the least error, its whole scale and min, and the sums that refit the factors.
 
     The first turn looks around the lane's line: for each scale, the mins near the one its codes call for.
     Later turns look around what was found before.
     """
     whole, whole_m, sw, sx = scratch[0], scratch[1], scratch[2], scratch[3]
-    inverse, trial, sq, sqx = scratch[4], scratch[5], scratch[6], scratch[7]
-    sqq, centre, centre_m = scratch[8], scratch[9], scratch[10]
+    inverse, offset, scale, error = scratch[4], scratch[5], scratch[6], scratch[7]
+    centre, centre_m = scratch[8], scratch[9]
     for lane in range(LANES):
         start = line[0, lane] / factor[lane] if factor[lane] > 0 else _ZERO
         centre[lane] = np.rint(start) if turn == 0 else found[1, lane]
         centre_m[lane] = found[2, lane]
-        found[0, lane] = _LOWEST
+        found[0, lane] = _HIGHEST
     width = 2 * reach_m + 1
     for step in range((2 * reach + 1) * width):
         for lane in range(LANES):
             whole[lane] = min(max(centre[lane] + np.float32(_outwards(step // width)), _ZERO), top)
-            scale = whole[lane] * factor[lane]
-            offset = (scale * line[2, lane] - sx[lane]) / sw[lane] if line[0, lane] > 0 else line[1, lane]
-            near = np.rint(max(offset, _ZERO) / factor_m[lane]) if factor_m[lane] > 0 else _ZERO
+            scale[lane] = whole[lane] * factor[lane]
+            inverse[lane] = _ONE / scale[lane] if scale[lane] > 0 else _ZERO
+            wanted = (scale[lane] * line[2, lane] - sx[lane]) / sw[lane]
+            wanted = max(wanted if line[0, lane] > 0 else line[1, lane], _ZERO)
+            near = np.rint(wanted / factor_m[lane]) if factor_m[lane] > 0 else _ZERO
             near = near if turn == 0 else centre_m[lane]
             whole_m[lane] = min(max(near + np.float32(_outwards(step % width)), _ZERO), top)
-            trial[lane] = whole_m[lane] * factor_m[lane]
-            inverse[lane] = _ONE / scale if scale > 0 else _ZERO
-        _affine_sums(x, w, inverse, trial, high, sq, sqx, sqq)
+            offset[lane] = whole_m[lane] * factor_m[lane]
+        _affine_errors(x, w, scale, inverse, offset, high, error)
         for lane in range(LANES):
-            a, b = whole[lane], whole_m[lane]
-            scale, offset = a * factor[lane], trial[lane]
-            gain = scale * (_TWO * (sqx[lane] + offset * sq[lane]) - scale * sqq[lane])
-            gain -= offset * (_TWO * sx[lane] + offset * sw[lane])
-            better = gain > found[0, lane]
-            found[0, lane] = gain if better else found[0, lane]
-            found[1, lane] = a if better else found[1, lane]
-            found[2, lane] = b if better else found[2, lane]
-            found[3, lane] = a * a * sqq[lane] if better else found[3, lane]
-            found[4, lane] = a * b * sq[lane] if better else found[4, lane]
-            found[5, lane] = b * b * sw[lane] if better else found[5, lane]
-            found[6, lane] = a * sqx[lane] if better else found[6, lane]
-            found[7, lane] = b * sx[lane] if better else found[7, lane]
+            better = error[lane] < found[0, lane]
+            found[0, lane] = error[lane] if better else found[0, lane]
+            found[1, lane] = whole[lane] if better else found[1, lane]
+            found[2, lane] = whole_m[lane] if better else found[2, lane]
+    for lane in range(LANES):
+        best = found[1, lane] * factor[lane]
+        inverse[lane] = _ONE / best if best > 0 else _ZERO
+        offset[lane] = found[2, lane] * factor_m[lane]
+    _affine_sums(x, w, inverse, offset, high, found[3], found[4], found[5])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _refit_factors(found: Float32, d: np.float32, m: np.float32) -> tuple[np.float32, np.float32]:
-    """Solve least squares for the block's two factors; where it is singular keep them or fit `d` alone."""
-    aa, ab, bb = found[3].sum(), found[4].sum(), found[5].sum()
-    ax, bx = found[6].sum(), found[7].sum()
+def _refit_factors(
+    found: Float32, sw: Float32, sx: Float32, d: np.float32, m: np.float32
+) -> tuple[np.float32, np.float32]:
+    """Solve least squares for the block's two factors; where it is singular keep `m` and fit `d` alone."""
+    aa = ab = bb = ax = bx = 0.0
+    for s in range(sw.size):
+        a, b = float(found[1, s]), float(found[2, s])
+        aa += a * a * found[5, s]
+        ab += a * b * found[3, s]
+        bb += b * b * sw[s]
+        ax += a * found[4, s]
+        bx += b * sx[s]
     det = aa * bb - ab * ab
-    if det > np.float32(1e-6) * aa * bb:
-        return (ax * bb - bx * ab) / det, (ax * ab - bx * aa) / det
-    return (ax / aa if aa > 0 else d), m
+    if det > 1e-6 * aa * bb:
+        return np.float32((ax * bb - bx * ab) / det), np.float32((ax * ab - bx * aa) / det)
+    return (np.float32((ax + m * ab) / aa) if aa > 0 else d), m
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -436,20 +502,26 @@ def fit_super_affine(
     x, w = np.empty((size, LANES), np.float32), np.empty((size, LANES), np.float32)
     unit, line = np.empty(LANES, np.float32), np.empty((3, LANES), np.float32)
     factor, factor_m = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
-    scratch, found = np.empty((11, LANES), np.float32), np.zeros((8, LANES), np.float32)
+    scratch, found = np.empty((10, LANES), np.float32), np.zeros((6, LANES), np.float32)
     best = np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
         _load_lanes(blocks, block, subs, x, unit, scratch)
         if block == 0 or weights.shape[0] > 1:
             _load_weights(weights, first + block, subs, w)
         _search_affine(x, w, high, starts, 1, False, scratch, line)
-        best[:] = _LOWEST
+        best[:] = _HIGHEST
         for turn in range(_REFITS):
             for b in range(group):
                 lanes = slice(b * subs, (b + 1) * subs)
                 value, value_m = line[0, lanes].max() / top, line[1, lanes].max() / top
                 if turn > 0:
-                    value, value_m = _refit_factors(found[:, lanes], factor[b * subs], factor_m[b * subs])
+                    value, value_m = _refit_factors(
+                        found[:, lanes],
+                        scratch[2, lanes],
+                        scratch[3, lanes],
+                        factor[b * subs],
+                        factor_m[b * subs],
+                    )
                 factor[lanes] = _half_in_unit(max(value, _ZERO), unit[b * subs])
                 factor_m[lanes] = _half_in_unit(max(value_m, _ZERO), unit[b * subs])
             near, near_m = (reach, reach_m) if turn == 0 else (1, 1)
@@ -459,7 +531,7 @@ def fit_super_affine(
             for b in range(min(group, blocks.shape[0] - block)):
                 lanes = slice(b * subs, (b + 1) * subs)
                 total = found[0, lanes].sum()
-                if total > best[b]:
+                if total < best[b]:
                     best[b] = total
                     d[block + b] = factor[b * subs] * unit[b * subs]
                     m[block + b] = factor_m[b * subs] * unit[b * subs]

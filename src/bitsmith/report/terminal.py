@@ -122,8 +122,8 @@ def print_demo(demo: Demo, report: Path) -> None:
     console = Console()
     reference, candidate = demo.evaluation.reference, demo.evaluation.candidate
     sizes = [
-        ("size of the original", bytes_text(reference.file_bytes), "exact"),
-        (f"size of {demo.record.plan.type}", bytes_text(candidate.file_bytes), "exact"),
+        ("size of the original", f"{reference.file_bytes:,} bytes", "exact"),
+        (f"size of {demo.record.plan.type}", f"{candidate.file_bytes:,} bytes", "exact"),
         ("bits per weight, original", f"{reference.bpw:.4f} bpw", "exact"),
         (f"bits per weight, {demo.record.plan.type}", f"{candidate.bpw:.4f} bpw", "exact"),
     ]
