@@ -30,7 +30,7 @@ _REFITS = 3  # times the whole numbers of a block are chosen; between two, its f
 _SMALLEST = np.float32(2.0**-100)  # blocks whose largest weight is below it are stored as zeros
 _EXPONENT = np.int32(0x7F800000)
 _EXPONENT_LIMIT = np.int32(0x7E000000)  # whose reciprocal is still a normal number
-_CLEARLY = np.float32(1 + 2.0**-20)  # above rounding noise, so that equals fall to the same start everywhere
+_NOISE = np.float32(2.0**-20)  # of a gain; within it equals fall to the same start in every sub-block
 _SPREAD = np.float32(1e-5)  # of codes, relative; with less there is no telling scale from offset
 _HEARD = np.float32(1e-6)  # weights up to it (the largest of a block is 1) do not stretch the starts' span
 _HIGHEST = np.float32(np.inf)
@@ -151,7 +151,7 @@ def _search_symmetric(
         _symmetric_sums(x, w, inverse, low, high, table, places, sqx, sqq)
         for lane in range(LANES):
             gain = sqx[lane] * sqx[lane] / sqq[lane]
-            better = gain > best[lane] * _CLEARLY
+            better = gain > best[lane] + _NOISE * best[lane]
             best[lane] = gain if better else best[lane]
             scale[lane] = sqx[lane] / sqq[lane] if better else scale[lane]
 
@@ -380,7 +380,8 @@ def _search_affine(
             gain = sqx[lane] * sqx[lane] / sqq[lane] - mean * sx[lane] if alone else gain
             s = sqx[lane] / sqq[lane] if alone else s
             o = _ZERO if alone else o
-            better = gain > max(best[lane] * _CLEARLY, best[lane]) and s > 0
+            noise = _NOISE * (max(best[lane], _ZERO) + mean * sx[lane])
+            better = gain > best[lane] + noise and s > 0
             best[lane] = gain if better else best[lane]
             scale[lane] = s if better else scale[lane]
             offset[lane] = o if better else offset[lane]
