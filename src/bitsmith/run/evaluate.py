@@ -168,7 +168,7 @@ def evaluate_all(
 ) -> list[Evaluation]:
     """Measure several candidates as `evaluate` does, running the reference forward once."""
     with open_model(ref) as reference:
-        tokens, protocol = _tokens(reference, text, ctx_tokens, chunks, seed)
+        tokens, protocol = text_chunks(reference, text, ctx_tokens, chunks, seed)
         for path in candidates:  # refuse before the first forward
             with open_model(path) as model:
                 _check_vocabulary(reference, model)
@@ -214,9 +214,13 @@ def _states(
     return states.reshape(-1, states.shape[-1])
 
 
-def _tokens(
-    model: TextModel, text: Path, ctx_tokens: int, chunks: int | None, seed: int
+def text_chunks(
+    model: TextModel, text: Path, ctx_tokens: int, chunks: int | None, seed: int = 0
 ) -> tuple[NDArray[np.int64], Protocol]:
+    """Return a UTF-8 text as token chunks (`chunks ctx_tokens`) the way llama.cpp's perplexity cuts it.
+
+    Raises BitsmithError for a text that is not UTF-8 or shorter than one chunk.
+    """
     if ctx_tokens < MIN_CTX_TOKENS:
         raise BitsmithError(f"a context of {ctx_tokens} tokens is too short; {MIN_CTX_TOKENS} is the least")
     if chunks is not None and chunks < 1:

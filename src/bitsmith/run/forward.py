@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -67,6 +67,29 @@ class TextModel:
         return self.checkpoint[name]
 
 
+class Observer(Protocol):
+    """Watches a forward: called layer by layer, in the order of the chunks, on the calling thread."""
+
+    def entering(self, layer: int, states: Float32) -> None:
+        """Take hidden states (`B T hidden`) about to enter `layer`; `n_layers` stands for the final norm."""
+
+    def cached(self, layer: int, keys: Float32, values: Float32) -> None:
+        """Take K, normed and rotated, and V (`B heads T head_dim`), as they enter the layer's KV cache."""
+
+
+class _Cache:
+    """A KV cache of one layer that keeps what is put into it and gives it back unchanged."""
+
+    entries: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keep and return keys and values (`B heads T head_dim`); transformers' attention calls this."""
+        self.entries = keys, values
+        return keys, values
+
+
 def final_hidden_states(
     model: TextModel, tokens: Tokens, first: int, progress: Progress = silent, stage: str = "forward"
 ) -> Float32:
@@ -79,17 +102,47 @@ def final_hidden_states(
     """
     with _quiet_transformers(), torch.inference_mode():
         network = _Network(model)
-        states = _zeros((*tokens.shape, network.hidden_size))
-        _embed(model, tokens, states)
-        batch = max(1, _TASK_TOKENS // tokens.shape[1])
-        batch_bytes = network.bytes_per_token * tokens.shape[1] * batch
-        done, total = 0, network.n_layers * tokens.size
-        with _workers(_ACTIVATION_BYTES // batch_bytes) as pool:
-            for index in range(network.n_layers):
-                for chunks in network.through_layer(index, states, batch, pool):
-                    done += chunks * tokens.shape[1]
-                    progress(stage, done, total)
+        states = _through_all(network, tokens, progress, stage)
         return network.normed(states[:, first:-1])
+
+
+def observe(
+    model: TextModel, tokens: Tokens, observer: Observer, progress: Progress = silent, stage: str = "observe"
+) -> None:
+    """Run `tokens` (`chunks T`) and show `observer` what enters each layer and each KV cache.
+
+    The same forward as `final_hidden_states`, which the observer does not change. Reports in tokens times
+    layers. Raises as `final_hidden_states` does.
+    """
+    with _quiet_transformers(), torch.inference_mode():
+        network = _Network(model)
+        _through_all(network, tokens, progress, stage, observer)
+
+
+def _through_all(
+    network: _Network, tokens: Tokens, progress: Progress, stage: str, observer: Observer | None = None
+) -> Float32:
+    """Return the states (`chunks T hidden`) behind the last layer."""
+    states = _zeros((*tokens.shape, network.hidden_size))
+    _embed(network.model, tokens, states)
+    batch = max(1, _TASK_TOKENS // tokens.shape[1])
+    batch_bytes = network.bytes_per_token * tokens.shape[1] * batch
+    done, total = 0, network.n_layers * tokens.size
+    with _workers(_ACTIVATION_BYTES // batch_bytes) as pool:
+        for index in range(network.n_layers):
+            if observer is not None:
+                _show(observer, index, states, batch)
+            for chunks in network.through_layer(index, states, batch, pool, observer):
+                done += chunks * tokens.shape[1]
+                progress(stage, done, total)
+    if observer is not None:
+        _show(observer, network.n_layers, states, batch)
+    return states
+
+
+def _show(observer: Observer, layer: int, states: Float32, batch: int) -> None:
+    for start in range(0, len(states), batch):
+        observer.entering(layer, states[start : start + batch])
 
 
 def compare(
@@ -150,7 +203,7 @@ class _Network:
     """The transformers classes of one model, its rotary embedding, and layers built on demand."""
 
     def __init__(self, model: TextModel) -> None:
-        self._model = model
+        self.model = model
         arch = model.arch
         self._module = importlib.import_module(arch.transformers_module)
         self._config = getattr(self._module, arch.config_class).from_dict(dict(arch.text_config))
@@ -170,28 +223,42 @@ class _Network:
         return 4 * (8 * self.hidden_size + max(4 * int(config.intermediate_size), 20 * delta))
 
     def through_layer(
-        self, index: int, states: Float32, batch: int, pool: ThreadPoolExecutor
+        self,
+        index: int,
+        states: Float32,
+        batch: int,
+        pool: ThreadPoolExecutor,
+        observer: Observer | None = None,
     ) -> Iterator[int]:
         """Replace `states` (`chunks T hidden`) by layer `index`'s output, `batch` chunks in a task.
 
         Yields the chunks of each task; the layer's weights are dropped at the end.
         """
         layer = self._layer(index)
+        caching = observer is not None and self._config.layer_types[index] == "full_attention"
         parts = [states[start : start + batch] for start in range(0, len(states), batch)]
-        for part, finite in zip(parts, pool.map(lambda part: self._run(layer, part), parts), strict=True):
+        caches = [_Cache() if caching else None for _ in parts]
+        tasks = zip(
+            parts, caches, pool.map(lambda *task: self._run(layer, *task), parts, caches), strict=True
+        )
+        for part, cache, finite in tasks:
             if not finite:
                 raise BitsmithError(
-                    f"layer {index} makes NaN or infinite hidden states", path=self._model.checkpoint.path
+                    f"layer {index} makes NaN or infinite hidden states", path=self.model.checkpoint.path
                 )
+            if observer is not None and cache is not None and cache.entries is not None:
+                keys, values = (entry.numpy() for entry in cache.entries)
+                cache.entries = None
+                observer.cached(index, keys, values)
             yield len(part)
 
     def _layer(self, index: int) -> torch.nn.Module:
         with torch.device("meta"):
-            layer = getattr(self._module, self._model.arch.layer_class)(self._config, index)
-        return self._filled(layer, f"{self._model.arch.text_prefix}layers.{index}.")
+            layer = getattr(self._module, self.model.arch.layer_class)(self._config, index)
+        return self._filled(layer, f"{self.model.arch.text_prefix}layers.{index}.")
 
     @torch.inference_mode()
-    def _run(self, layer: torch.nn.Module, states: Float32) -> bool:
+    def _run(self, layer: torch.nn.Module, states: Float32, cache: _Cache | None) -> bool:
         """Replace `states` (`B T hidden`) by the causal layer's output; tell if that is finite."""
         hidden = torch.from_numpy(states)
         positions = torch.arange(states.shape[1])[None]
@@ -200,16 +267,17 @@ class _Network:
             position_embeddings=self._rotary(hidden, positions),
             attention_mask=None,  # scaled_dot_product_attention then masks causally by itself
             position_ids=positions,
+            past_key_values=cache,
         ).numpy()
         return bool(np.isfinite(states).all())
 
     def normed(self, states: Float32) -> Float32:
         """Return the final norm of `states` (`B S hidden`)."""
         with torch.device("meta"):
-            norm = getattr(self._module, self._model.arch.norm_class)(
+            norm = getattr(self._module, self.model.arch.norm_class)(
                 self.hidden_size, eps=self._config.rms_norm_eps
             )
-        norm = self._filled(norm, f"{self._model.arch.text_prefix}norm.")
+        norm = self._filled(norm, f"{self.model.arch.text_prefix}norm.")
         out = _zeros(states.shape)
         for index in range(len(states)):
             out[index] = norm(torch.from_numpy(states[index])).numpy()
@@ -217,7 +285,7 @@ class _Network:
 
     def _filled(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
         """Give a module on the meta device its weights, the tensors of the checkpoint under `prefix`."""
-        checkpoint = self._model.checkpoint
+        checkpoint = self.model.checkpoint
         wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         found = {name.removeprefix(prefix) for name in checkpoint if name.startswith(prefix)}
         for what, names in (("missing", wanted.keys() - found), ("not of this model", found - wanted.keys())):
