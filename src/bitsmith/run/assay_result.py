@@ -28,9 +28,10 @@ class SpectrumFigures:
     """The singular values of one matrix, summed up.
 
     `method` is how they were computed (`gram`, `svd`), `sigma_bound` the bound on every σ's absolute error
-    over σ_max. `condition` is None for a matrix that is singular to within that bound. `rank_for_error` maps an
-    error to the smallest rank that reaches it, `energy_at` a rank to the kept share of Σσ², `sigma_at` a
-    1-based index to σ. `r90` is the smallest k with Σ_{i≤k} σ ≥ 0.9 Σσ. `zeros_error` is not stored: it is 1.
+    over σ_max. `condition` is None for a matrix that is singular to within that bound. `rank_for_error`
+    maps an error to the smallest rank that reaches it, `energy_at` a rank to the kept share of Σσ²,
+    `sigma_at` a 1-based index to σ. `r90` is the smallest k with Σ_{i≤k} σ ≥ 0.9 Σσ. `zeros_error` is not
+    stored: it is 1.
     """
 
     method: str
@@ -54,8 +55,8 @@ class SpectrumFigures:
 class RandomFigures:
     """The same shape and variance filled at random (Marchenko-Pastur).
 
-    `lower_edge` and `upper_edge` bound the bulk of σ, `spikes` counts the σ above it and `spike_energy` their
-    share of Σσ²; `sigma` is the random matrix's expected σ at the indices of the measured curve.
+    `lower_edge` and `upper_edge` bound the bulk of σ, `spikes` counts the σ above it and `spike_energy`
+    their share of Σσ²; `sigma` is the random matrix's expected σ at the indices of the measured curve.
     """
 
     std: float
@@ -70,9 +71,9 @@ class RandomFigures:
 class PowerLawFigures:
     """Power law of the spectrum.
 
-    `slope` is the log-log slope of σ against its index; `alpha` the maximum-likelihood exponent of the density
-    of λ = σ² above the KS-chosen `x_min` with its bootstrap interval and KS distance `ks`; `p_value` the
-    goodness of fit; `tail` the number of values used.
+    `slope` is the log-log slope of σ against its index; `alpha` the maximum-likelihood exponent of the
+    density of λ = σ² above the KS-chosen `x_min` with its bootstrap interval and KS distance `ks`;
+    `p_value` the goodness of fit; `tail` the number of values used.
     """
 
     slope: float | None
@@ -89,8 +90,8 @@ class PowerLawFigures:
 class Rival:
     """One way to store the matrix, measured on the actual weights.
 
-    `kind` is `int4`, `low_rank` or `zeros`. `claimed_error` is the error a claimed spectral decay would give at
-    this rank, `error_over_claim` the measured one over it. `bpw` is 8 bytes / weights.
+    `kind` is `int4`, `low_rank` or `zeros`. `claimed_error` is the error a claimed spectral decay would
+    give at this rank, `error_over_claim` the measured one over it. `bpw` is 8 bytes / weights.
     """
 
     method: str
@@ -157,10 +158,10 @@ class StructuredRow:
 class Verdict:
     """Can low rank beat int4 here? `text` says so in one sentence with the number that decides.
 
-    Quality is int4's own measured error `target_error`. `rank_needed` of `rank_full` is the smallest rank with
-    exact factors that reaches it; `low_rank_bytes` the least that a measured factor width needs for it (None
-    where none reaches it), `int4_bytes` what int4 took. For a component or the model ranks are None, bytes are
-    sums and `share` is the share of weights where low rank wins.
+    Quality is int4's own measured error `target_error`. `rank_needed` of `rank_full` is the smallest rank
+    with exact factors that reaches it; `low_rank_bytes` the least that a measured factor width needs for it
+    (None where none reaches it), `int4_bytes` what int4 took. For a component or the model ranks are None,
+    bytes are sums and `share` is the share of weights where low rank wins.
     """
 
     kind: VerdictKind
@@ -213,9 +214,9 @@ class MatrixAssay:
 class ComponentRow:
     """One of the seed's components C1 to C5 in this model.
 
-    `share` is the measured share of all parameters, `seed_share` and `seed_ratio` what the seed claims for it;
-    `best_method` is the smallest measured method whose error is at most `quality`, `ratio` its 16-bit bytes over
-    its bytes, `error` its energy-weighted error.
+    `share` is the measured share of all parameters, `seed_share` and `seed_ratio` what the seed claims for
+    it; `best_method` is the smallest measured method whose error is at most `quality`, `ratio` its 16-bit
+    bytes over its bytes, `error` its energy-weighted error.
     """
 
     key: str
@@ -238,8 +239,9 @@ class ComponentRow:
 class Totals:
     """Ratios of 16-bit bytes to compressed bytes for the whole model.
 
-    `claimed` combines the seed's own ratios with this model's true shares, `seed_table` with the seed's shares;
-    `reachable` the best measured method per component; `int4` direct int4. None where something is unmeasured.
+    `claimed` combines the seed's own ratios with this model's true shares, `seed_table` with the seed's
+    shares; `reachable` the best measured method per component; `int4` direct int4. None where something is
+    unmeasured.
     """
 
     seed_table: float
@@ -302,7 +304,7 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Assay:
-    """The assay of one checkpoint; `activations` is filled by `bitsmith.run.activations` when text is given."""
+    """The assay of one checkpoint; `activations` comes from `bitsmith.run.activations`, given text."""
 
     path: str
     architecture: str | None
