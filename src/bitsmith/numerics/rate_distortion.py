@@ -1,18 +1,17 @@
 """What no code can beat: the Gaussian rate-distortion bound of a matrix, white and on its spectrum.
 
-A matrix is taken for `max(out, in)` independent samples of a Gaussian vector of `n = min(out, in)` components,
-one along each singular direction, with variances `λ_i = σ_i² / max(out, in)`. Squared error is the distortion,
-relative to `Σ σ_i²`; the rate is in bits per weight.
+A matrix is taken for `max(out, in)` independent samples of a Gaussian vector of `n = min(out, in)`
+components, one along each singular direction, with variances `λ_i = σ_i² / max(out, in)`. Squared error is the
+distortion, relative to `Σ λ_i`; the rate is in bits per weight.
 
 - white: all weights independent with one variance, `D(R) = 2^(-2R)`;
 - spectral: reverse water-filling, `D = Σ min(λ_i, θ) / Σ λ_i`, `R = 1/n Σ max(0, ½ log2(λ_i / θ))`.
 
-What that assumes. Weights with heavier tails than a Gaussian's of the same spectrum are easier: a code may
-go below the bound, which is the worst case over all sources of that covariance. The decoder is given the
-singular directions for nothing, so the spectral bound is too low for a nearly square matrix: even independent
-Gaussian weights have Marchenko-Pastur's spectrum, not a flat one, while their true bound is the white one. Codes
-need long blocks to come near it; scalar quantization with entropy coding stays 1.53 dB away at high rates, without
-entropy coding further.
+What that assumes. A Gaussian is the hardest source of its covariance: weights of another distribution may be
+coded below the bound. The spectral bound hands the decoder the singular directions for nothing and is too low
+for a nearly square matrix: independent Gaussian weights have Marchenko-Pastur's spectrum, not a flat one, but
+their true bound is the white one. Neither is reached without coding long blocks: scalar quantization with
+entropy coding stays 1.53 dB above at high rates, without entropy coding further.
 Source: Cover and Thomas, Elements of Information Theory, 10.3.
 """
 
@@ -99,9 +98,7 @@ def decibels(relative_squared_error: float) -> float:
     return float(-10.0 * np.log10(relative_squared_error))
 
 
-def gap_db(
-    relative_error: float, rate_bpw: float, singular_values: Float64 | None = None
-) -> float | None:
+def gap_db(relative_error: float, rate_bpw: float, singular_values: Float64 | None = None) -> float | None:
     """Return how many dB a measured error lies above the bound at its rate; negative beats a Gaussian.
 
     `relative_error` is `|W - W'|_F / |W|_F`. The bound is the white one, or the spectral one where
@@ -123,4 +120,4 @@ def _energies(singular_values: Float64) -> Float64:
         raise BitsmithError("singular values are absent, negative or not finite")
     if values[0] == 0:
         raise BitsmithError("all singular values are 0: a zero matrix has no rate-distortion bound")
-    return (values / values[0]) ** 2 * values[0] ** 2
+    return np.square(values)
