@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import blas, eigvalsh, qr, svdvals
+from scipy.linalg import eigvalsh, get_blas_funcs, qr, svdvals
 
 from bitsmith.errors import BitsmithError
 
@@ -19,7 +21,11 @@ Method = Literal["auto", "gram", "svd"]
 ACCURATE = 1e-5  # relative error of a singular value from which `auto` leaves the Gram matrix
 ERRORS = (0.5, 0.2, 0.1, 0.05, 0.01)
 RANKS = (128, 256, 512, 1024, 2048)
+DIRECT_BYTES = 4 << 30  # largest wide matrix, as float64, that is held for a direct SVD
+TRACY_WIDOM_999 = 3.2724  # 99.9 % quantile of the Tracy-Widom law for real matrices
 INDICES = (1, 2, 3, 4, 512, 1024, 2048, 4096)
+
+_syrk = get_blas_funcs("syrk", dtype=np.float64)
 
 
 class Rows(Protocol):
@@ -48,39 +54,46 @@ class Spectrum:
     @property
     def rank(self) -> int:
         """Number of singular values that are larger than their error bound."""
+        return int(np.count_nonzero(self.sigma > self.error))
 
     @property
     def relative_error(self) -> float | None:
         """Largest bound of the relative error over the first `rank` singular values; None at rank 0."""
+        rank = self.rank
+        return float(np.max(self.error[:rank] / self.sigma[:rank])) if rank else None
 
     @property
     def first_inaccurate(self) -> int | None:
         """Index (from 1) of the first singular value whose relative error may exceed 1e-5; None if none."""
+        inaccurate = self.error > ACCURATE * self.sigma
+        return int(np.argmax(inaccurate)) + 1 if inaccurate.any() else None
 
     @property
     def energy(self) -> float:
         """Squared Frobenius norm Σσ²."""
+        return float(np.sum(np.square(self.sigma)))
 
     def truncation_error(self) -> Vector:
         """Relative Frobenius error √(Σ_{i>r} σ² / Σσ²) of the best rank r, for r = 0 … n (`n+1`).
 
         Eckart, Young 1936; Mirsky 1960. All zeros for a zero matrix.
         """
+        tails = np.append(np.cumsum(np.square(self.sigma[::-1]))[::-1], 0.0)
+        return np.sqrt(tails / tails[0]) if tails[0] > 0 else tails
 
     def rank_for_error(self, error: float) -> int:
         """Return the smallest rank whose relative Frobenius error is at most `error`."""
+        return int(np.argmax(self.truncation_error() <= error))
 
 
 @dataclass(frozen=True)
-class RandomComparison:
-    """The spectrum beside that of a random matrix of the same shape with independent entries.
+class BesideRandom:
+    """A spectrum beside random matrices of its shape with independent entries of one `variance`.
 
-    Marchenko, Pastur 1967: for `long × short` entries of variance v the singular values fill
-    √v (√long ± √short). `spikes` are the σ above `threshold`: the upper edge plus the 99.9 % quantile of
-    Tracy-Widom fluctuations (Johnstone 2001). The plain fields take v = Σσ²/(long·short); those of `bulk_` take
-    the v that matches the median σ (Gavish, Donoho 2014), which spikes do not inflate: None where more than
-    half of the σ are zero. `ks_distance` is the Kolmogorov-Smirnov distance between the σ² at or below the
-    threshold and Marchenko-Pastur at the same variance.
+    Marchenko, Pastur 1967: for `long × short` entries their σ fill √variance (√long ± √short). `spikes` are
+    the σ above `threshold`: the upper edge moved by the 99.9 % quantile of the largest σ (Tracy-Widom;
+    Johnstone 2001); `spike_energy` is their share of Σσ². `ks_distance` is the Kolmogorov-Smirnov distance
+    between the σ² of the others and Marchenko-Pastur's law, None where there are no others.
     """
 
     variance: float
@@ -88,13 +101,20 @@ class RandomComparison:
     upper_edge: float
     threshold: float
     spikes: int
-    spike_energy: float  # share of Σσ²
+    spike_energy: float
     ks_distance: float | None
-    bulk_variance: float | None
-    bulk_upper_edge: float | None
-    bulk_spikes: int | None
-    bulk_spike_energy: float | None
-    bulk_ks_distance: float | None
+
+
+@dataclass(frozen=True)
+class RandomComparison:
+    """A spectrum beside random matrices of its shape, at two variances.
+
+    `same_variance`: the mean square of the matrix, Σσ²/(long·short). `bulk`: the variance whose median σ² is
+    the measured one (Gavish, Donoho 2014), which spikes hardly move; None where half of the σ vanish.
+    """
+
+    same_variance: BesideRandom
+    bulk: BesideRandom | None
 
 
 @dataclass(frozen=True)
@@ -103,8 +123,8 @@ class SpectrumStatistics:
 
     `condition_number` σ₁/σ_n (None if rank-deficient); `stable_rank` Σσ²/σ₁² (Rudelson, Vershynin 2007);
     `effective_rank` exp(−Σ p ln p), p = σ/Σσ (Roy, Vetterli 2007); `nuclear_rank` (Σσ)²/Σσ²;
-    `rank_for_error` the smallest rank for each relative Frobenius error; `energy_at` share of Σσ² in the first
-    r; `sigma_at` σ at indices from 1, clipped to those there are; `r90` min k: Σ_{i≤k} σ ≥ 0.9 Σσ.
+    `rank_for_error` the smallest rank for each relative Frobenius error; `energy_at` the share of Σσ² in the
+    first r; `sigma_at` σ at indices from 1, clipped to those there are; `r90` min k: Σ_{i≤k} σ ≥ 0.9 Σσ.
     """
 
     shape: tuple[int, int]
@@ -138,6 +158,7 @@ class PartialSpectrum:
 
     def rank_bounds(self, error: float) -> tuple[int, int]:
         """Return the smallest and the largest that `rank_for_error(error)` can be."""
+        return int(np.argmax(self.lowest_error <= error)), int(np.argmax(self.highest_error <= error))
 
 
 def singular_values(
@@ -148,6 +169,12 @@ def singular_values(
     `auto` takes the Gram matrix, and the direct way (QR by slices, then SVD) where the Gram matrix leaves a
     relative error bound above 1e-5. Raises BitsmithError naming the first NaN or infinity, or an empty shape.
     """
+    rows = _Flat(source)
+    if method != "svd":
+        spectrum = _by_gram(rows, slice_bytes)
+        if method == "gram" or spectrum.first_inaccurate is None or not rows.fits_direct:
+            return spectrum
+    return _by_svd(rows, slice_bytes)
 
 
 def describe(
@@ -157,10 +184,40 @@ def describe(
     indices: Sequence[int] = INDICES,
 ) -> SpectrumStatistics:
     """Return the statistics of a spectrum."""
+    sigma, n = spectrum.sigma, len(spectrum.sigma)
+    energy, total = spectrum.energy, float(np.sum(sigma))
+    truncation = spectrum.truncation_error()
+    shares = 1.0 - np.square(truncation)
+    return SpectrumStatistics(
+        shape=spectrum.shape,
+        method=spectrum.method,
+        relative_error=spectrum.relative_error,
+        first_inaccurate=spectrum.first_inaccurate,
+        rank=spectrum.rank,
+        frobenius=float(np.sqrt(energy)),
+        condition_number=float(sigma[0] / sigma[-1]) if spectrum.rank == n else None,
+        stable_rank=energy / float(sigma[0]) ** 2 if energy else None,
+        effective_rank=_effective_rank(sigma / total) if energy else None,
+        nuclear_rank=total**2 / energy if energy else None,
+        r90=_first_at_least(np.cumsum(sigma), 0.9 * total) if energy else 0,
+        rank_for_error={error: int(np.argmax(truncation <= error)) for error in errors},
+        energy_at={rank: float(shares[rank]) for rank in _clipped(ranks, n)},
+        sigma_at={index: float(sigma[index - 1]) for index in _clipped(indices, n)},
+        random=compare_with_random(spectrum),
+    )
 
 
 def compare_with_random(spectrum: Spectrum) -> RandomComparison | None:
     """Compare with a random matrix of the same shape and variance; None for a zero matrix."""
+    short, long = sorted(spectrum.shape)
+    if spectrum.energy == 0.0 or short < 2:
+        return None
+    squares = np.square(spectrum.sigma)
+    law = _MarchenkoPastur(short, long)
+    plain = _beside(law, squares, spectrum.energy / (short * long))
+    middle = float(np.median(squares))
+    bulk = _beside(law, squares, middle / (long * law.median)) if spectrum.rank > short // 2 else None
+    return RandomComparison(same_variance=plain, bulk=bulk)
 
 
 def bounds_from_partial(sigma_at: Mapping[int, float], shape: tuple[int, int]) -> PartialSpectrum:
@@ -168,3 +225,218 @@ def bounds_from_partial(sigma_at: Mapping[int, float], shape: tuple[int, int]) -
 
     Raises BitsmithError for an index outside the shape, or values that are negative or do not descend.
     """
+    known, n = _checked(sigma_at, min(shape)), min(shape)
+    indices, values = np.array(list(known)), np.array(list(known.values()))
+    before = np.searchsorted(indices, np.arange(1, n + 1), side="right")  # known ones at or before each
+    after = np.searchsorted(indices, np.arange(1, n + 1), side="left")  # known ones strictly before each
+    upper = np.square(np.concatenate([[np.inf], values]))[before]
+    lower = np.square(np.concatenate([values, [0.0]]))[after]
+    return PartialSpectrum(shape, known, _lowest_errors(lower, upper), _highest_errors(indices, lower, upper))
+
+
+class _Flat:
+    """A source as a matrix: slices of float64 rows, finite, along the first axis."""
+
+    def __init__(self, source: NDArray[Any] | Rows) -> None:
+        self.name: str | None = getattr(source, "name", None)
+        self._source = source
+        if not source.shape or 0 in source.shape:
+            raise BitsmithError(
+                f"shape {source.shape}: expected a matrix that is not empty", tensor=self.name
+            )
+        self.shape = (source.shape[0], math.prod(source.shape[1:]))
+
+    @property
+    def wide(self) -> bool:
+        """Whether the rows are the short side."""
+        return self.shape[0] < self.shape[1]
+
+    @property
+    def fits_direct(self) -> bool:
+        """Whether the direct way can be taken: a tall matrix is read by slices, a wide one is held."""
+        return not self.wide or 8 * self.shape[0] * self.shape[1] <= DIRECT_BYTES
+
+    def slices(self, limit_bytes: int, stop: int | None = None) -> Iterator[tuple[int, Matrix]]:
+        """Yield (first row, rows) up to row `stop`, at most `limit_bytes` each but at least a row."""
+        step = max(1, limit_bytes // (8 * self.shape[1]))
+        stop = self.shape[0] if stop is None else stop
+        for start in range(0, stop, step):
+            yield start, self._read(start, min(start + step, stop))
+
+    def _read(self, start: int, stop: int) -> Matrix:
+        source = self._source
+        rows = source[start:stop] if isinstance(source, np.ndarray) else source.read(start, stop)
+        matrix = np.ascontiguousarray(rows, dtype=np.float64).reshape(stop - start, self.shape[1])
+        finite = np.isfinite(matrix)
+        if not finite.all():
+            row, column = np.unravel_index(int(np.argmin(finite)), matrix.shape)
+            value = matrix[row, column]
+            raise BitsmithError(
+                f"{value} at row {start + row}, column {column}: expected finite values", tensor=self.name
+            )
+        return matrix
+
+
+def _by_gram(rows: _Flat, slice_bytes: int) -> Spectrum:
+    gram = _gram_of_rows(rows, slice_bytes) if rows.wide else _gram_of_columns(rows, slice_bytes)
+    if not np.isfinite(gram).all():
+        raise BitsmithError("values above 1e150: their squares overflow", tensor=rows.name)
+    eigenvalues = eigvalsh(gram, lower=True, overwrite_a=True, check_finite=False, driver="evd")[::-1]
+    sigma = np.sqrt(np.maximum(eigenvalues, 0.0))
+    error = _roundoff(rows.shape) * eigenvalues[0]
+    lowest = np.sqrt(np.maximum(np.square(sigma) - error, 0.0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bound = np.fmin(error / (sigma + lowest), np.sqrt(error))
+    return Spectrum(rows.shape, sigma, bound, "gram")
+
+
+def _roundoff(shape: tuple[int, int]) -> float:
+    """Return the error of the largest eigenvalues that counts, relative to λ₁.
+
+    Rounding errors add like a random walk (Higham, Mary 2019), hence the root of the number of additions; the
+    worst case, with the number itself, is never met.
+    """
+    return float(np.sqrt(sum(shape)) * np.finfo(np.float64).eps)
+
+
+def _gram_of_columns(rows: _Flat, slice_bytes: int) -> Matrix:
+    """Return the lower triangle of WᵀW (`in in`)."""
+    n = rows.shape[1]
+    gram = np.zeros((n, n), order="F")
+    for _, piece in rows.slices(slice_bytes):
+        gram = _syrk(1.0, piece.T, beta=1.0, c=gram, lower=True, overwrite_c=True)
+    return gram
+
+
+def _gram_of_rows(rows: _Flat, slice_bytes: int) -> Matrix:
+    """Return the lower triangle of WWᵀ (`out out`), every slice against those before it."""
+    n = rows.shape[0]
+    gram = np.zeros((n, n), order="F")
+    for start, piece in rows.slices(slice_bytes):
+        stop = start + len(piece)
+        gram[start:stop, start:stop] = _syrk(1.0, piece.T, trans=True, lower=True)
+        for first, other in rows.slices(slice_bytes, start):
+            gram[start:stop, first : first + len(other)] = piece @ other.T
+    return gram
+
+
+def _by_svd(rows: _Flat, slice_bytes: int) -> Spectrum:
+    """Reduce a tall matrix to its triangular factor slice by slice, then take singular values directly."""
+    n = rows.shape[1]
+    triangle = np.empty((0, n))
+    whole = 8 * rows.shape[0] * n if rows.wide else max(slice_bytes, 8 * n * n)
+    for _, piece in rows.slices(whole):
+        if not len(triangle):
+            triangle = piece
+            continue
+        stacked = np.concatenate([triangle, piece])
+        triangle = qr(stacked, overwrite_a=True, mode="r", check_finite=False)[0][:n]
+    sigma = svdvals(triangle, overwrite_a=True, check_finite=False)
+    return Spectrum(rows.shape, sigma, np.full(len(sigma), _roundoff(rows.shape) * sigma[0]), "svd")
+
+
+def _clipped(indices: Sequence[int], n: int) -> list[int]:
+    return sorted({min(index, n) for index in indices})
+
+
+def _first_at_least(ascending: Vector, target: float) -> int:
+    """Return the first index (from 1) that reaches `target`."""
+    return min(int(np.searchsorted(ascending, target)) + 1, len(ascending))
+
+
+def _effective_rank(p: Vector) -> float:
+    positive = p[p > 0]
+    return float(np.exp(-np.sum(positive * np.log(positive))))
+
+
+class _MarchenkoPastur:
+    """The law of σ²/long for independent entries of variance 1, as a table of its distribution."""
+
+    def __init__(self, short: int, long: int) -> None:
+        ratio = short / long
+        centre, half = 1.0 + ratio, 2.0 * np.sqrt(ratio)
+        self.lower, self.upper = (1.0 - np.sqrt(ratio)) ** 2, (1.0 + np.sqrt(ratio)) ** 2
+        edges = np.linspace(np.pi, 0.0, 4097)  # λ = centre + half·cos θ makes the density smooth
+        middles = (edges[1:] + edges[:-1]) / 2
+        mass = np.square(half * np.sin(middles)) / (centre + half * np.cos(middles))
+        self._points = centre + half * np.cos(edges)
+        self._share = np.append(0.0, np.cumsum(mass)) / np.sum(mass)
+        self.median = float(np.interp(0.5, self._share, self._points))
+        roots = np.sqrt(long - 1) + np.sqrt(short)
+        self.long = long
+        width = roots * (1 / np.sqrt(long - 1) + 1 / np.sqrt(short)) ** (1 / 3)
+        self.threshold = float(max(self.upper, (roots**2 + TRACY_WIDOM_999 * width) / long))
+
+    def distance(self, values: Vector) -> float:
+        """Return the Kolmogorov-Smirnov distance of a sample."""
+        share = np.interp(np.sort(values), self._points, self._share)
+        steps = np.arange(len(values) + 1) / len(values)
+        return float(max(np.max(share - steps[:-1]), np.max(steps[1:] - share)))
+
+
+def _beside(law: _MarchenkoPastur, squares: Vector, variance: float) -> BesideRandom:
+    scale = law.long * variance
+    above = squares > law.threshold * scale
+    return BesideRandom(
+        variance=variance,
+        lower_edge=float(np.sqrt(law.lower * scale)),
+        upper_edge=float(np.sqrt(law.upper * scale)),
+        threshold=float(np.sqrt(law.threshold * scale)),
+        spikes=int(np.count_nonzero(above)),
+        spike_energy=float(np.sum(squares[above]) / np.sum(squares)),
+        ks_distance=None if above.all() else law.distance(squares[~above] / scale),
+    )
+
+
+def _checked(sigma_at: Mapping[int, float], n: int) -> dict[int, float]:
+    known = {int(index): float(sigma_at[index]) for index in sorted(sigma_at)}
+    for index, sigma in known.items():
+        if not 1 <= index <= n or not 0.0 <= sigma < np.inf:
+            raise BitsmithError(f"σ{index} = {sigma}: expected an index in 1 … {n} and a finite value from 0")
+    for (index, sigma), (later, smaller) in itertools.pairwise(known.items()):
+        if smaller > sigma:
+            raise BitsmithError(
+                f"σ{later} = {smaller} is above σ{index} = {sigma}: expected a descending order"
+            )
+    return known
+
+
+def _lowest_errors(lower: Vector, upper: Vector) -> Vector:
+    """Take the head as large and the tail as small as each may be."""
+    return _relative(_sums_from(lower), _sums_before(upper))
+
+
+def _highest_errors(indices: NDArray[np.int64], lower: Vector, upper: Vector) -> Vector:
+    """Take the head small and the tail large.
+
+    Between the known indices around a rank all σ take one value, as the head is nowhere below the tail; the
+    error is monotone in that value, so it is largest at either end.
+    """
+    n = len(lower)
+    ranks = np.arange(n + 1)
+    ends = np.concatenate([[0], indices, [n + 1]])
+    place = np.searchsorted(ends, ranks, side="right")
+    before, after = ends[place - 1], ends[place]
+    heads, tails = _sums_before(lower)[before], _sums_from(upper)[after - 1]
+    n_head, n_tail = ranks - before, after - 1 - ranks
+    least, most = np.append(lower, 0.0)[after - 1], np.append(np.inf, upper)[before]
+    at_least = _relative(tails + n_tail * least, heads + n_head * least)
+    finite = np.where(np.isfinite(most), most, 0.0)
+    at_most = _relative(tails + n_tail * finite, heads + n_head * finite)
+    unbounded = _relative(n_tail.astype(np.float64), n_head.astype(np.float64))
+    return np.maximum(at_least, np.where(np.isfinite(most), at_most, unbounded))
+
+
+def _sums_before(squares: Vector) -> Vector:
+    return np.append(0.0, np.cumsum(squares))
+
+
+def _sums_from(squares: Vector) -> Vector:
+    return np.append(np.cumsum(squares[::-1])[::-1], 0.0)
+
+
+def _relative(tails: Vector, heads: Vector) -> Vector:
+    """Return √(tail / (tail + head)), 0 where there is no tail."""
+    share = np.zeros(len(tails))
+    np.divide(tails, tails + heads, out=share, where=tails > 0)
+    return np.sqrt(share)
