@@ -105,10 +105,20 @@ def test_bad_model_is_one_clear_line_and_leaves_nothing(tmp_path: Path, make, ex
     before = sorted(p.name for p in tmp_path.iterdir())
     done = bitsmith("compress", model, "-o", tmp_path / "out.gguf", "--type", "Q4_K_M")
     assert done.returncode != 0
-    lines = done.stderr.strip().splitlines()
+    lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     assert re.search(expected, lines[0]), lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_generating_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = copy_of_demo(tmp_path)
+    (model / "tokenizer.json").unlink()
+    out = tmp_path / "out.gguf"
+    assert "no tokenizer" in bitsmith("compress", model, "-o", out).stdout
+    done = bitsmith("generate", out, "-p", "hi", "-n", "2")
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: .*out\.gguf: has no tokenizer.*\n", done.stderr)
 
 
 def test_existing_output_is_kept(tmp_path: Path) -> None:

@@ -58,3 +58,10 @@ def test_an_unknown_family_is_grouped_by_name(tmp_path: Path) -> None:
     assert {role.name: role.tensors for role in found.roles} == {"self.query": 2, "pooler.dense": 1}
     q8 = next(size for size in found.sizes if size.type == "Q8_0")
     assert q8.file_bytes == 2 * 64 * 34 + 32 * 4
+
+
+def test_a_lone_file_without_a_config_is_shown(tmp_path: Path) -> None:
+    save_file({"layer.weight": np.ones((4, 32), np.float32)}, tmp_path / "lone.safetensors")
+    found = inspect(tmp_path / "lone.safetensors")
+    assert (found.architecture, found.parameters) == (None, 128)
+    assert any("config.json" in note for note in found.notes)

@@ -34,7 +34,9 @@ def generate(
     """
     if find_spec("xllamacpp") is None:
         raise UnsupportedError("generating needs llama.cpp: install bitsmith[llama]")
-    open_gguf(model).close()  # llama.cpp's own parser has had memory faults; it sees checked files only
+    with open_gguf(model) as checked:  # llama.cpp's own parser has had memory faults
+        if checked.metadata.get("tokenizer.ggml.model") in (None, "no_vocab"):
+            raise UnsupportedError("has no tokenizer; generating from text needs one", path=model)
     body = {"prompt": prompt, "n_predict": n_tokens, "temperature": temperature, "seed": seed}
     n_ctx = len(prompt.encode()) + n_tokens + 8  # a byte-level token is at least a byte
     answer = _server(model, n_ctx, threads, verbose).handle_completions(body)

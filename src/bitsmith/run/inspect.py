@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith.archs import TensorSpec, architecture_of, claim, import_view
-from bitsmith.errors import UnsupportedError
+from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.formats import FORMATS
 from bitsmith.run.mixes import MIXES
 from bitsmith.run.plan import open_source, plan_source
@@ -79,7 +79,7 @@ def inspect(model: Path) -> Inspection:
         notes: list[str] = []
         try:
             arch = architecture_of(checkpoint)
-        except UnsupportedError as error:
+        except BitsmithError as error:
             notes.append(f"grouped by name and shape only: {error.message}")
             named = [(_generic_role(name), ref) for name, ref in checkpoint.items()]
             return _inspection(checkpoint, None, named, _generic_sizes(checkpoint), notes)
