@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from bitsmith.numerics.rate_distortion import BoundPoint
+from bitsmith.passes.attention import HeadEnergies, SetCoding
+
 SCHEMA = 1
 """Version of the JSON; grows when a field changes its meaning."""
 
@@ -30,8 +33,7 @@ class SpectrumFigures:
     `method` is how they were computed (`gram`, `svd`), `sigma_bound` the bound on every σ's absolute error
     over σ_max. `condition` is None for a matrix that is singular to within that bound. `rank_for_error`
     maps an error to the smallest rank that reaches it, `energy_at` a rank to the kept share of Σσ²,
-    `sigma_at` a 1-based index to σ. `r90` is the smallest k with Σ_{i≤k} σ ≥ 0.9 Σσ. `zeros_error` is not
-    stored: it is 1.
+    `sigma_at` a 1-based index to σ. `r90` is the smallest k with Σ_{i≤k} σ ≥ 0.9 Σσ.
     """
 
     method: str
@@ -53,10 +55,11 @@ class SpectrumFigures:
 
 @dataclass(frozen=True)
 class RandomFigures:
-    """The same shape and variance filled at random (Marchenko-Pastur).
+    """A random matrix of the same shape beside this one (Marchenko-Pastur).
 
-    `lower_edge` and `upper_edge` bound the bulk of σ, `spikes` counts the σ above it and `spike_energy`
-    their share of Σσ²; `sigma` is the random matrix's expected σ at the indices of the measured curve.
+    Its entries have the variance `std`² that gives this matrix's median σ². `lower_edge` and `upper_edge`
+    bound its σ; `spikes` counts the measured σ above what chance allows there, `spike_energy` is their
+    share of Σσ², `ks_distance` how far the others are from the law (0 to 1).
     """
 
     std: float
@@ -64,7 +67,7 @@ class RandomFigures:
     upper_edge: float
     spikes: int
     spike_energy: float
-    sigma: Curve | None
+    ks_distance: float | None
 
 
 @dataclass(frozen=True)
@@ -90,78 +93,83 @@ class PowerLawFigures:
 class Rival:
     """One way to store the matrix, measured on the actual weights.
 
-    `kind` is `int4`, `low_rank` or `zeros`. `claimed_error` is the error a claimed spectral decay would
-    give at this rank, `error_over_claim` the measured one over it. `bpw` is 8 bytes / weights.
+    `budget` names the int4 coding whose bytes a low-rank coding was given. `theory_error` is
+    Eckart-Young-Mirsky's on the true spectrum at this rank, `claimed_error` what the seed's claimed decay
+    implies, `error_over_claim` the measured error over it. `bpw` is 8 bytes / weights; `standard_error`
+    that of having measured a sample of the rows.
     """
 
     method: str
-    kind: Literal["int4", "low_rank", "zeros"]
+    kind: Literal["int4", "low_rank", "residual", "seed"]
     nbytes: int
     bpw: float
     error: float
-    rank: int | None = None
-    factor_bits: int | None = None
-    claimed_error: float | None = None
-    error_over_claim: float | None = None
-    worse_than_zeros: bool = False
+    standard_error: float | None
+    rank: int | None
+    budget: str | None
+    theory_error: float | None
+    error_over_theory: float | None
+    claimed_error: float | None
+    error_over_claim: float | None
+    worse_than_zeros: bool
 
 
 @dataclass(frozen=True)
 class RateRow:
-    """One format beside the Gaussian bound at its rate; `gap_db` is 20 log10(error / bound_error)."""
+    """One format's error, and how many dB it lies above the Gaussian bounds at its rate.
+
+    `gap_db` is to independent weights, `gap_spectral_db` to the bound on this spectrum, whose decoder knows
+    the singular directions.
+    """
 
     method: str
     bpw: float
     error: float
-    bound_error: float
     gap_db: float | None
+    gap_spectral_db: float | None
 
 
 @dataclass(frozen=True)
 class TrainRow:
-    """One Tensor-Train of the matrix: its ranks, bytes with factors of `factor_bits`, and quality.
+    """One Tensor-Train of the matrix; `asked` ranks may be impossible, `ranks` were used.
 
-    `ratio` is 16-bit bytes over these bytes, `cosine` the mean row cosine, `passes` whether it is ≥ 0.95.
+    `modes` has (row factor, column factor) of each core. `ratio` compares numbers of parameters, `cosine`
+    is the mean row cosine, `passes` whether it reaches 0.95.
     """
 
     method: str
+    asked: tuple[int, ...]
     ranks: tuple[int, ...]
-    modes: tuple[tuple[int, int], ...]  # (row factor, column factor) per core
-    nbytes: int
+    modes: tuple[tuple[int, int], ...]
+    core_rank: int | None
+    parameters: int
     ratio: float
-    error: float
+    error: float | None
     cosine: float | None
     passes: bool | None
 
 
 @dataclass(frozen=True)
-class HeadRow:
-    """One attention head (or group of heads): share of the matrix's energy, and whether a rule prunes it."""
+class MixerAssay:
+    """One layer's attention or DeltaNet projections together: energies by head, and the seed's methods."""
 
-    head: int
-    energy: float
-    prunable: bool
-
-
-@dataclass(frozen=True)
-class StructuredRow:
-    """One method made for attention or DeltaNet (head pruning, value pruning), with its measured error."""
-
-    method: str
-    nbytes: int
-    ratio: float
-    error: float
-    note: str = ""
+    layer: int | None
+    kind: Literal["attention", "delta"]
+    names: tuple[str, ...]
+    heads: HeadEnergies | None
+    codings: tuple[SetCoding, ...]
+    seconds: float
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Can low rank beat int4 here? `text` says so in one sentence with the number that decides.
 
-    Quality is int4's own measured error `target_error`. `rank_needed` of `rank_full` is the smallest rank
-    with exact factors that reaches it; `low_rank_bytes` the least that a measured factor width needs for it
-    (None where none reaches it), `int4_bytes` what int4 took. For a component or the model ranks are None,
-    bytes are sums and `share` is the share of weights where low rank wins.
+    Quality is int4's own measured error `target_error`, in `int4_bytes`. `rank_needed` of `rank_full` is
+    the smallest rank that reaches it with exact factors, `low_rank_bytes` what 16-bit factors of that rank
+    take; `low_rank_method` is the closest low-rank coding measured in int4's bytes, `low_rank_error` its
+    error. For a component or the model ranks are None, bytes are sums, errors are over all its matrices,
+    and `share` is the share of its assayed weights where low rank wins.
     """
 
     kind: VerdictKind
@@ -171,6 +179,7 @@ class Verdict:
     rank_full: int | None = None
     low_rank_bytes: int | None = None
     low_rank_method: str | None = None
+    low_rank_error: float | None = None
     int4_bytes: int | None = None
     int4_method: str | None = None
     share: float | None = None
@@ -178,9 +187,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Whitened:
-    """The spectrum of W C^(1/2), C the second moment of the layer's inputs: what data-aware low rank sees."""
+    """The spectrum of W C^½, C the second moment of the layer's inputs: what data-aware low rank sees."""
 
-    tokens: int | None
+    metric: str  # "input diagonal" or "input covariance"
     spectrum: SpectrumFigures
     rivals: tuple[Rival, ...]
     verdict: Verdict
@@ -202,9 +211,8 @@ class MatrixAssay:
     power_law: PowerLawFigures | None
     rivals: tuple[Rival, ...]
     rate: tuple[RateRow, ...]
-    tensor_train: tuple[TrainRow, ...] | None
-    heads: tuple[HeadRow, ...] | None
-    structured: tuple[StructuredRow, ...] | None
+    bounds: tuple[BoundPoint, ...]
+    tensor_train: tuple[TrainRow, ...] | None  # of embeddings and heads
     whitened: Whitened | None
     verdict: Verdict
     seconds: float
@@ -214,9 +222,10 @@ class MatrixAssay:
 class ComponentRow:
     """One of the seed's components C1 to C5 in this model.
 
-    `share` is the measured share of all parameters, `seed_share` and `seed_ratio` what the seed claims for
-    it; `best_method` is the smallest measured method whose error is at most `quality`, `ratio` its 16-bit
-    bytes over its bytes, `error` its energy-weighted error.
+    `share` is the true share of all parameters, `seed_share` and `seed_ratio` what the seed claims for it.
+    `quality` is int4's error over the component; `best` counts, by method, the matrices for which it is the
+    smallest measured one of at most that matrix's int4 error; `ratio` is 16-bit bytes over the bytes that
+    follow and `error` the error, everything else kept in 16 bits. None unless every matrix was assayed.
     """
 
     key: str
@@ -225,11 +234,11 @@ class ComponentRow:
     assayed: int
     parameters: int
     share: float
-    seed_share: float | None
-    seed_method: str | None
-    seed_ratio: float | None
+    seed_share: float
+    seed_method: str
+    seed_ratio: float
     quality: float | None
-    best_method: str | None
+    best: tuple[tuple[str, int], ...]
     ratio: float | None
     error: float | None
     verdict: Verdict
@@ -294,9 +303,7 @@ class Protocol:
     version: str
     schema: int
     match: str | None
-    int4_formats: tuple[str, ...]
-    tensor_train_max_elements: int | None
-    bootstrap: int
+    resamples: int
     seed: int
     statistics: str | None
     text: str | None
@@ -312,6 +319,7 @@ class Assay:
     stored_bytes: int
     protocol: Protocol
     matrices: tuple[MatrixAssay, ...]
+    mixers: tuple[MixerAssay, ...]
     components: tuple[ComponentRow, ...]
     totals: Totals
     ranking: Ranking
