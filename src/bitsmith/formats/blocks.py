@@ -19,8 +19,6 @@ from bitsmith.numerics.threads import for_ranges
 Codes = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
 
-_PIECE_WEIGHTS = 1 << 18
-
 
 class Fields(NamedTuple):
     """What a block stores beside its codes, for `n` blocks of `s` sub-blocks.
@@ -66,6 +64,7 @@ class BlockFormat(Format):
     sub_size: ClassVar[int]
     levels: ClassVar[Float32]
     first_code: ClassVar[int] = 0
+    piece_weights: ClassVar[int] = 1 << 18  # encoded or decoded at a time by one thread
 
     @property
     def subs(self) -> int:
@@ -112,15 +111,19 @@ class BlockFormat(Format):
         weights = self._weights(importance)
         out = np.empty((len(blocks), self.block_bytes), np.uint8)
 
-        def encode(first: int, last: int) -> None:
-            fields = Fields.empty(last - first, self.subs)
-            codes = np.empty((last - first, self.block_size), np.uint8)
-            self._fit(blocks[first:last], weights, first, fields)
-            self._round(blocks[first:last], fields, codes)
-            self._pack(fields, codes, out[first:last])
-
-        for_ranges(len(blocks), self._piece, encode)
+        for_ranges(
+            len(blocks),
+            self._piece,
+            lambda a, b: self._encode_blocks(blocks[a:b], weights, a, out[a:b]),
+        )
         return out.reshape(*rows.shape[:-1], self.row_bytes(rows.shape[-1]))
+
+    def _encode_blocks(self, blocks: Float32, weights: Float32 | None, first: int, out: Bytes) -> None:
+        fields = Fields.empty(len(blocks), self.subs)
+        codes = np.empty(blocks.shape, np.uint8)
+        self._fit(blocks, weights, first, fields)
+        self._round(blocks, fields, codes)
+        self._pack(fields, codes, out)
 
     def _decode(self, blocks: Bytes) -> Float32:
         flat = blocks.reshape(-1, self.block_bytes)
@@ -136,18 +139,18 @@ class BlockFormat(Format):
 
     @property
     def _piece(self) -> int:
-        return _PIECE_WEIGHTS // self.block_size
+        return self.piece_weights // self.block_size
 
     def _blocks(self, rows: Float32) -> Float32:
         return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, self.block_size)
 
-    def _weights(self, importance: Float32 | None) -> Float32:
+    def _weights(self, importance: Float32 | None) -> Float32 | None:
         """Return the weights per block of a row (`blocks block_size`), the largest of each block 1.
 
         The floor keeps a column that calibration never saw from being free to take any value.
         """
         if importance is None:
-            return np.ones((1, self.block_size), np.float32)
+            return None
         blocks = np.ascontiguousarray(importance, dtype=np.float64).reshape(-1, self.block_size)
         largest = blocks.max(axis=1, keepdims=True)
         scaled = np.divide(blocks, largest, out=np.ones_like(blocks), where=largest > 0)
@@ -156,11 +159,11 @@ class BlockFormat(Format):
 
     def _round(self, blocks: Float32, fields: Fields, codes: Codes) -> None:
         zero, low, high = -self.levels[0], np.float32(self.first_code), np.float32(len(self.levels) - 1)
-        _nearest_codes(blocks, *fields, zero, low, high, codes)
+        nearest_codes(blocks, *fields, zero, low, high, codes)
 
     @abstractmethod
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
-        """Fill `fields` for `blocks`; block `i` is weighted by `weights[(first + i) % len(weights)]`."""
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
+        """Fill `fields` for `blocks`; block `i` has `weights[(first + i) % len(weights)]`, if any."""
 
     @abstractmethod
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None: ...
@@ -198,26 +201,31 @@ def _grid(d: np.float32, scale: int, m: np.float32, least: int) -> tuple[np.floa
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _nearest_codes(
+def nearest_codes(
     blocks: Float32, d: Float32, m: Float32, scales: Int16, mins: Int16,
     zero: np.float32, low: np.float32, high: np.float32, codes: Codes,
 ) -> None:  # fmt: skip
     """Round to evenly spaced levels, 32 weights at a time: they lie in one sub-block or in two of 16."""
     subs, runs = scales.shape[1], codes.shape[1] // 32
     x, c = blocks.reshape(-1, 32), codes.reshape(-1, 32)
+    if subs <= runs:
+        each = runs // subs
+        for b in range(codes.shape[0]):
+            for s in range(subs):
+                inverse, offset = _grid(d[b], scales[b, s], m[b], mins[b, s])
+                for k in range((b * subs + s) * each, (b * subs + s + 1) * each):
+                    for j in range(32):
+                        place = (x[k, j] + offset) * inverse + zero
+                        c[k, j] = np.uint8(np.int32(np.rint(min(max(place, low), high))))
+        return
     for b in range(codes.shape[0]):
         for r in range(runs):
-            k, s = b * runs + r, r * subs // runs
+            k, s = b * runs + r, 2 * r
             inverse, offset = _grid(d[b], scales[b, s], m[b], mins[b, s])
-            if subs <= runs:
-                for j in range(32):
-                    place = (x[k, j] + offset) * inverse + zero
-                    c[k, j] = np.uint8(np.int32(np.rint(min(max(place, low), high))))
-            else:
-                inverse2, offset2 = _grid(d[b], scales[b, s + 1], m[b], mins[b, s + 1])
-                for j in range(32):
-                    place = (x[k, j] + (offset if j < 16 else offset2)) * (inverse if j < 16 else inverse2)
-                    c[k, j] = np.uint8(np.int32(np.rint(min(max(place + zero, low), high))))
+            inverse2, offset2 = _grid(d[b], scales[b, s + 1], m[b], mins[b, s + 1])
+            for j in range(32):
+                place = (x[k, j] + (offset if j < 16 else offset2)) * (inverse if j < 16 else inverse2)
+                c[k, j] = np.uint8(np.int32(np.rint(min(max(place + zero, low), high))))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

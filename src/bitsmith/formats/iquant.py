@@ -8,8 +8,8 @@ from numba import njit
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields, Int16, halves, nearest_in_table
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.klayout import put_half
-from bitsmith.formats.search import fit_super_symmetric, fit_symmetric
 from bitsmith.formats.starts import floats
+from bitsmith.formats.symmetric import fit_super_symmetric, fit_symmetric
 
 _LEVELS = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32
@@ -47,7 +47,7 @@ class IQ4_NL(_Uneven):
     block_size = 32
     block_bytes = 18
 
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_symmetric(blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _STARTS, 1, fields.d)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -66,7 +66,7 @@ class IQ4_XS(_Uneven):
     block_size = 256
     block_bytes = 136
 
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_symmetric(
             blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _STARTS, 2,
             np.float32(-32), np.float32(31), fields.d, fields.scales,

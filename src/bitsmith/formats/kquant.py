@@ -7,22 +7,25 @@ from typing import ClassVar
 import numpy as np
 
 from bitsmith.formats import klayout
+from bitsmith.formats.affine import fit_super_affine
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
 from bitsmith.formats.format import Bytes, Float32
-from bitsmith.formats.search import EVEN, fit_super_affine, fit_super_symmetric
 from bitsmith.formats.starts import AFFINE_2, AFFINE_4, AFFINE_5, floats
+from bitsmith.formats.symmetric import EVEN, fit_super_symmetric
 
 
 class _Symmetric(BlockFormat):
     block_size = 256
     scale_range: ClassVar[Float32]
     starts: ClassVar[Float32]
+    plain_starts: ClassVar[int]  # without importance
     reach: ClassVar[int]
 
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         low, high = self.levels[self.first_code], self.levels[-1]
+        starts = self.starts if weights is not None else self.starts[: self.plain_starts]
         fit_super_symmetric(
-            blocks, weights, first, low, high, EVEN, self.starts, self.reach, self.scale_range[0],
+            blocks, weights, first, low, high, EVEN, starts, self.reach, self.scale_range[0],
             self.scale_range[1], fields.d, fields.scales,
         )  # fmt: skip
 
@@ -33,7 +36,7 @@ class _Affine(BlockFormat):
     starts: ClassVar[Float32]
     reach: ClassVar[tuple[int, int]] = (3, 1)
 
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_affine(
             blocks, weights, first, self.levels[-1], self.starts, self.reach[0], self.reach[1],
             self.scale_max, fields.d, fields.m, fields.scales, fields.mins,
@@ -71,7 +74,8 @@ class Q3_K(_Symmetric):
     sub_size = 16
     levels = np.arange(-4, 4, dtype=np.float32)
     scale_range = floats(-32, 31)
-    starts = floats(-4.24, -3.24, -4.6, -3.84, -5.36, -2.96, 4.6, -6.0, 5.92, 4.04, 5.12, -4.04)
+    starts = floats(-4.16, -3.24, -4.6, -3.84, -2.96, -4.36, -5.36, 4.6, -6.0, 5.92, 4.04, 5.12)
+    plain_starts = 6
     reach = 2
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -135,6 +139,7 @@ class Q6_K(_Symmetric):
         -32.0, -31.04, -30.08, -29.12, -27.84, -26.88, -32.64, -25.92, -24.96, -24.0, -33.6, -23.04, -28.48,
         -31.68, -21.12, -29.76, -30.72, -22.08, -35.2, -28.8, -27.2, -32.32, -31.36, -34.24,
     )  # fmt: skip
+    plain_starts = 16
     reach = 3
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:

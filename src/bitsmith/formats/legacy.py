@@ -7,11 +7,17 @@ from typing import ClassVar
 import numpy as np
 from numba import njit
 
-from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
+from bitsmith.formats.affine import fit_affine
+from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves, nearest_codes
 from bitsmith.formats.format import Bytes, Float32
-from bitsmith.formats.search import EVEN, fit_affine, fit_symmetric
 from bitsmith.formats.starts import AFFINE_4, AFFINE_5, floats
+from bitsmith.formats.symmetric import EVEN, fit_symmetric
 from bitsmith.numerics.half import half_bits
+
+# eight codes in a word: their fifth bits, one per byte, times _GATHER lie side by side in the top byte
+_FIFTH_BITS = np.uint64(0x1010101010101010)
+_GATHER = np.uint64(0x0102040810204080)
+_FOUR, _TOP_BYTE = np.uint64(4), np.uint64(56)
 
 
 class _Legacy(BlockFormat):
@@ -19,19 +25,25 @@ class _Legacy(BlockFormat):
 
     block_size = 32
     sub_size = 32
+    piece_weights = 1 << 20
     high_bits: ClassVar[bool] = False
     starts: ClassVar[Float32]
     plain_starts: ClassVar[int]
-    plain_rounds: ClassVar[int]
+    rounds: ClassVar[int] = 1
 
-    def _effort(self, weights: Float32) -> tuple[Float32, int]:
-        if len(weights) == 1 and bool((weights == 1).all()):
-            return self.starts[: self.plain_starts], self.plain_rounds
-        return self.starts, 1
+    def _effort(self, weights: Float32 | None) -> tuple[Float32, int]:
+        return (self.starts, self.rounds) if weights is not None else (self.starts[: self.plain_starts], 0)
 
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         low, high = self.levels[self.first_code], self.levels[-1]
         fit_symmetric(blocks, weights, first, low, high, EVEN, *self._effort(weights), fields.d)
+
+    def _encode_blocks(self, blocks: Float32, weights: Float32 | None, first: int, out: Bytes) -> None:
+        starts, rounds = self._effort(weights)
+        _encode(
+            blocks, weights, first, self.levels[0], np.float32(self.first_code),
+            np.float32(len(self.levels) - 1), starts, rounds, self.high_bits, out,
+        )  # fmt: skip
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         _pack_nibbles(fields.d, fields.m, False, self.high_bits, codes, out)
@@ -42,7 +54,7 @@ class _Legacy(BlockFormat):
 
 
 class _LegacyAffine(_Legacy):
-    def _fit(self, blocks: Float32, weights: Float32, first: int, fields: Fields) -> None:
+    def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_affine(blocks, weights, first, self.levels[-1], *self._effort(weights), fields.d, fields.m)
         fields.mins[:] = 1
 
@@ -64,9 +76,9 @@ class Q8_0(_Legacy):
     block_bytes = 34
     levels = np.arange(-128, 128, dtype=np.float32)
     first_code = 1
-    starts = floats(-127, -126, -124, -125, -123, -122, -120, -121, -118, -116)
-    plain_starts = 4
-    plain_rounds = 0
+    starts = floats(-127, -125, -126)
+    plain_starts = 3
+    rounds = 0
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         _pack_bytes(fields.d, codes, out)
@@ -88,7 +100,6 @@ class Q4_0(_Legacy):
         -8.0, -8.8, 11.92, -5.2, -10.96,
     )  # fmt: skip
     plain_starts = 2
-    plain_rounds = 0
 
 
 class Q4_1(_LegacyAffine):
@@ -100,7 +111,6 @@ class Q4_1(_LegacyAffine):
     levels = np.arange(16, dtype=np.float32)
     starts = AFFINE_4
     plain_starts = 1
-    plain_rounds = 0
 
 
 class Q5_0(_Legacy):
@@ -116,7 +126,6 @@ class Q5_0(_Legacy):
         -22.4, -19.04, -13.76, 16.96, -12.8, -11.04, -20.8, -14.4, -23.84, -15.68, 16.32,
     )  # fmt: skip
     plain_starts = 4
-    plain_rounds = 0
 
 
 class Q5_1(_LegacyAffine):
@@ -129,7 +138,33 @@ class Q5_1(_LegacyAffine):
     levels = np.arange(32, dtype=np.float32)
     starts = AFFINE_5
     plain_starts = 2
-    plain_rounds = 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _encode(
+    blocks: Float32, weights: Float32 | None, first: int, zero: np.float32, low: np.float32, high: np.float32,
+    starts: Float32, rounds: int, high_bits: bool, out: Bytes,
+) -> None:  # fmt: skip
+    """Fit, round and pack in one call, a piece that the first-level cache holds at a time.
+
+    Levels begin at `zero`, codes lie in `low`…`high`; `starts` of two columns mean a format with a min.
+    """
+    piece = 256
+    d, m = np.zeros(piece, np.float32), np.zeros(piece, np.float32)
+    scales, mins = np.ones((piece, 1), np.int16), np.ones((piece, 1), np.int16)
+    codes = np.empty((piece, 32), np.uint8)
+    for at in range(0, blocks.shape[0], piece):
+        x, y = blocks[at : at + piece], out[at : at + piece]
+        n = x.shape[0]
+        if starts.ndim == 2:
+            fit_affine(x, weights, first + at, high, starts, rounds, d[:n], m[:n])
+        else:
+            fit_symmetric(x, weights, first + at, zero + low, zero + high, EVEN, starts, rounds, d[:n])
+        nearest_codes(x, d[:n], m[:n], scales[:n], mins[:n], -zero, low, high, codes[:n])
+        if high == 255:
+            _pack_bytes(d[:n], codes[:n], y)
+        else:
+            _pack_nibbles(d[:n], m[:n], starts.ndim == 2, high_bits, codes[:n], y)
 
 
 @njit(nogil=True, cache=True)
@@ -144,6 +179,7 @@ def _pack_bytes(d: Float32, codes: Codes, out: Bytes) -> None:
 
 @njit(nogil=True, cache=True)
 def _pack_nibbles(d: Float32, m: Float32, with_min: bool, high_bits: bool, codes: Codes, out: Bytes) -> None:
+    eights = codes.view(np.uint64)
     for b in range(codes.shape[0]):
         bits = half_bits(d[b])
         out[b, 0] = np.uint8(bits & 255)
@@ -155,11 +191,8 @@ def _pack_nibbles(d: Float32, m: Float32, with_min: bool, high_bits: bool, codes
             out[b, 3] = np.uint8(bits >> 8)
             at = 4
         if high_bits:
-            word = np.uint32(0)
-            for j in range(32):
-                word |= np.uint32(codes[b, j] >> 4) << np.uint32(j)
             for k in range(4):
-                out[b, at + k] = np.uint8((word >> np.uint32(8 * k)) & np.uint32(255))
+                out[b, at + k] = np.uint8(((eights[b, k] & _FIFTH_BITS) >> _FOUR) * _GATHER >> _TOP_BYTE)
             at += 4
         for j in range(16):
             out[b, at + j] = (codes[b, j] & np.uint8(15)) | np.uint8(codes[b, 16 + j] << 4)
