@@ -74,7 +74,9 @@ class Q3_K(_Symmetric):
     sub_size = 16
     levels = np.arange(-4, 4, dtype=np.float32)
     scale_range = floats(-32, 31)
-    starts = floats(-4.16, -3.24, -4.6, -3.84, -2.96, -4.36, -5.36, 4.6, -6.0, 5.92, 4.04, 5.12)
+    starts = floats(
+        -4.16, -3.24, -4.6, -3.84, -2.96, -4.36, -5.28, 4.8, -6.0, -3.64, 5.96, 4.08, -4.0,
+    )  # fmt: skip
     plain_starts = 6
     reach = 2
 
