@@ -1,8 +1,8 @@
 """What no code can beat: the Gaussian rate-distortion bound of a matrix, white and on its spectrum.
 
 A matrix is taken for `max(out, in)` independent samples of a Gaussian vector of `n = min(out, in)`
-components, one along each singular direction, with variances `λ_i = σ_i² / max(out, in)`. Squared error is the
-distortion, relative to `Σ λ_i`; the rate is in bits per weight.
+components, one along each singular direction, with variances `λ_i = σ_i² / max(out, in)`. Squared error is
+the distortion, relative to `Σ λ_i`; the rate is in bits per weight.
 
 - white: all weights independent with one variance, `D(R) = 2^(-2R)`;
 - spectral: reverse water-filling, `D = Σ min(λ_i, θ) / Σ λ_i`, `R = 1/n Σ max(0, ½ log2(λ_i / θ))`.

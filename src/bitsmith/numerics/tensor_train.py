@@ -9,8 +9,8 @@ With three cores TT-SVD is a projection from both ends: `A' = (U Uᵀ) A (V Vᵀ
 second unfolding of `Uᵀ A`. `U` of a smaller rank is nested in that of a larger one, so one pass gathers the
 Gram matrix of the first unfolding (`p_1 p_1`), a second those of all second unfoldings (`p_3 p_3`, one per
 rank), and a third compares rows. Beside a slab of rows, of which a few copies live at a time, that is all the
-memory it takes: `8 (p_1² + (configurations + 2) p_3²)` bytes plus about seven slabs. A slab is `SLAB_BYTES`, or
-`8 m_1 m_3 in` bytes where that is more.
+memory it takes: `8 (p_1² + (configurations + 2) p_3²)` bytes plus about seven slabs. A slab is `SLAB_BYTES`,
+or `8 m_1 m_3 in` bytes where that is more.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ class ArrayRows:
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows `[start, stop)`."""
         return self.rows[start:stop]
+
+
+def as_rows(matrix: RowSource | NDArray[Any]) -> RowSource:
+    """Return an array as a row source, and a row source as it is."""
+    return ArrayRows(matrix) if isinstance(matrix, np.ndarray) else matrix
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def tt_tensor(cores: Sequence[Float64]) -> Float64:
 
 
 def sweep(
-    source: RowSource, ranks: Sequence[Sequence[int]] | None = None, modes: Modes | None = None
+    matrix: RowSource | NDArray[Any], ranks: Sequence[Sequence[int]] | None = None, modes: Modes | None = None
 ) -> tuple[Train, ...]:
     """Return a measured Tensor-Train of three cores for each rank list, reading the matrix three times.
 
@@ -217,7 +222,8 @@ def sweep(
     Raises BitsmithError for a source that is no matrix, holds values that are not finite, or is larger than
     the modes, and for ranks that are none.
     """
-    rows, columns = _matrix_shape(source)
+    source = as_rows(matrix)
+    rows, columns = matrix_shape(source)
     asked = scaled_ranks(columns) if ranks is None else tuple(tuple(config) for config in ranks)
     modes = balanced_modes(rows, columns) if modes is None else modes
     slabs = _Slabs(source, modes)
@@ -235,15 +241,18 @@ def sweep(
     )
 
 
-def svd_core(source: RowSource, core_rank: int | None = None, ranks: Sequence[int] | None = None) -> Train:
+def svd_core(
+    matrix: RowSource | NDArray[Any], core_rank: int | None = None, ranks: Sequence[int] | None = None
+) -> Train:
     """Return the seed's "SVD core + TT": rank `core_rank`, then a train of each factor at `ranks`.
 
     `W ≈ (W V) Vᵀ` with `V` (`in R`) the leading right singular vectors; the tall factor is streamed. Without
     arguments rank 1024 and [1, 32, 32, 1], in proportion to 4096 columns. The modes and TT ranks reported are
-    the tall factor's. Reads the matrix four times and holds `24 in²` bytes beside the slabs. Raises as `sweep`
-    does.
+    the tall factor's. Reads the matrix four times and holds `24 in²` bytes beside the slabs. Raises as
+    `sweep` does.
     """
-    rows, columns = _matrix_shape(source)
+    source = as_rows(matrix)
+    rows, columns = matrix_shape(source)
     asked = scaled_ranks(columns, [SEED_CORE_TRAIN])[0] if ranks is None else tuple(ranks)
     rank = min(scaled(SEED_CORE_RANK, columns) if core_rank is None else core_rank, rows, columns)
     gram = np.zeros((columns, columns))
@@ -268,10 +277,11 @@ def svd_core(source: RowSource, core_rank: int | None = None, ranks: Sequence[in
     return _measured("SVD core + TT", source, modes, asked, train.ranks, parameters, score, rank)
 
 
-def _matrix_shape(source: RowSource) -> tuple[int, int]:
+def matrix_shape(source: RowSource) -> tuple[int, int]:
+    """Return (out, in); raises BitsmithError for anything but a matrix with entries."""
     shape = tuple(source.shape)
     if len(shape) != 2 or min(shape) < 1:
-        raise BitsmithError(f"a Tensor-Train needs a matrix, found shape {shape}")
+        raise BitsmithError(f"shape is {shape}, expected a matrix")
     return shape[0], shape[1]
 
 
@@ -335,7 +345,7 @@ class _Slabs:
     """A row source in slabs that a three-core train can be fitted from; iterating reads it all."""
 
     def __init__(self, source: RowSource, modes: Modes) -> None:
-        rows, columns = _matrix_shape(source)
+        rows, columns = matrix_shape(source)
         if len(modes.rows) != 3 or len(modes.columns) != 3:
             raise BitsmithError(f"streaming takes three cores, found modes {modes.rows} x {modes.columns}")
         if modes.shape[0] < rows or modes.shape[1] < columns:
