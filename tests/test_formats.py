@@ -229,6 +229,14 @@ def test_bytes_depend_neither_on_threads_nor_on_slicing(name: str) -> None:
         numba.set_num_threads(before)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_rows_give_no_bytes(name: str) -> None:
+    kind = FORMATS[name]
+    encoded = kind.encode(np.empty((0, 512), np.float32))
+    assert encoded.shape == (0, kind.row_bytes(512))
+    assert kind.decode(encoded).shape == (0, 512)
+
+
 def test_wrong_inputs_are_refused() -> None:
     with pytest.raises(BitsmithError, match="unknown type 'Q9_K'; known: F32"):
         format_named("Q9_K")

@@ -7,6 +7,7 @@ a rounder that feeds errors back replaces only `round`.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -18,6 +19,8 @@ from bitsmith.numerics.threads import for_ranges
 
 Codes = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
+
+_LEAST_WEIGHTS = 1 << 15  # worth a thread
 
 
 class Fields(NamedTuple):
@@ -76,9 +79,8 @@ class BlockFormat(Format):
         blocks = self._blocks(rows)
         weights = self._weights(importance)
         fields = Fields.empty(len(blocks), self.subs)
-        for_ranges(
+        self._for_ranges(
             len(blocks),
-            self._piece,
             lambda a, b: self._fit(blocks[a:b], weights, a, fields.part(a, b)),
         )
         return fields
@@ -87,9 +89,7 @@ class BlockFormat(Format):
         """Return the codes (`n block_size`) of the levels nearest to `rows` under `fields`."""
         blocks = self._blocks(rows)
         codes = np.empty(blocks.shape, np.uint8)
-        for_ranges(
-            len(blocks), self._piece, lambda a, b: self._round(blocks[a:b], fields.part(a, b), codes[a:b])
-        )
+        self._for_ranges(len(blocks), lambda a, b: self._round(blocks[a:b], fields.part(a, b), codes[a:b]))
         return codes
 
     def pack(self, fields: Fields, codes: Codes) -> Bytes:
@@ -110,10 +110,8 @@ class BlockFormat(Format):
         blocks = self._blocks(rows)
         weights = self._weights(importance)
         out = np.empty((len(blocks), self.block_bytes), np.uint8)
-
-        for_ranges(
+        self._for_ranges(
             len(blocks),
-            self._piece,
             lambda a, b: self._encode_blocks(blocks[a:b], weights, a, out[a:b]),
         )
         return out.reshape(*rows.shape[:-1], self.row_bytes(rows.shape[-1]))
@@ -133,13 +131,12 @@ class BlockFormat(Format):
             fields, codes = self.unpack(flat[first:last])
             _dequantize(*fields, codes, self.levels, out[first:last])
 
-        for_ranges(len(flat), self._piece, decode)
+        self._for_ranges(len(flat), decode)
         weights = blocks.shape[-1] // self.block_bytes * self.block_size
         return out.reshape(*blocks.shape[:-1], weights)
 
-    @property
-    def _piece(self) -> int:
-        return self.piece_weights // self.block_size
+    def _for_ranges(self, blocks: int, work: Callable[[int, int], None]) -> None:
+        for_ranges(blocks, _LEAST_WEIGHTS // self.block_size, self.piece_weights // self.block_size, work)
 
     def _blocks(self, rows: Float32) -> Float32:
         return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, self.block_size)

@@ -12,7 +12,7 @@ from bitsmith.formats.format import Bytes, Float32, Format
 from bitsmith.numerics.half import half_bits
 from bitsmith.numerics.threads import for_ranges
 
-_PIECE = 1 << 19
+_LEAST, _MOST = 1 << 16, 1 << 20  # words that a thread converts at a time
 
 _BFLOAT_MAX_BITS = np.uint32(0x7F7F0000)
 
@@ -67,7 +67,7 @@ class BF16(Format):
 
 def _map_words(kernel: Any, source: NDArray[Any], dtype: type) -> NDArray[Any]:
     target: NDArray[Any] = np.empty(source.size, dtype)
-    for_ranges(source.size, _PIECE, lambda first, last: kernel(source[first:last], target[first:last]))
+    for_ranges(source.size, _LEAST, _MOST, lambda first, last: kernel(source[first:last], target[first:last]))
     return target
 
 

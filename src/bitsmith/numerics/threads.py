@@ -7,18 +7,24 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numba
 
+_GRAIN = 64
 
-def for_ranges(count: int, piece: int, work: Callable[[int, int], None]) -> None:
-    """Call `work(first, last)` for consecutive ranges of at most `piece` items out of `count`.
 
-    Runs on as many threads as `numba.get_num_threads()` says. The ranges do not depend on that number.
+def for_ranges(count: int, least: int, most: int, work: Callable[[int, int], None]) -> None:
+    """Call `work(first, last)` for consecutive ranges that cover `count` items.
+
+    Runs on as many threads as `numba.get_num_threads()` says while each gets `least` items, in ranges of at
+    most `most`, as many for each thread. The cuts depend on the number of threads, so what `work` does to an
+    item must not depend on the cuts.
     """
-    starts = range(0, count, piece)
-    threads = min(numba.get_num_threads(), len(starts))
-    if threads <= 1:
+    threads = max(1, min(numba.get_num_threads(), count // least))
+    pieces = max(1, -(-count // (most * threads))) * threads
+    size = -(-count // (pieces * _GRAIN)) * _GRAIN
+    starts = range(0, count, max(size, 1))
+    if threads == 1:
         for first in starts:
-            work(first, min(first + piece, count))
+            work(first, min(first + size, count))
         return
     with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(lambda first: work(first, min(first + piece, count)), starts):
+        for _ in pool.map(lambda first: work(first, min(first + size, count)), starts):
             pass
