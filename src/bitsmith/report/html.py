@@ -1,59 +1,13 @@
-"""One self-contained HTML page: no script, no network, everything escaped."""
+"""The demo's report as one self-contained HTML page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment
-
-from bitsmith import __version__
 from bitsmith.errors import printable
 from bitsmith.lab.demo import Demo
+from bitsmith.report.page import Section, write_page
 from bitsmith.report.terminal import evaluation_rows, plan_rows, protocol_line, record_line
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
-color: #1c2330; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid #dde2ea; }
-th { background: #f3f5f9; } .note { color: #5a6475; }
-pre { background: #f3f5f9; padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (prefers-color-scheme: dark) { body { background: #14181f; color: #dfe4ec; } th, pre {
-background: #1f2530; } th, td { border-color: #323a48; } .note { color: #98a2b3; } }
-</style></head><body>
-<h1>{{ title }}</h1>
-{% for section in sections %}<h2>{{ section.heading }}</h2>
-{% if section.note %}<p class="note">{{ section.note }}</p>{% endif %}
-{% if section.columns %}<table>
-<thead><tr>{% for c in section.columns %}<th>{{ c }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in section.rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table>{% endif %}
-{% if section.text %}<pre>{{ section.text }}</pre>{% endif %}
-{% endfor %}<p class="note">bitsmith {{ version }}</p></body></html>
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One part of a page: a heading, a note, a table, a block of text; each may be empty."""
-
-    heading: str
-    note: str = ""
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[str]] = ()
-    text: str = ""
-
-
-def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
-    """Write `sections` as one HTML page; every string is escaped."""
-    template = Environment(autoescape=True).from_string(_PAGE)
-    path.write_text(template.render(title=title, sections=sections, version=__version__), encoding="utf-8")
-    return path
 
 
 def write_demo_report(path: Path, demo: Demo) -> Path:
