@@ -1,0 +1,88 @@
+"""Finished pieces of a long run, kept so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from bitsmith.errors import OutputError
+
+
+class Journal:
+    """A file of JSON lines, one finished piece each, valid for one `key` (a digest of source and options).
+
+    Pieces of another key are dropped, and so is a last line that a killed run left unfinished. Holds a lock
+    while open. Raises OutputError if another run holds it.
+    """
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        self.entries: dict[str, Any] = {}
+        self._stream = _locked(path)
+        kept = self._load(key)
+        self._stream.seek(kept)
+        self._stream.truncate()
+        if kept == 0:
+            self._append({"key": key})
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def add(self, name: str, value: Any) -> None:
+        """Keep one finished piece on the disk."""
+        self._append({"name": name, "value": value})
+        self.entries[name] = value
+
+    def remove(self) -> None:
+        """Delete the file: the run it served is whole."""
+        self.path.unlink(missing_ok=True)
+
+    def _append(self, record: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def _load(self, key: str) -> int:
+        """Read the entries of `key` and return how many bytes of the file are sound."""
+        sound = 0
+        for line in self._stream:
+            record = _record(line)
+            if record is None or (sound == 0 and record.get("key") != key):
+                break
+            if sound:
+                if not isinstance(record.get("name"), str) or "value" not in record:
+                    break
+                self.entries[record["name"]] = record["value"]
+            sound += len(line)
+        return sound
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _locked(path: Path) -> BinaryIO:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=path) from error
+    stream = os.fdopen(descriptor, "r+b")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        stream.close()
+        raise OutputError("is being written by another run", path=path) from error
+    return stream
