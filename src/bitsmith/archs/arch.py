@@ -232,13 +232,7 @@ def claim(checkpoint: Checkpoint) -> list[tuple[TensorSpec, TensorRef]]:
     Raises UnsupportedError for a quantized checkpoint or for tensors no spec claims, naming them;
     BitsmithError for missing tensors, all listed, and for a shape other than the config's.
     """
-    quantization = checkpoint.config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise UnsupportedError(
-            f"weights are already quantized ({printable(str(method))}); use the original BF16 checkpoint",
-            path=checkpoint.path,
-        )
+    refuse_quantized(checkpoint)
     arch = architecture_of(checkpoint)
     if (layers := arch.number("num_hidden_layers")) > len(checkpoint):
         raise BitsmithError(
@@ -254,6 +248,17 @@ def claim(checkpoint: Checkpoint) -> list[tuple[TensorSpec, TensorRef]]:
             axes = ("",) * len(ref.shape)
             pairs.append((TensorSpec(name, ref.shape, component, axes, None, component=component), ref))
     return pairs
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise UnsupportedError for a checkpoint whose config says that its weights are already quantized."""
+    quantization = checkpoint.config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+        raise UnsupportedError(
+            f"weights are already quantized ({printable(str(method))}); use the original BF16 checkpoint",
+            path=checkpoint.path,
+        )
 
 
 def match(

@@ -293,6 +293,7 @@ class Skipped:
     name: str
     shape: tuple[int, ...]
     parameters: int
+    component: str
     why: str
 
 
