@@ -37,6 +37,7 @@ SEED_RANKS = (
 SEED_CORE_RANK = 1024
 SEED_CORE_TRAIN = (1, 32, 32, 1)
 _LEAST_SHARE, _MOST_SHARE = 0.5, 2.0  # a balanced mode factor against the geometric mean
+_LARGEST_SPREAD = 4.0  # of the largest factor over the smallest, where any split keeps it
 
 
 class RowSource(Protocol):
@@ -128,14 +129,14 @@ def scaled_ranks(columns: int, ranks: Sequence[Sequence[int]] = SEED_RANKS) -> t
 def balanced_modes(rows: int, columns: int, cores: int = 3) -> Modes:
     """Return near-equal mode factors with the least padding, the largest in the middle.
 
-    Each factor is within twice and half of the geometric mean. A large middle mode makes for small outer
+    The largest is at most four times the smallest where that can be. A large middle mode makes for small outer
     unfoldings, which is what streaming has to hold.
     """
     return Modes(_middle_largest(_factors(rows, cores)), _middle_largest(_factors(columns, cores)))
 
 
 def _factors(count: int, parts: int) -> tuple[int, ...]:
-    """Return `parts` factors whose product is at least `count`: least padding, then least spread."""
+    """Return factors whose product is at least `count`: not too uneven, least padding, most even."""
     if parts == 1:
         return (count,)
     mean = count ** (1 / parts)
@@ -144,8 +145,8 @@ def _factors(count: int, parts: int) -> tuple[int, ...]:
     for first in range(low, high + 1):
         split = (first, *_factors(-(-count // first), parts - 1))
         spread = max(split) / min(split)
-        splits.append((int(np.prod(split)), spread, split))
-    return min(splits)[2]
+        splits.append((spread > _LARGEST_SPREAD, int(np.prod(split)), spread, split))
+    return min(splits)[-1]
 
 
 def _middle_largest(factors: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
 """Attention and DeltaNet layers compressed as the seed meant to, measured on the weights.
 
-What a weight-space error of a composed map means: inputs are independent standard Gaussian vectors, and heads mix
-positions independently of each other. The output energy of a full-attention head is then `|O_h V_g|²` (`V_g` the
-value rows of its KV head, `O_h` its columns of o_proj), and scores `xᵀ Q_hᵀ K_g y` have energy `|Q_hᵀ K_g|²`.
-Norms, RoPE, softmax, output gates, DeltaNet's convolution, SiLU and decay are left out: the errors compare methods;
-they do not predict a layer's output.
+What a weight-space error of a composed map means: inputs are independent standard Gaussian vectors, and heads
+mix positions independently of each other. The output energy of a full-attention head is then `|O_h V_g|²`
+(`V_g` the value rows of its KV head, `O_h` its columns of o_proj), and scores `xᵀ Q_hᵀ K_g y` have energy
+`|Q_hᵀ K_g|²`. Norms, RoPE, softmax, output gates, DeltaNet's convolution, SiLU and decay are left out: the
+errors compare methods; they do not predict a layer's output.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from bitsmith.passes.factors import symmetric, symmetric_bytes
 Weights = NDArray[Any]
 Float64 = NDArray[np.float64]
 
+Products = tuple[float, float, float]  # <M, M>, <M, M'>, <M', M'>
+
 PRUNABLE_SHARE = 0.01
 SEED_HEADS_RATIO = 8.0  # "EYM low-rank + head pruning + 4-bit"
 SEED_KERNEL_RATIO = 12.6  # "kernel SVD + value pruning + 4-bit"
@@ -33,8 +35,8 @@ _INPUTS = "independent Gaussian inputs; heads mix positions independently; norms
 class HeadEnergies:
     """Shares of energy by head (each list sums to 1), and query heads that cost little of the output.
 
-    `output` are the shares `|O_h V_g(h)|²` by query head: what dropping the head costs of the output's energy.
-    None where all weights of a list are 0.
+    `output` are the shares `|O_h V_g(h)|²` by query head: what dropping the head costs of the output's
+    energy. None where all weights of a list are 0.
     """
 
     q: tuple[float, ...] | None
@@ -50,10 +52,10 @@ class HeadEnergies:
 class SetCoding:
     """The projections of one layer stored another way, with errors measured after decoding.
 
-    `weights_error` is the relative Frobenius error of all projections together; for a method that changes the
-    projections' basis it is None. `score_error` is that of the score maps, `output_error` that of what the layer
-    computes from both (attention: of the value-output maps; DeltaNet: of the products of score and value-output
-    maps), under `inputs`. Errors are None where the weights are all 0.
+    `weights_error` is the relative Frobenius error of all projections together; for a method that changes
+    the projections' basis it is None. `score_error` is that of the score maps, `output_error` that of the
+    value-output maps (attention) or of their products with the score maps (DeltaNet), under `inputs`. Errors
+    are None where the weights are all 0.
     """
 
     method: str
@@ -86,8 +88,15 @@ def head_energies(
     q_heads, k_heads, v_heads, o_heads = _attention_heads(q, k, v, o, heads, kv_heads)
     output = _shares(_output_energies(v_heads, o_heads))
     prunable = () if output is None else tuple(h for h, share in enumerate(output) if share < threshold)
-    lists = [_shares([_energy(head) for head in part]) for part in (q_heads, k_heads, v_heads, o_heads)]
-    return HeadEnergies(*lists, output, threshold, prunable)
+    return HeadEnergies(
+        _by_head(q_heads),
+        _by_head(k_heads),
+        _by_head(v_heads),
+        _by_head(o_heads),
+        output,
+        threshold,
+        prunable,
+    )
 
 
 def query_rows(q_proj: Weights, heads: int) -> Weights:
@@ -124,46 +133,50 @@ def low_rank_heads(
     """Truncate every head's slice of q, k, v and o to `rank`, and drop the query heads that cost least.
 
     Defaults: half of the head dimension, the prunable heads of `head_energies`. A KV head is dropped with the
-    last of its query heads. The factors are stored in `factor_bits` (4 or 8: integers with an F16 scale per row;
-    16: F16). The best rank per slice is Eckart-Young-Mirsky's. Raises as `head_energies` does.
+    last of its query heads; one head always stays. The factors are stored in `factor_bits` (4 or 8: integers
+    with an F16 scale per row; 16: F16). The best rank per slice is Eckart-Young-Mirsky's. Raises as
+    `head_energies` does.
     """
     parts = _attention_heads(q, k, v, o, heads, kv_heads)
-    q_heads, k_heads, v_heads, o_heads = parts
-    rank = max(1, q_heads[0].shape[0] // 2) if rank is None else rank
-    energies = _output_energies(v_heads, o_heads)
+    rank = max(1, parts[0][0].shape[0] // 2) if rank is None else rank
     if dropped is None:
         dropped = len(head_energies(q, k, v, o, heads, kv_heads).prunable)
-    gone = set(np.argsort(energies, kind="stable")[: min(dropped, heads - 1)].tolist())
+    order = np.argsort(_output_energies(parts[2], parts[3]), kind="stable")
+    gone = set(order[: min(dropped, heads - 1)].tolist())
     group = heads // kv_heads
     kv_gone = {g for g in range(kv_heads) if gone.issuperset(range(g * group, (g + 1) * group))}
-    coded, stored_bytes = [], 0
-    for part, without in zip(parts, (gone, kv_gone, kv_gone, gone), strict=True):
-        made = [_truncated(head, rank, factor_bits, h in without) for h, head in enumerate(part)]
-        coded.append([weights for weights, _ in made])
-        stored_bytes += sum(size for _, size in made)
-    q2, k2, v2, o2 = coded
-    scores, outputs = _Inner(), _Inner()
-    for h in range(heads):
-        g = h // group
-        scores.add(_products(q_heads[h].T, k_heads[g], q2[h].T, k2[g]))
-        outputs.add(_products(o_heads[h], v_heads[g], o2[h], v2[g]))
-    weights = _Inner()
-    for before, after in zip(parts, coded, strict=True):
-        for left, right in zip(before, after, strict=True):
-            weights.add((_energy(left), float(np.vdot(left, right)), _energy(right)))
-    total = 2 * (q.size + k.size + v.size + o.size)
+    made = [
+        [_truncated(head, rank, factor_bits, h in without) for h, head in enumerate(part)]
+        for part, without in zip(parts, (gone, kv_gone, kv_gone, gone), strict=True)
+    ]
+    stored_bytes = sum(size for part in made for _, size in part)
+    errors = _attention_errors(parts, [[head for head, _ in part] for part in made])
     return SetCoding(
         "EYM low rank + head pruning",
         rank,
         len(gone),
         factor_bits,
         stored_bytes,
-        total / stored_bytes,
-        weights.error,
-        scores.error,
-        outputs.error,
-        SEED_HEADS_RATIO,
+        2 * (q.size + k.size + v.size + o.size) / stored_bytes,
+        *errors,
+        claimed_ratio=SEED_HEADS_RATIO,
     )
+
+
+def _attention_errors(
+    before: Sequence[list[Float64]], after: Sequence[list[Float64]]
+) -> tuple[float | None, float | None, float | None]:
+    """Return the relative errors of all weights, of the score maps and of the value-output maps."""
+    weights, scores, outputs = _Inner(), _Inner(), _Inner()
+    for part, part2 in zip(before, after, strict=True):
+        for head, head2 in zip(part, part2, strict=True):
+            weights.add((_energy(head), float(np.vdot(head, head2)), _energy(head2)))
+    (q, k, v, o), (q2, k2, v2, o2) = before, after
+    for h in range(len(q)):
+        g = h * len(k) // len(q)
+        scores.add(_products(q[h].T, k[g], q2[h].T, k2[g]))
+        outputs.add(_products(o[h], v[g], o2[h], v2[g]))
+    return weights.error, scores.error, outputs.error
 
 
 def kernel_and_values(
@@ -179,50 +192,65 @@ def kernel_and_values(
 ) -> SetCoding:
     """Truncate the kernel `Q_hᵀ K_h` of each K head to `rank` and drop the weakest value channels.
 
-    q and k are `k_heads*d in`, v is `v_heads*e in`, out `hidden v_heads*e`; V heads are grouped by K head. A value
-    channel is a row of v with its column of out; its energy is `|v_c|² |out_c|²`. Defaults: half of the key
-    dimension, a quarter of the channels. The truncated kernel is stored as new q and k of `rank` rows per head.
-    The output error is that of `(Q_hᵀ K_h) ⊗ (Out_j V_j)` over V heads j. Raises BitsmithError where the shapes
-    do not hold these heads.
+    q and k are `k_heads*d in`, v is `v_heads*e in`, out `hidden v_heads*e`; V heads are grouped by K head. A
+    value channel is a row of v with its column of out; its energy is `|v_c|² |out_c|²`. Defaults: half of the
+    key dimension, a quarter of the channels. The truncated kernel is stored as new q and k of `rank` rows per
+    head. The output error is that of `(Q_hᵀ K_h) ⊗ (Out_j V_j)` over V heads j. Raises BitsmithError where
+    the shapes do not hold these heads.
     """
     _expect(q.shape == k.shape and v.shape[0] == out.shape[1], "q, k or v, out", (q, k, v, out))
     _expect(v_heads % k_heads == 0, f"{v_heads} V heads over {k_heads} K heads", (v,))
     q_heads, kk_heads = _split(q, k_heads), _split(k, k_heads)
-    rank = max(1, q_heads[0].shape[0] // 2) if rank is None else min(rank, q_heads[0].shape[0])
-    channels = np.square(v.astype(np.float64)).sum(1) * np.square(out.astype(np.float64)).sum(0)
+    key_dim = q_heads[0].shape[0]
+    rank = max(1, key_dim // 2) if rank is None else min(rank, key_dim)
     dropped = v.shape[0] // 4 if dropped is None else min(dropped, v.shape[0])
-    kept = np.ones(v.shape[0], dtype=bool)
-    kept[np.argsort(channels, kind="stable")[:dropped]] = False
-    kernels, stored_bytes = [], 0
-    for left, right in zip(q_heads, kk_heads, strict=True):
-        new_left, new_right = _kernel(left, right, rank)
-        stored_bytes += _stored_bytes(new_left, factor_bits) + _stored_bytes(new_right, factor_bits)
-        coded = _coded(new_left, factor_bits), _coded(new_right, factor_bits)
-        kernels.append(_products(left.T, right, coded[0].T, coded[1]))
-    v2, out2 = np.zeros(v.shape), np.zeros(out.shape)
-    v2[kept], out2[:, kept] = _coded(v[kept], factor_bits), _coded(out[:, kept], factor_bits)
-    stored_bytes += _stored_bytes(v[kept], factor_bits) + _stored_bytes(out[:, kept], factor_bits)
+    kernels, kernel_bytes = _coded_kernels(q_heads, kk_heads, rank, factor_bits)
+    values, value_bytes = _pruned_values(v, out, v_heads, dropped, factor_bits)
     scores, both = _Inner(), _Inner()
     for kernel in kernels:
         scores.add(kernel)
-    halves = (_split(v, v_heads), _split(out.T, v_heads), _split(v2, v_heads), _split(out2.T, v_heads))
-    for j, (v_j, out_j, v2_j, out2_j) in enumerate(zip(*halves, strict=True)):
-        values = _products(out_j.T, v_j, out2_j.T, v2_j)
+    for j, value in enumerate(values):
         kernel = kernels[j * k_heads // v_heads]
-        both.add((values[0] * kernel[0], values[1] * kernel[1], values[2] * kernel[2]))
-    total = 2 * (q.size + k.size + v.size + out.size)
+        both.add((value[0] * kernel[0], value[1] * kernel[1], value[2] * kernel[2]))
     return SetCoding(
         "kernel SVD + value pruning",
         rank,
         dropped,
         factor_bits,
-        stored_bytes,
-        total / stored_bytes,
+        kernel_bytes + value_bytes,
+        2 * (q.size + k.size + v.size + out.size) / (kernel_bytes + value_bytes),
         None,
         scores.error,
         both.error,
         SEED_KERNEL_RATIO,
     )
+
+
+def _coded_kernels(
+    q_heads: list[Float64], k_heads: list[Float64], rank: int, bits: int
+) -> tuple[list[Products], int]:
+    """Return the inner products of each head's kernel and its coded truncation, and the bytes of all."""
+    kernels, stored_bytes = [], 0
+    for left, right in zip(q_heads, k_heads, strict=True):
+        made = _kernel(left, right, rank)
+        stored_bytes += sum(_stored_bytes(part, bits) for part in made)
+        left2, right2 = (_coded(part, bits) for part in made)
+        kernels.append(_products(left.T, right, left2.T, right2))
+    return kernels, stored_bytes
+
+
+def _pruned_values(
+    v: Weights, out: Weights, v_heads: int, dropped: int, bits: int
+) -> tuple[list[Products], int]:
+    """Return the inner products of each V head's value-output map and its coded rest, and all bytes."""
+    channels = np.square(v.astype(np.float64)).sum(1) * np.square(out.astype(np.float64)).sum(0)
+    kept = np.sort(np.argsort(channels, kind="stable")[dropped:])
+    v2, out2 = np.zeros(v.shape), np.zeros(out.shape)
+    v2[kept], out2[:, kept] = _coded(v[kept], bits), _coded(out[:, kept], bits)
+    stored_bytes = _stored_bytes(v[kept], bits) + _stored_bytes(out[:, kept], bits)
+    split = (_split(v, v_heads), _split(out.T, v_heads), _split(v2, v_heads), _split(out2.T, v_heads))
+    maps = [_products(out_j.T, v_j, out2_j.T, v2_j) for v_j, out_j, v2_j, out2_j in zip(*split, strict=True)]
+    return maps, stored_bytes
 
 
 class _Inner:
@@ -231,7 +259,7 @@ class _Inner:
     def __init__(self) -> None:
         self.sums = np.zeros(3)
 
-    def add(self, products: tuple[float, float, float]) -> None:
+    def add(self, products: Products) -> None:
         self.sums += products
 
     @property
@@ -240,8 +268,8 @@ class _Inner:
         return float(np.sqrt(max(0.0, before - 2 * across + after) / before)) if before > 0 else None
 
 
-def _products(left: Float64, right: Float64, left2: Float64, right2: Float64) -> tuple[float, float, float]:
-    """Return `<M, M>`, `<M, M'>`, `<M', M'>` of `M = left @ right` and `M' = left2 @ right2`, never formed."""
+def _products(left: Float64, right: Float64, left2: Float64, right2: Float64) -> Products:
+    """Return the inner products of `M = left @ right` and `M' = left2 @ right2`, never formed."""
 
     def inner(a: Float64, b: Float64, c: Float64, d: Float64) -> float:
         return float(np.vdot(a.T @ c, b @ d.T))
@@ -280,6 +308,10 @@ def _split(rows: Weights, heads: int) -> list[Float64]:
 
 def _energy(weights: Weights) -> float:
     return float(np.vdot(weights, weights))
+
+
+def _by_head(parts: list[Float64]) -> tuple[float, ...] | None:
+    return _shares([_energy(head) for head in parts])
 
 
 def _output_energies(v_heads: list[Float64], o_heads: list[Float64]) -> list[float]:
@@ -321,4 +353,4 @@ def _coded(rows: Weights, bits: int) -> Float64:
 
 
 def _stored_bytes(rows: Weights, bits: int) -> int:
-    return 2 * rows.size if bits == 16 else symmetric_bytes(*rows.shape, bits)
+    return 2 * rows.size if bits == 16 else symmetric_bytes(rows.shape[0], rows.shape[1], bits)
