@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import ggml_oracle
 
 N_IN = 2048
-QUICK = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
+SLOW = ("IQ4_NL", "IQ4_XS")  # in ggml
 
 
 def environment() -> dict[str, object]:
@@ -70,7 +70,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def compare(name: str, importance: np.ndarray | None, threads: int, repeats: int) -> dict[str, object]:
     rng = np.random.default_rng(0)
-    rows = (rng.standard_normal((4096 if name in QUICK else 256, N_IN)) * 0.02).astype(np.float32)
+    rows = (
+        rng.standard_normal((256 if name in SLOW else 1024 if name.endswith("_K") else 4096, N_IN)) * 0.02
+    ).astype(np.float32)
     sides = {
         "bitsmith": lambda: FORMATS[name].encode(rows, importance),
         "ggml": lambda: ggml_oracle.quantize(name, rows, importance, threads=threads),

@@ -135,7 +135,7 @@ def fit_affine(
     scratch = np.empty((10, LANES), np.float32)
     for block in range(0, blocks.shape[0], LANES):
         load_lanes(blocks, block, 1, x, unit, scratch)
-        load_weights(weights, first + block, 1, w)
+        load_weights(weights, first, block, 1, w)
         _search_affine(x, w, high, starts, rounds, True, scratch, line)
         for lane in range(min(LANES, blocks.shape[0] - block)):
             d[block + lane] = half_round(line[0, lane] * unit[lane])
@@ -236,7 +236,7 @@ def fit_super_affine(
     best = np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
         load_lanes(blocks, block, subs, x, unit, scratch)
-        load_weights(weights, first + block, subs, w)
+        load_weights(weights, first, block, subs, w)
         _search_affine(x, w, high, starts, 1, False, scratch, line)
         best[:] = HIGHEST
         for turn in range(REFITS):

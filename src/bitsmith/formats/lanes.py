@@ -66,15 +66,20 @@ def _compiled_weight_lanes(weights: Any, size: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def load_weights(weights: Float32 | None, block: int, subs: int, w: Float32 | None) -> None:
-    """Fill `w` with the weights of the sub-blocks from `block` on, where there are any."""
+def load_weights(weights: Float32 | None, first: int, block: int, subs: int, w: Float32 | None) -> None:
+    """Fill `w` with the weights of the sub-blocks from `first + block` on, where there are any.
+
+    Past block 0 it holds those of the blocks before already: the same where whole rows fill the lanes.
+    """
     if weights is None:
         return
     if w is None:
         return
+    if block > 0 and LANES // subs % weights.shape[0] == 0:
+        return
     size = w.shape[0]
     for lane in range(LANES):
-        row = (block + lane // subs) % weights.shape[0]
+        row = (first + block + lane // subs) % weights.shape[0]
         at = (lane % subs) * size
         for j in range(size):
             w[j, lane] = weights[row, at + j]

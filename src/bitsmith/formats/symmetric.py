@@ -119,7 +119,7 @@ def fit_symmetric(
     scratch, places = np.empty((5, LANES), np.float32), np.empty(LANES, np.uint16)
     for block in range(0, blocks.shape[0], LANES):
         load_lanes(blocks, block, 1, x, unit, scratch)
-        load_weights(weights, first + block, 1, w)
+        load_weights(weights, first, block, 1, w)
         _search_symmetric(x, w, low, high, table, starts, rounds, places, scratch, scale)
         for lane in range(min(LANES, blocks.shape[0] - block)):
             d[block + lane] = half_round(scale[lane] * unit[lane])
@@ -198,7 +198,7 @@ def fit_super_symmetric(
     found, best = np.empty((4, LANES), np.float32), np.empty(group, np.float32)
     for block in range(0, blocks.shape[0], group):
         load_lanes(blocks, block, subs, x, unit, scratch)
-        load_weights(weights, first + block, subs, w)
+        load_weights(weights, first, block, subs, w)
         _search_symmetric(x, w, low, high, table, starts, 1, places, scratch, scale)
         best[:] = HIGHEST
         for turn in range(REFITS):
