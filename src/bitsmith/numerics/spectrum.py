@@ -13,19 +13,20 @@ from numpy.typing import NDArray
 from scipy.linalg import eigvalsh, get_blas_funcs, qr, svdvals
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics import band
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
-Method = Literal["auto", "gram", "svd"]
+Found = Literal["gram32", "gram", "svd"]
+Method = Literal["auto", "gram32", "gram", "svd"]
 
 ACCURATE = 1e-5  # relative error of a singular value from which `auto` leaves the Gram matrix
 ERRORS = (0.5, 0.2, 0.1, 0.05, 0.01)
 RANKS = (128, 256, 512, 1024, 2048)
+LARGE = 1536  # short side from which the band pays
 DIRECT_BYTES = 4 << 30  # largest wide matrix, as float64, that is held for a direct SVD
 TRACY_WIDOM_999 = 3.2724  # 99.9 % quantile of the Tracy-Widom law for real matrices
 INDICES = (1, 2, 3, 4, 512, 1024, 2048, 4096)
-
-_syrk = get_blas_funcs("syrk", dtype=np.float64)
 
 
 class Rows(Protocol):
@@ -43,13 +44,14 @@ class Rows(Protocol):
 class Spectrum:
     """All singular values of a matrix, descending, each with the bound of its absolute error.
 
-    `method` is how they were found: `gram` (square roots of the eigenvalues of the Gram matrix) or `svd`.
+    `method` is how they were found: `gram` (square roots of the eigenvalues of the Gram matrix, in float64),
+    `gram32` (the same in float32, slices summed in float64) or `svd`.
     """
 
     shape: tuple[int, int]
     sigma: Vector
     error: Vector
-    method: Literal["gram", "svd"]
+    method: Found
 
     @property
     def rank(self) -> int:
@@ -128,7 +130,7 @@ class SpectrumStatistics:
     """
 
     shape: tuple[int, int]
-    method: Literal["gram", "svd"]
+    method: Found
     relative_error: float | None
     first_inaccurate: int | None
     rank: int
@@ -166,12 +168,18 @@ def singular_values(
 ) -> Spectrum:
     """Return all singular values of a matrix, or of a tensor flattened to `out × rest`.
 
-    `auto` takes the Gram matrix, and the direct way (QR by slices, then SVD) where the Gram matrix leaves a
-    relative error bound above 1e-5. Raises BitsmithError naming the first NaN or infinity, or an empty shape.
+    `auto` goes from the fast to the exact until the bound of every relative error is at most 1e-5: the Gram
+    matrix in float32 (large matrices at least twice as long as wide only, since others never pass) and in
+    float64, then QR by slices and SVD. A wide matrix too large to hold stays with the Gram matrix and its
+    bound. Raises BitsmithError naming the first NaN or infinity, or for an empty shape.
     """
     rows = _Flat(source)
+    if method == "gram32" or (method == "auto" and rows.suits_float32):
+        spectrum = _by_gram(rows, slice_bytes, np.float32)
+        if method == "gram32" or spectrum.first_inaccurate is None:
+            return spectrum
     if method != "svd":
-        spectrum = _by_gram(rows, slice_bytes)
+        spectrum = _by_gram(rows, slice_bytes, np.float64)
         if method == "gram" or spectrum.first_inaccurate is None or not rows.fits_direct:
             return spectrum
     return _by_svd(rows, slice_bytes)
@@ -256,17 +264,28 @@ class _Flat:
         """Whether the direct way can be taken: a tall matrix is read by slices, a wide one is held."""
         return not self.wide or 8 * self.shape[0] * self.shape[1] <= DIRECT_BYTES
 
-    def slices(self, limit_bytes: int, stop: int | None = None) -> Iterator[tuple[int, Matrix]]:
+    @property
+    def suits_float32(self) -> bool:
+        """Whether the Gram matrix in float32 saves time and has a chance to be accurate enough."""
+        short, long = sorted(self.shape)
+        return short >= LARGE and long >= 2 * short and self._rows(0, 1).dtype.itemsize <= 4
+
+    def slices(
+        self, limit_bytes: int, stop: int | None = None, dtype: type[Any] = np.float64
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
         """Yield (first row, rows) up to row `stop`, at most `limit_bytes` each but at least a row."""
-        step = max(1, limit_bytes // (8 * self.shape[1]))
+        step = max(1, limit_bytes // (np.dtype(dtype).itemsize * self.shape[1]))
         stop = self.shape[0] if stop is None else stop
         for start in range(0, stop, step):
-            yield start, self._read(start, min(start + step, stop))
+            yield start, self._read(start, min(start + step, stop), dtype)
 
-    def _read(self, start: int, stop: int) -> Matrix:
+    def _rows(self, start: int, stop: int) -> NDArray[Any]:
         source = self._source
-        rows = source[start:stop] if isinstance(source, np.ndarray) else source.read(start, stop)
-        matrix = np.ascontiguousarray(rows, dtype=np.float64).reshape(stop - start, self.shape[1])
+        return source[start:stop] if isinstance(source, np.ndarray) else source.read(start, stop)
+
+    def _read(self, start: int, stop: int, dtype: type[Any]) -> NDArray[Any]:
+        rows = self._rows(start, stop)
+        matrix = np.ascontiguousarray(rows, dtype=dtype).reshape(stop - start, self.shape[1])
         finite = np.isfinite(matrix)
         if not finite.all():
             row, column = np.unravel_index(int(np.argmin(finite)), matrix.shape)
@@ -277,46 +296,65 @@ class _Flat:
         return matrix
 
 
-def _by_gram(rows: _Flat, slice_bytes: int) -> Spectrum:
-    gram = _gram_of_rows(rows, slice_bytes) if rows.wide else _gram_of_columns(rows, slice_bytes)
-    if not np.isfinite(gram).all():
-        raise BitsmithError("values above 1e150: their squares overflow", tensor=rows.name)
-    eigenvalues = eigvalsh(gram, lower=True, overwrite_a=True, check_finite=False, driver="evd")[::-1]
-    sigma = np.sqrt(np.maximum(eigenvalues, 0.0))
-    error = _roundoff(rows.shape) * eigenvalues[0]
-    lowest = np.sqrt(np.maximum(np.square(sigma) - error, 0.0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bound = np.fmin(error / (sigma + lowest), np.sqrt(error))
-    return Spectrum(rows.shape, sigma, bound, "gram")
+def _by_gram(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Spectrum:
+    gram = (_gram_of_rows if rows.wide else _gram_of_columns)(rows, slice_bytes, dtype)
+    found: Found = "gram" if dtype is np.float64 else "gram32"
+    largest = float(np.max(np.diagonal(gram)))
+    if not largest < np.finfo(dtype).max / len(gram):
+        raise BitsmithError(
+            f"values as large as 1e{np.log10(largest) / 2:.0f}: squares overflow", tensor=rows.name
+        )
+    ascending = _eigenvalues(gram.astype(dtype, order="F", copy=False))
+    squares = np.maximum(ascending[::-1], 0.0)
+    error = _roundoff(squares, rows.shape, dtype)
+    sigma, lowest = np.sqrt(squares), np.sqrt(np.maximum(squares - error, 0.0))
+    ratio = np.divide(error, sigma + lowest, out=np.sqrt(error), where=sigma > 0)
+    return Spectrum(rows.shape, sigma, np.minimum(ratio, np.sqrt(error)), found)
 
 
-def _roundoff(shape: tuple[int, int]) -> float:
-    """Return the error of the largest eigenvalues that counts, relative to λ₁.
+def _eigenvalues(gram: NDArray[Any]) -> Vector:
+    if len(gram) >= LARGE or gram.dtype == np.float32:
+        return band.eigenvalues(gram)
+    found: Vector = eigvalsh(gram, lower=True, overwrite_a=True, check_finite=False, driver="evd")
+    return found
 
-    Rounding errors add like a random walk (Higham, Mary 2019), hence the root of the number of additions; the
-    worst case, with the number itself, is never met.
+
+def _roundoff(values: Vector, shape: tuple[int, int], dtype: type[Any]) -> Vector:
+    """Return the absolute error of descending eigenvalues or singular values that counts.
+
+    A part goes with the value (reflections that are not quite orthogonal), a part with the largest. Rounding
+    errors add like a random walk (Higham, Mary 2019), hence the root of the number of additions in float64;
+    float32, summed in short pieces, is bounded by about twice and four times what is measured. The worst
+    case, with the number of additions itself, is never met.
     """
-    return float(np.sqrt(sum(shape)) * np.finfo(np.float64).eps)
+    if dtype is np.float32:
+        return float(np.finfo(dtype).eps) * (24.0 * values + 4.0 * values[0])
+    return float(np.sqrt(sum(shape)) * np.finfo(np.float64).eps) * (4.0 * values + values[0])
 
 
-def _gram_of_columns(rows: _Flat, slice_bytes: int) -> Matrix:
+def _gram_of_columns(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Matrix:
     """Return the lower triangle of WᵀW (`in in`)."""
     n = rows.shape[1]
     gram = np.zeros((n, n), order="F")
-    for _, piece in rows.slices(slice_bytes):
-        gram = _syrk(1.0, piece.T, beta=1.0, c=gram, lower=True, overwrite_c=True)
+    syrk = get_blas_funcs("syrk", dtype=dtype)
+    for _, piece in rows.slices(slice_bytes, dtype=dtype):
+        if dtype is np.float64:
+            gram = syrk(1.0, piece.T, beta=1.0, c=gram, lower=True, overwrite_c=True)
+        else:
+            gram += syrk(1.0, piece.T, lower=True)
     return gram
 
 
-def _gram_of_rows(rows: _Flat, slice_bytes: int) -> Matrix:
+def _gram_of_rows(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Matrix:
     """Return the lower triangle of WWᵀ (`out out`), every slice against those before it."""
     n = rows.shape[0]
     gram = np.zeros((n, n), order="F")
-    for start, piece in rows.slices(slice_bytes):
+    gemm, syrk = (get_blas_funcs(name, dtype=dtype) for name in ("gemm", "syrk"))
+    for start, piece in rows.slices(slice_bytes, dtype=dtype):
         stop = start + len(piece)
-        gram[start:stop, start:stop] = _syrk(1.0, piece.T, trans=True, lower=True)
-        for first, other in rows.slices(slice_bytes, start):
-            gram[start:stop, first : first + len(other)] = piece @ other.T
+        gram[start:stop, start:stop] = syrk(1.0, piece.T, trans=True, lower=True)
+        for first, other in rows.slices(slice_bytes, start, dtype):
+            gram[start:stop, first : first + len(other)] = gemm(1.0, piece.T, other.T, trans_a=True)
     return gram
 
 
@@ -332,7 +370,7 @@ def _by_svd(rows: _Flat, slice_bytes: int) -> Spectrum:
         stacked = np.concatenate([triangle, piece])
         triangle = qr(stacked, overwrite_a=True, mode="r", check_finite=False)[0][:n]
     sigma = svdvals(triangle, overwrite_a=True, check_finite=False)
-    return Spectrum(rows.shape, sigma, np.full(len(sigma), _roundoff(rows.shape) * sigma[0]), "svd")
+    return Spectrum(rows.shape, sigma, _roundoff(sigma, rows.shape, np.float64), "svd")
 
 
 def _clipped(indices: Sequence[int], n: int) -> list[int]:
