@@ -13,11 +13,12 @@ from bitsmith.run.assay_result import Assay, ComponentRow, Curve, MatrixAssay, R
 
 Trace = dict[str, Any]
 Line = tuple[Sequence[float], Sequence[float]]
+View = tuple[str, list[Trace], dict[str, Any]]
 Measured = Callable[["MatrixAssay"], "MatrixAssay | Whitened | None"]
 
 ROLE_COLOURS = (
     "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#eeca3b", "#9d755d",
-    "#ff9da6", "#8c9bd9", "#2f9e8f", "#c2571a", "#a0cbe8", "#7f9c3b",
+    "#ff9da6", "#8c9bd9", "#2f9e8f", "#c2571a", "#a0cbe8", "#7f9c3b", "#d37295", "#59a8c9",
 )  # fmt: skip
 _DEPTH_COLOURS = ((94, 60, 190), (58, 120, 200), (40, 160, 150), (110, 190, 80), (240, 190, 50))
 _GREY = "#8a93a3"
@@ -91,7 +92,7 @@ def rank_error(assay: Assay) -> Figure | None:
             yield _level(level, f"int4: {level:.3f} (median)", _DASHED)
 
     layout = _layout("rank kept / full rank", "relative error ‖W − W′‖ / ‖W‖")
-    return _by_role(assay.matrices, line, int4, layout)
+    return _by_role(assay.matrices, line, int4, layout, list(int4(list(assay.matrices))))
 
 
 def low_rank_against_int4(assay: Assay) -> Figure | None:
@@ -99,8 +100,8 @@ def low_rank_against_int4(assay: Assay) -> Figure | None:
     methods = dict.fromkeys(r.method for m in assay.matrices for r in m.rivals if r.kind == "int4")
     kinds = {"low_rank": "low rank", "residual": "low rank + int4 of the rest"}
     choices: tuple[tuple[str, Measured], ...] = (("", lambda m: m), (", by the inputs", lambda m: m.whitened))
-    views = [
-        (label(f"{shown} against {method}{how}"), traces)
+    views: list[View] = [
+        (label(f"{shown} against {method}{how}"), traces, {})
         for how, measured in choices
         for kind, shown in kinds.items()
         for method in methods
@@ -127,7 +128,8 @@ def claims(assay: Assay) -> Figure | None:
     if not traces:
         return None
     low = min(min(trace["x"]) for trace in traces)
-    diagonal = _line(((low, 1.0), (low, 1.0)), "as claimed", _DASHED)
+    least = max(low, min(min(trace["y"]) for trace in traces))
+    diagonal = _line(((least, 1.0), (least, 1.0)), "as claimed", _DASHED)
     zeros = _level(1.0, "no closer than zeros", {"color": _GATE_COLOUR, "width": 1.5, "dash": "dot"})
     layout = _layout("claimed relative error", "measured relative error", log_y=True)
     layout["xaxis"] |= _log_axis()
@@ -143,8 +145,12 @@ def by_depth(assay: Assay) -> Figure | None:
         ("stable rank / n", "stable rank / n", lambda m: _over_n(m, "stable_rank")),
         ("r90 / n", "r90 / n", lambda m: _over_n(m, "r90")),
     )
-    views = [(name, traces) for name, _, get in metrics if (traces := _depth_traces(assay.matrices, get))]
-    layout = _layout("layer", "value")
+    views = [
+        (name, traces, _framed(axis, traces))
+        for name, axis, get in metrics
+        if (traces := _depth_traces(assay.matrices, get))
+    ]
+    layout = _layout("layer", "")
     layout["xaxis"]["dtick"] = 1 if max((m.layer or 0 for m in assay.matrices), default=0) < 24 else 4
     return _with_views(views, layout)
 
@@ -183,7 +189,7 @@ def bound_gaps(assay: Assay) -> Figure | None:
         traces.append(
             {
                 "type": "box",
-                "name": label(f"{method}<br>{median(row.bpw for row, _ in of_method):.2f} bpw"),
+                "name": f"{label(method)}<br>{median(row.bpw for row, _ in of_method):.2f} bpw",
                 "y": [row.gap_db for row, _ in of_method],
                 "text": [f"{label(m.name)}<br>error {row.error:.4f}" for row, m in of_method],
                 "boxpoints": "all",
@@ -218,13 +224,13 @@ def shares(components: Sequence[ComponentRow]) -> Figure | None:
 def activations(sites: Sequence[Site]) -> Figure | None:
     """Root mean square along each principal direction of residual states, K and V, by depth."""
     names = {"residual": "states entering the layers", "k": "K cache, all heads", "v": "V cache, all heads"}
-    views = []
+    views: list[View] = []
     for key, name in names.items():
         of_site = [site for site in sites if site.site == key and site.head is None]
         for part in ("plain", "centred"):
             traces = _site_lines(of_site, part)
             if traces:
-                views.append((name if part == "plain" else f"{name}, about the mean", traces))
+                views.append((name if part == "plain" else f"{name}, about the mean", traces, {}))
     layout = _layout("direction i / dimension", "σ<sub>i</sub> / σ<sub>1</sub>", log_y=True)
     return _with_views(views, layout)
 
@@ -246,10 +252,11 @@ def _by_role(
     line: Callable[[MatrixAssay], Line | None],
     beside: Callable[[list[MatrixAssay]], Iterable[Trace]],
     layout: dict[str, Any],
+    overall: Sequence[Trace] = (),
 ) -> Figure | None:
     """Show every role's matrix of middle depth, or all matrices of a role chosen from a menu."""
     overview: list[Trace] = []
-    views: list[tuple[str, list[Trace]]] = [("all roles, middle layer", overview)]
+    views: list[View] = [("all roles, middle layer", overview, {})]
     for role, colour in _role_colours(matrices):
         of_role = [m for m in matrices if m.role == role and line(m) is not None]
         traces = []
@@ -261,25 +268,33 @@ def _by_role(
         if traces:
             middle = traces[len(traces) // 2]
             overview.append(middle | {"name": label(role), "line": {"color": colour, "width": 2}})
-            views.append((label(role), [*traces, *beside(of_role)]))
+            views.append((label(role), [*traces, *beside(of_role)], {}))
+    overview.extend(overall if overview else ())
     return _with_views(views, layout) if overview else None
 
 
-def _with_views(views: list[tuple[str, list[Trace]]], layout: dict[str, Any]) -> Figure | None:
-    """Show one view at a time, chosen from a menu where there are several."""
+def _with_views(views: Sequence[View], layout: dict[str, Any]) -> Figure | None:
+    """Show one view (name, traces, its axis) at a time, chosen from a menu where there are several."""
     if not views:
         return None
-    counts = [len(traces) for _, traces in views]
+    counts = [len(traces) for _, traces, _ in views]
+    layout["yaxis"] |= views[0][2]
     shown = [[at == n for at, count in enumerate(counts) for _ in range(count)] for n in range(len(views))]
     data = [
         trace | {"visible": visible}
-        for trace, visible in zip((trace for _, traces in views for trace in traces), shown[0], strict=True)
+        for trace, visible in zip(
+            (trace for _, traces, _ in views for trace in traces), shown[0], strict=True
+        )
     ]
     if len(views) == 1:
         return {"data": data, "layout": layout}
     buttons = [
-        {"method": "restyle", "label": name, "args": [{"visible": mask}]}
-        for (name, _), mask in zip(views, shown, strict=True)
+        {
+            "method": "update",
+            "label": name,
+            "args": [{"visible": mask}, {f"yaxis.{key}": value for key, value in axis.items()}],
+        }
+        for (name, _, axis), mask in zip(views, shown, strict=True)
     ]
     menu = {
         "buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom",
@@ -314,6 +329,14 @@ def _pair(
     if int4 and low and int4.error > 0 and low.error > 0:
         text = f"{label(matrix.name)}<br>{label(low.method)}, rank {low.rank}, {low.nbytes:,} bytes"
         yield int4.error, low.error, text
+
+
+def _framed(title: str, traces: Sequence[Trace]) -> dict[str, Any]:
+    """Return an axis that shows all points, and of the intervals what fits beside them."""
+    values = [y for trace in traces for y in trace["y"]]
+    low, high = min(values), max(values)
+    pad = 0.08 * (high - low or abs(high) or 1.0)
+    return {"title": {"text": title}, "range": [low - pad, high + pad], "autorange": False}
 
 
 def _depth_traces(matrices: Sequence[MatrixAssay], get: Callable[[MatrixAssay], float | None]) -> list[Trace]:
@@ -394,7 +417,7 @@ def _rounded(value: float) -> float:
 
 
 def _log_axis() -> dict[str, Any]:
-    return {"type": "log", "exponentformat": "power", "dtick": "D2"}
+    return {"type": "log", "tickformat": "~g"}
 
 
 def _layout(x: str, y: str, log_y: bool = False, height: int = 480) -> dict[str, Any]:

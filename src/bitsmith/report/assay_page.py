@@ -36,12 +36,12 @@ def _verdict(assay: Assay) -> Section:
     model = printable(assay.architecture or "no known architecture: taken by shape and name")
     return Section(
         "Verdict",
-        lead=[printable(assay.verdict.text, 2000)],
+        lead=_sentence(assay.verdict.text),
         note=(
             f"{printable(assay.path)}: {model}, {assay.parameters:,} parameters in "
             f"{assay.stored_bytes:,} bytes; {len(assay.matrices)} matrices assayed in {assay.seconds:,.1f} s"
         ),
-        columns=("component", "", "because"),
+        columns=("component", "closer", "because"),
         rows=[
             (
                 printable(f"{row.key} {row.name}"),
@@ -67,7 +67,7 @@ def _components(assay: Assay) -> Iterator[Section]:
         ),
         figure=figures.shares(assay.components),
         columns=(
-            "component", "tensors", "parameters", "share", "claimed share", "claimed method",
+            "component", "assayed", "parameters", "share", "claimed share", "claimed method",
             "claimed ratio", "reached", "at error", "int4's error", "by",
         ),
         rows=[_component_row(row) for row in assay.components],
@@ -77,7 +77,7 @@ def _components(assay: Assay) -> Iterator[Section]:
 def _component_row(row: ComponentRow) -> tuple[str, ...]:
     return (
         printable(f"{row.key} {row.name}"),
-        f"{row.tensors} ({row.assayed} assayed)",
+        f"{row.assayed} of {row.tensors}",
         f"{row.parameters:,}",
         f"{row.share:.2%}",
         f"{row.seed_share:.1%}",
@@ -209,7 +209,7 @@ def _activations(assay: Assay) -> Iterator[Section]:
         "Activations and KV cache",
         f"{printable(used.text)} (SHA-256 {used.text_sha256[:16]}…): {used.tokens:,} tokens in "
         f"{used.chunks} chunks of {used.ctx_tokens}. RMS along the principal directions over the first's.",
-        lead=[printable(line, 2000) for line in found.verdicts],
+        points=[printable(line, 2000) for line in found.verdicts],
         figure=figures.activations(found.sites),
         columns=(
             "cache", "layer", "head", "format", "its error", "rank needed", "bytes at 16 bits / format's",
@@ -296,6 +296,11 @@ def _protocol(assay: Assay) -> Iterator[Section]:
         rows=[(name, printable(value)) for name, value in settings],
         text="\n".join(printable(note, 2000) for note in assay.notes),
     )
+
+
+def _sentence(text: str) -> str:
+    shown = printable(text, 2000)
+    return shown[:1].upper() + shown[1:]
 
 
 def _words(verdict: Verdict) -> str:

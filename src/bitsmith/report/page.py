@@ -32,10 +32,10 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto
 color: var(--ink); background: var(--paper); }
 h2 { margin: 2.2rem 0 .4rem; } .lead { font-size: 1.15rem; } .note { color: var(--note); }
 .wide { overflow-x: auto; } summary { cursor: pointer; color: var(--note); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .92em; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bottom: 1px solid var(--line);
-overflow-wrap: anywhere; }
-th { background: var(--panel); white-space: nowrap; overflow-wrap: normal; }
+overflow-wrap: break-word; }
+th { background: var(--panel); overflow-wrap: normal; }
 pre { background: var(--panel); padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 {% if figures %}.figure { margin: .4rem 0 1.2rem; }
 .xtick text, .ytick text, .xtitle, .ytitle, .legendtext, .legendtitletext, .annotation-text, .cbaxis text {
@@ -48,8 +48,9 @@ stroke: var(--line) !important; } .updatemenu-header-arrow { fill: var(--ink) !i
 {% endif %}</style>{% if figures %}<script>{{ plotly }}</script>{% endif %}</head><body>
 <h1>{{ title }}</h1>
 {% for section in sections %}{% if section.heading %}<h2>{{ section.heading }}</h2>
-{% endif %}{% for line in section.lead %}<p class="lead">{{ line }}</p>
-{% endfor %}{% if section.note %}<p class="note">{{ section.note }}</p>
+{% endif %}{% if section.lead %}<p class="lead">{{ section.lead }}</p>
+{% endif %}{% if section.points %}<ul>{% for point in section.points %}<li>{{ point }}</li>
+{% endfor %}</ul>{% endif %}{% if section.note %}<p class="note">{{ section.note }}</p>
 {% endif %}{% if section.figure %}<div class="figure" id="figure-{{ loop.index }}"></div>
 {% endif %}{% if section.columns %}{% if section.closed %}<details><summary>{{ section.closed }}</summary>
 {% endif %}<div class="wide"><table>
@@ -67,7 +68,7 @@ Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: f
 
 @dataclass(frozen=True)
 class Section:
-    """One part of a page, in this order: a heading, paragraphs, a note, a plot, a table, a block of text.
+    """One part of a page, in this order: heading, sentence, points, note, plot, table, block of text.
 
     Each may be empty. `closed` folds the table behind that label.
     """
@@ -77,7 +78,8 @@ class Section:
     columns: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     text: str = ""
-    lead: Sequence[str] = ()
+    lead: str = ""
+    points: Sequence[str] = ()
     figure: Figure | None = None
     closed: str = ""
 
