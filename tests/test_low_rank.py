@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.linalg import hadamard
 
 from bitsmith.errors import BitsmithError
 from bitsmith.formats import format_named
@@ -126,24 +127,28 @@ def test_the_seeds_configuration_and_its_claim() -> None:
 
 
 def test_four_bit_factors_can_be_worse_than_zeros() -> None:
-    """A flat spectrum whose singular vectors have one outlier each, over entries just above half a step."""
-    size, peak = 256, 13.4
-    signs = np.array([[1.0]])
-    while signs.shape[0] < size:
-        signs = np.block([[signs, signs], [signs, -signs]])
+    """A nearly flat spectrum whose leading singular vectors are flat too, but for one outlier in each row.
+
+    The outlier sets the row's step so that all other entries, just above half of it, double when rounded.
+    """
+    size, rank, outlier = 1024, 128, 13.4
     rng = np.random.default_rng(RNG_SEED)
 
-    def vectors() -> np.ndarray:
-        raw = signs + peak * np.eye(size)[rng.permutation(size)] * signs
-        left, _, right = np.linalg.svd(raw)
-        return left @ right
+    def basis(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        raw = hadamard(size)[:, rng.permutation(size)[:rank]] * rng.choice([-1.0, 1.0], size)[:, None]
+        raw[rows, columns] *= outlier
+        left, _, right = np.linalg.svd(raw, full_matrices=False)
+        leading = left @ right
+        return np.concatenate([leading, np.linalg.qr(leading, mode="complete")[0][:, rank:]], axis=1)
 
-    sigma = np.linspace(1.1, 1.0, size)
-    matrix = (vectors() * sigma @ vectors().T).astype(np.float32)
-    found = contest(matrix)
+    left = basis(np.arange(size), rng.permutation(size) % rank)
+    right = basis(rng.permutation(size)[:rank], np.arange(rank))
+    sigma = np.append(np.linspace(1.1, 1.05, rank), np.linspace(1.0, 0.95, size - rank))
+    found = contest((left * sigma @ right.T).astype(np.float32), measured_rows=256)
+    assert found.seed.rank == rank
+    assert found.seed.theory_error < 0.93
     assert found.seed.relative_error > 1
     assert found.seed.worse_than_zeros
-    assert found.seed.theory_error < 1
     assert not any(coding.worse_than_zeros for coding in found.int4)
     assert found.low_rank_wins is False
 
