@@ -18,7 +18,7 @@ def eigenvalues(matrix: NDArray[Any], width: int = WIDTH) -> NDArray[np.float64]
     (Bischof, Lang, Sun 2000), and the band is solved in float64. `eigvalsh` reduces it to three diagonals at
     once, where half of the work waits for memory.
     """
-    band = _band(np.asfortranarray(matrix), min(width, len(matrix) - 1))
+    band = _band(np.asfortranarray(matrix), max(1, min(width, len(matrix) - 1)))
     ascending: NDArray[np.float64] = eigvals_banded(band, lower=True, check_finite=False)
     return ascending
 

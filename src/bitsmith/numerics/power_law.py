@@ -24,7 +24,8 @@ class LogSlope:
     """Least squares of ln σ_i = intercept + slope · ln i over the positive σ.
 
     `low`…`high` is the 95 % interval of the slope. Its standard error is the larger of the regression's and
-    |slope|·√(2/n), that of sorted draws from a power law, whose residuals are not independent (Gabaix, Ibragimov 2011).
+    |slope|·√(2/n), that of sorted draws from a power law, whose residuals are not independent (Gabaix,
+    Ibragimov 2011).
     """
 
     slope: float

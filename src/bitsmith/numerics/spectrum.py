@@ -327,9 +327,10 @@ def _roundoff(values: Vector, shape: tuple[int, int], dtype: type[Any]) -> Vecto
     float32, summed in short pieces, is bounded by about twice and four times what is measured. The worst
     case, with the number of additions itself, is never met.
     """
+    largest: Vector = values[:1]
     if dtype is np.float32:
-        return float(np.finfo(dtype).eps) * (24.0 * values + 4.0 * values[0])
-    return float(np.sqrt(sum(shape)) * np.finfo(np.float64).eps) * (4.0 * values + values[0])
+        return (24.0 * values + 4.0 * largest) * float(np.finfo(np.float32).eps)
+    return (4.0 * values + largest) * float(np.sqrt(sum(shape)) * np.finfo(np.float64).eps)
 
 
 def _gram_of_columns(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Matrix:
@@ -428,6 +429,8 @@ def _beside(law: _MarchenkoPastur, squares: Vector, variance: float) -> BesideRa
 
 def _checked(sigma_at: Mapping[int, float], n: int) -> dict[int, float]:
     known = {int(index): float(sigma_at[index]) for index in sorted(sigma_at)}
+    if not known:
+        raise BitsmithError("no singular value is known: expected at least one")
     for index, sigma in known.items():
         if not 1 <= index <= n or not 0.0 <= sigma < np.inf:
             raise BitsmithError(f"σ{index} = {sigma}: expected an index in 1 … {n} and a finite value from 0")
