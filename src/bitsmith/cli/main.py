@@ -32,6 +32,7 @@ Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .safetensors file or a .gguf file.")
 ]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+_INTERRUPTED = 130  # typer's exit code for Ctrl-C
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
 
@@ -79,6 +80,53 @@ def inspect(model: Model, json_out: JsonOut = None) -> None:
     inspection = run(model)
     print_inspection(inspection)
     _write_json(json_out, inspection.to_json())
+
+
+@app.command()
+def assay(
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL", help="As for inspect; any family.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder for assay.json and assay.html.")
+    ] = None,
+    match: Annotated[
+        str | None, typer.Option("--match", metavar="REGEX", help="Only matrices whose name matches.")
+    ] = None,
+    stats: Annotated[
+        Path | None,
+        typer.Option("--stats", help="llama.cpp imatrix (.gguf): also judge by what the outputs see."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text: also the spectra of K, V and residual states.")
+    ] = None,
+    seed_table: Annotated[
+        bool, typer.Option("--seed-table", help="Hold the published SVD plan against its own numbers.")
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Tell whether low rank can beat int4 here: spectra, ranks, bounds and α of MODEL's matrices.
+
+    With -o every finished matrix is kept, so that a killed run goes on where it was.
+    """
+    from bitsmith.report.assay_terminal import print_assay, print_seed_checks
+    from bitsmith.run.assay import PAGE_NAME, RESULT_NAME
+    from bitsmith.run.assay import assay as run
+    from bitsmith.run.claims import seed_checks
+
+    if seed_table:
+        print_seed_checks(seed_checks())
+    if model is None:
+        if not seed_table:
+            raise BitsmithError("name a MODEL, or ask for --seed-table")
+        return
+    with _progress() as progress:
+        result = run(
+            model, out, match=match, statistics=stats, text=text, overwrite=overwrite, progress=progress
+        )
+    print_assay(result)
+    if out is not None:
+        from bitsmith.report.assay_page import write_assay_page
+
+        typer.echo(f"wrote {out / RESULT_NAME} and {write_assay_page(out / PAGE_NAME, result)}")
 
 
 @app.command()
@@ -275,9 +323,10 @@ def main() -> None:
     except OSError as error:
         sys.stderr.write(f"error: {error.filename or 'input/output'}: {error.strerror or error}\n")
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; unfinished output was removed\n")
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == _INTERRUPTED:
+            sys.stderr.write("error: interrupted; no unfinished output is left\n")
+        raise
 
 
 if __name__ == "__main__":

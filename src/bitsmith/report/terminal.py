@@ -79,7 +79,7 @@ def record_line(record: Record) -> str:
 def print_plan(plan: Plan) -> None:
     """Print a dry run: every tensor's type and bytes, the file's exact size, what deserves a warning."""
     console = Console()
-    console.print(_table(*plan_rows(plan), right=("bytes", "bpw")))
+    console.print(table(*plan_rows(plan), right=("bytes", "bpw")))
     _print_plan_notes(console, plan)
     console.print(
         f"{plan.type}: file {bytes_text(plan.file_bytes)}, tensors {bytes_text(plan.tensor_bytes)}, "
@@ -92,7 +92,7 @@ def print_plan(plan: Plan) -> None:
 def print_record(record: Record) -> None:
     """Print what `compress` wrote: bytes by type, error of each type, warnings."""
     console = Console()
-    console.print(_table(*_type_rows(record), right=("tensors", "bytes", "share of bytes", "relative error")))
+    console.print(table(*_type_rows(record), right=("tensors", "bytes", "share of bytes", "relative error")))
     _print_plan_notes(console, record.plan)
     peak = record.peak_memory_bytes
     memory = "unmeasured" if peak is None else f"{peak / 2**20:,.0f} MiB"
@@ -106,7 +106,7 @@ def print_record(record: Record) -> None:
 def print_evaluation(evaluation: Evaluation) -> None:
     """Print the measures, both artifacts' sizes and the protocol."""
     console = Console()
-    console.print(_table(*evaluation_rows(evaluation), right=("value", "95 % interval")))
+    console.print(table(*evaluation_rows(evaluation), right=("value", "95 % interval")))
     for label, artifact in (("reference", evaluation.reference), ("candidate", evaluation.candidate)):
         console.print(
             f"{label}: {escape(printable(artifact.path))}, {bytes_text(artifact.file_bytes)}, "
@@ -128,7 +128,7 @@ def print_demo(demo: Demo, report: Path) -> None:
         (f"bits per weight, {demo.record.plan.type}", f"{candidate.bpw:.4f} bpw", "exact"),
     ]
     columns, rows = evaluation_rows(demo.evaluation)
-    console.print(_table(columns, [*sizes, *rows], right=("value", "95 % interval")))
+    console.print(table(columns, [*sizes, *rows], right=("value", "95 % interval")))
     console.print(escape(protocol_line(demo.evaluation)), highlight=False, soft_wrap=True)
     if demo.sample is None:
         console.print("generation: unmeasured (install bitsmith\\[llama] to run real llama.cpp)")
@@ -165,7 +165,7 @@ def print_inspection(inspection: Inspection) -> None:
             for s in inspection.sizes
         ]
         numbers = ("bytes", "MiB", "bpw")
-        console.print(_table(("as", *numbers), rows, right=numbers))
+        console.print(table(("as", *numbers), rows, right=numbers))
     for note in inspection.notes:
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
 
@@ -196,10 +196,11 @@ def _share_table(title: str, shares: Iterable[Share]) -> Table:
     rows = [
         (s.name, str(s.tensors), f"{s.parameters:,}", f"{s.share:.2%}", f"{s.stored_bytes:,}") for s in shares
     ]
-    return _table((title, *numbers), rows, right=numbers)
+    return table((title, *numbers), rows, right=numbers)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> Table:
+    """Return a table of escaped cells; the columns named in `right` are numbers."""
     table = Table(box=box.SIMPLE_HEAD)
     for column in columns:
         table.add_column(column, justify="right" if column in right else "left", overflow="fold")

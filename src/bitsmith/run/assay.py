@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import TypeAdapter
 
 from bitsmith import __version__
@@ -27,7 +26,15 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Protocol, Skipped
 from bitsmith.run.claims import CLAIMS, component_key, seed_checks
 from bitsmith.run.measure import Target, measure, measure_mixer, mixers
-from bitsmith.run.verdict import Population, component_rows, group_verdict, ranking, totals
+from bitsmith.run.moments import Moments, imatrix_moments
+from bitsmith.run.verdict import (
+    Population,
+    component_rows,
+    data_aware_verdict,
+    group_verdict,
+    ranking,
+    totals,
+)
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
@@ -36,9 +43,6 @@ from bitsmith.store.journal import Journal
 RESULT_NAME = "assay.json"
 PAGE_NAME = "assay.html"
 JOURNAL_NAME = ".assay.journal"
-
-Moments = Mapping[str, NDArray[np.float64]]
-"""Second moments of a matrix's inputs by tensor name: E[x xᵀ] (`in in`), or its diagonal (`in`)."""
 
 _Pair = tuple[TensorSpec, TensorRef]
 _FLOATS = re.compile(r"^(F|BF|Q|IQ|MXFP|NVFP|TQ)\d")
@@ -69,7 +73,7 @@ def assay(
     out: Path | None = None,
     *,
     match: str | None = None,
-    statistics: Moments | None = None,
+    statistics: Moments | Path | None = None,
     text: Path | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
@@ -79,9 +83,10 @@ def assay(
     """Measure every matrix of a checkpoint: spectrum, power law, low rank against int4, bounds; and judge.
 
     Reads a Hugging Face folder, a safetensors file or a GGUF, of any family: without an architecture file
-    roles come from names. `match` is a regex that chooses matrices by name, `statistics` add what data-aware
-    low rank sees, `text` the spectra of activations (known architectures only). With `out`, a folder, every
-    finished matrix is kept there, so that a killed run goes on, and `assay.json` is written at the end.
+    roles come from names. `match` is a regex that chooses matrices by name, `statistics` (by tensor name,
+    or an imatrix in GGUF) add what data-aware low rank sees, `text` the spectra of activations (known
+    architectures only). With `out`, a folder, every finished matrix is kept there, so that a killed run
+    goes on, and `assay.json` is written at the end.
 
     Raises BitsmithError naming the tensor and the value for one that is not finite, UnsupportedError for
     quantized (FP8, GPTQ) weights, OutputError if `assay.json` exists (unless `overwrite`).
@@ -95,8 +100,9 @@ def assay(
         targets, skipped = _targets(content.pairs, pattern)
         if not targets:
             raise BitsmithError(f"no matrix to assay{f' matches {match!r}' if match else ''}", path=model)
-        protocol = Protocol(__version__, SCHEMA, match, resamples, seed, _digest(statistics), _named(text))
-        jobs = _jobs(targets, content.config, statistics or {}, resamples, seed)
+        moments = _moments(statistics, targets)
+        protocol = Protocol(__version__, SCHEMA, match, resamples, seed, _digest(moments), _named(text))
+        jobs = _jobs(targets, content.config, moments, resamples, seed)
         journal = None if out is None else Journal(out / JOURNAL_NAME, _key(checkpoint, protocol))
         with journal or nullcontext():
             found = _run(jobs, journal, checkpoint.path, progress)
@@ -227,6 +233,7 @@ def _result(
         totals=totals(rows, matrices, population),
         ranking=ranking(matrices),
         verdict=group_verdict(matrices),
+        data_aware=data_aware_verdict(matrices),
         seed_checks=seed_checks(),
         skipped=tuple(skipped),
         notes=tuple(content.notes),
@@ -254,8 +261,14 @@ def _key(checkpoint: Checkpoint, protocol: Protocol) -> str:
     return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
-def _digest(moments: Moments | None) -> str | None:
-    if moments is None:
+def _moments(statistics: Moments | Path | None, targets: Sequence[Target]) -> Moments:
+    if isinstance(statistics, Path):
+        return imatrix_moments(statistics, (target.spec for target in targets))
+    return statistics or {}
+
+
+def _digest(moments: Moments) -> str | None:
+    if not moments:
         return None
     digest = hashlib.sha256()
     for name in sorted(moments):

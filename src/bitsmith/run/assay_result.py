@@ -325,6 +325,7 @@ class Assay:
     totals: Totals
     ranking: Ranking
     verdict: Verdict
+    data_aware: Verdict | None  # over the matrices with input statistics, errors as the outputs see them
     seed_checks: tuple[SeedCheck, ...]
     skipped: tuple[Skipped, ...]
     notes: tuple[str, ...]

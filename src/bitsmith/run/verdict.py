@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitsmith.numerics.spectrum import Spectrum
 from bitsmith.run.assay_result import ComponentRow, MatrixAssay, Ranked, Ranking, Rival, Totals, Verdict
@@ -89,6 +89,16 @@ def group_verdict(matrices: Iterable[MatrixAssay]) -> Verdict:
         int4_bytes=sum(m.verdict.int4_bytes or 0 for m in judged),
         share=share,
     )
+
+
+def data_aware_verdict(matrices: Iterable[MatrixAssay]) -> Verdict | None:
+    """Return the verdict over the matrices whose inputs' statistics are known, in their outputs' metric."""
+    seen = [
+        replace(matrix, verdict=matrix.whitened.verdict, spectrum=matrix.whitened.spectrum)
+        for matrix in matrices
+        if matrix.whitened is not None
+    ]
+    return group_verdict(seen) if seen else None
 
 
 def component_rows(
