@@ -6,13 +6,16 @@ import json
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from bitsmith.lab.models import DEMO_MODEL
+from bitsmith.lab.synth import synth
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -119,6 +122,28 @@ def test_generating_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     done = bitsmith("generate", out, "-p", "hi", "-n", "2")
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*out\.gguf: has no tokenizer.*\n", done.stderr)
+
+
+def test_ctrl_c_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    model = synth(tmp_path / "model", "0.8B", layers=1, vision=False, mtp=False)
+    command = [
+        sys.executable,
+        "-m",
+        "bitsmith.cli.main",
+        "compress",
+        str(model),
+        "-o",
+        str(tmp_path / "out.gguf"),
+    ]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        while not list(tmp_path.glob(".out.gguf*")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(r"error: interrupted.*\n", stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_existing_output_is_kept(tmp_path: Path) -> None:
