@@ -375,7 +375,16 @@ def test_kernel_and_values_keep_everything_at_full_rank() -> None:
     found = kernel_and_values(*delta_layer(), 2, 4, rank=16, dropped=0, factor_bits=16)
     assert max(found.output_error, found.score_error) < 1e-3
     assert found.ratio_to_16_bit == pytest.approx(1)
-    assert kernel_and_values(*delta_layer(), 2, 4).output_error > 0.3
+
+
+def test_defaults_come_to_the_claimed_ratios() -> None:
+    rng = np.random.default_rng(RNG_SEED)
+    q, k = rng.standard_normal((2, 2 * 64, 512))
+    kernel = kernel_and_values(q, k, rng.standard_normal((256, 512)), rng.standard_normal((512, 256)), 2, 4)
+    heads = low_rank_heads(q, k, q, k.T, 2, 2)
+    for found in (kernel, heads):
+        assert found.ratio_to_16_bit == pytest.approx(found.claimed_ratio, rel=0.05)
+        assert found.output_error > 0.5
 
 
 def test_projections_that_share_a_matrix_are_taken_apart() -> None:

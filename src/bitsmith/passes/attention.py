@@ -28,6 +28,7 @@ Products = tuple[float, float, float]  # <M, M>, <M, M'>, <M', M'>
 PRUNABLE_SHARE = 0.01
 SEED_HEADS_RATIO = 8.0  # "EYM low-rank + head pruning + 4-bit"
 SEED_KERNEL_RATIO = 12.6  # "kernel SVD + value pruning + 4-bit"
+_INT4_RATIO = 4.0
 _INPUTS = "independent Gaussian inputs; heads mix positions independently; norms, RoPE, gates, SiLU left out"
 
 
@@ -132,13 +133,15 @@ def low_rank_heads(
 ) -> SetCoding:
     """Truncate every head's slice of q, k, v and o to `rank`, and drop the query heads that cost least.
 
-    Defaults: half of the head dimension, the prunable heads of `head_energies`. A KV head is dropped with the
-    last of its query heads; one head always stays. The factors are stored in `factor_bits` (4 or 8: integers
-    with an F16 scale per row; 16: F16). The best rank per slice is Eckart-Young-Mirsky's. Raises as
-    `head_energies` does.
+    Defaults: the prunable heads of `head_energies`, and the rank that with 4-bit factors comes to the claimed
+    ratio, 8.0. A KV head is dropped with the last of its query heads; one head always stays. The factors are
+    stored in `factor_bits` (4 or 8: integers with an F16 scale per row; 16: F16). The best rank per slice is
+    Eckart-Young-Mirsky's. Raises as `head_energies` does.
     """
     parts = _attention_heads(q, k, v, o, heads, kv_heads)
-    rank = max(1, parts[0][0].shape[0] // 2) if rank is None else rank
+    if rank is None:
+        dim, columns = parts[0][0].shape
+        rank = max(1, int(_INT4_RATIO / SEED_HEADS_RATIO * dim * columns / (dim + columns)))
     if dropped is None:
         dropped = len(head_energies(q, k, v, o, heads, kv_heads).prunable)
     order = np.argsort(_output_energies(parts[2], parts[3]), kind="stable")
@@ -193,17 +196,18 @@ def kernel_and_values(
     """Truncate the kernel `Q_hᵀ K_h` of each K head to `rank` and drop the weakest value channels.
 
     q and k are `k_heads*d in`, v is `v_heads*e in`, out `hidden v_heads*e`; V heads are grouped by K head. A
-    value channel is a row of v with its column of out; its energy is `|v_c|² |out_c|²`. Defaults: half of the
-    key dimension, a quarter of the channels. The truncated kernel is stored as new q and k of `rank` rows per
-    head. The output error is that of `(Q_hᵀ K_h) ⊗ (Out_j V_j)` over V heads j. Raises BitsmithError where
-    the shapes do not hold these heads.
+    value channel is a row of v with its column of out; its energy is `|v_c|² |out_c|²`. Defaults keep the
+    share of key dimensions and of channels that with 4-bit codes comes to the claimed ratio, 12.6. The
+    truncated kernel is stored as new q and k of `rank` rows per head. The output error is that of
+    `(Q_hᵀ K_h) ⊗ (Out_j V_j)` over V heads j. Raises BitsmithError where the shapes do not hold these heads.
     """
     _expect(q.shape == k.shape and v.shape[0] == out.shape[1], "q, k or v, out", (q, k, v, out))
     _expect(v_heads % k_heads == 0, f"{v_heads} V heads over {k_heads} K heads", (v,))
     q_heads, kk_heads = _split(q, k_heads), _split(k, k_heads)
     key_dim = q_heads[0].shape[0]
-    rank = max(1, key_dim // 2) if rank is None else min(rank, key_dim)
-    dropped = v.shape[0] // 4 if dropped is None else min(dropped, v.shape[0])
+    share = _INT4_RATIO / SEED_KERNEL_RATIO
+    rank = max(1, int(share * key_dim)) if rank is None else min(rank, key_dim)
+    dropped = int((1 - share) * v.shape[0]) if dropped is None else min(dropped, v.shape[0])
     kernels, kernel_bytes = _coded_kernels(q_heads, kk_heads, rank, factor_bits)
     values, value_bytes = _pruned_values(v, out, v_heads, dropped, factor_bits)
     scores, both = _Inner(), _Inner()
