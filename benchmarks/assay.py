@@ -4,11 +4,11 @@
 
 The matrix is float32 with an LLM-like spectrum: σ falls as in a published table of Qwen3.5-9B's gate of layer
 15 (4.65 … 0.95), planted by cosine transforms with random signs. Our analysis is σ, all statistics, the slope
-and the power law with its resamples. The sides take turns; figures are the median and the range. `against_float64` compares σ
-with a float64 SVD, run once. Peak memory is measured in a process that only makes the matrix and analyses it.
-WeightWatcher is not a dependency: it is skipped where it is not installed. The projection for all matrices of
-Qwen3.5-9B comes from our time at this size, scaled by what the Gram matrix and its eigenvalues cost; reading
-from disk is not in it.
+and the power law with its resamples. The sides take turns; figures are the median and the range. σ is also
+compared with a float64 SVD, run once. Peak memory is that of a process that makes the matrix, and of one that
+analyses it too. WeightWatcher is not a dependency: it is skipped where it is not installed. The projection for
+all matrices of Qwen3.5-9B scales our time at this size by what the Gram matrix and its reduction to a band
+cost; reading from disk is not in it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from scipy.fft import dct
@@ -81,10 +82,10 @@ def weightwatcher_analysis(weights: np.ndarray) -> Callable[[], object] | str:
     return work
 
 
-def seconds(work: Callable[[], object]) -> float:
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    result = work()
+    return time.perf_counter() - started, result
 
 
 def cost(shape: tuple[int, int]) -> float:
@@ -142,16 +143,18 @@ def measure(rows: int, columns: int, repeats: int) -> dict[str, object]:
         sides["weightwatcher"] = watcher
     analyse(weights[:512, :128])
     took: dict[str, list[float]] = {name: [] for name in sides}
+    results: dict[str, Any] = {}
     for _ in range(repeats):
         for name, work in sides.items():
-            took[name].append(seconds(work))
+            elapsed, results[name] = timed(work)
+            took[name].append(elapsed)
+            print(f"{name}: {elapsed:.2f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
     for name, values in took.items():
         report[name] = {"seconds": median(values), "range": [min(values), max(values)]}
         report[f"times_faster_than_{name}"] = median(values) / median(took["bitsmith"])
     del report["times_faster_than_bitsmith"]
-    spectrum = singular_values(weights)
+    spectrum, single = results["bitsmith"], results["numpy.linalg.svd"]
     exact = np.linalg.svd(weights.astype(np.float64), compute_uv=False)
-    single = np.linalg.svd(weights, compute_uv=False)
     report["sigma"] = {
         "method": spectrum.method,
         "bound": spectrum.relative_error,
