@@ -29,17 +29,20 @@ def matrix_verdict(spectrum: Spectrum, rivals: Sequence[Rival]) -> Verdict:
     """Return whether low rank in int4's bytes is closer than the closest int4 coding.
 
     The rank needed comes from the spectrum: the best approximation of that rank in exact arithmetic.
+    Factors of full rank, which fit into the bytes of a matrix that is very tall, are a change of basis and
+    cannot win.
     """
     int4 = [rival for rival in rivals if rival.kind == "int4"]
     if not int4:
         return _ZEROS
     target = min(int4, key=lambda rival: rival.error)
-    entrants = [rival for rival in rivals if rival.kind == "low_rank" and rival.budget == target.method]
-    best = min(entrants, key=lambda rival: rival.error)
     full = min(spectrum.shape)
+    entrants = [rival for rival in rivals if rival.kind == "low_rank" and rival.budget == target.method]
+    lower = [rival for rival in entrants if (rival.rank or 0) < full]
+    best = min(lower or entrants, key=lambda rival: rival.error)
     needed = spectrum.rank_for_error(target.error)
     needed_bytes = _KEPT_BYTES * needed * sum(spectrum.shape)
-    wins = best.error < target.error
+    wins = bool(lower) and best.error < target.error
     needs = (
         f"rank {needed:,} of {full:,} needed for {target.method}'s error {target.error:.4f}: "
         f"{needed_bytes:,} bytes in 16-bit factors against {target.nbytes:,}"
