@@ -133,7 +133,8 @@ class Factors:
         self._into_left: Float32 | None = None
         if tall:
             weighed = metric.applied(vectors)
-            right = (weighed.T @ inner) / used[:, None]
+            plain = metric.root is None
+            right = used[:, None] * vectors.T if plain else (weighed.T @ inner) / used[:, None]
             self._into_left = (weighed / used * balance).astype(np.float32)
         else:
             right = vectors.T @ inner
