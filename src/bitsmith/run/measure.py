@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,13 @@ from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.rate_distortion import bound_points
 from bitsmith.numerics.spectrum import Spectrum, compare_with_random, describe, singular_values
 from bitsmith.numerics.tensor_train import RowSource, Train, as_rows, svd_core, sweep
-from bitsmith.passes.attention import head_energies, kernel_and_values, low_rank_heads
+from bitsmith.passes.attention import (
+    delta_parts,
+    head_energies,
+    kernel_and_values,
+    low_rank_heads,
+    query_rows,
+)
 from bitsmith.passes.low_rank import Coding, Contest, contest, format_gaps
 from bitsmith.run.assay_result import (
     Curve,
@@ -88,10 +94,10 @@ class Target:
 
 @dataclass(frozen=True)
 class Mixer:
-    """One layer's q, k, v and o, or a DeltaNet's in_qkv and out, with their numbers of heads."""
+    """One layer's q, k, v and o, or a DeltaNet's in_qkv and out; `heads` are query or V heads."""
 
-    layer: int | None
-    kind: str
+    layer: int
+    kind: Literal["attention", "delta"]
     targets: Mapping[str, Target]
     heads: int
     kv_heads: int
@@ -291,55 +297,62 @@ class _Weighed:
 
 
 def mixers(targets: Sequence[Target], config: Mapping[str, Any]) -> Iterator[Mixer]:
-    """Yield every text layer whose attention or DeltaNet projections are all there, with their heads.
+    """Yield every text layer whose attention or DeltaNet projections are all there and fit its heads.
 
-    `config` is the text config; layers whose heads it does not give, or that it gives wrongly, are left
-    out.
+    `config` is the text config, which gives the numbers of heads.
     """
     layers: dict[int, dict[str, Target]] = {}
     for target in targets:
         if target.spec.component == "text" and target.spec.layer is not None:
             layers.setdefault(target.spec.layer, {})[target.role] = target
     for layer, roles in layers.items():
-        if {"attn.q", "attn.k", "attn.v", "attn.o"} <= roles.keys():
-            heads = _number(config, "num_attention_heads", 0)
-            kv_heads = _number(config, "num_key_value_heads", heads)
-            chosen = {role: roles[role] for role in ("attn.q", "attn.k", "attn.v", "attn.o")}
-            if heads and kv_heads and chosen["attn.o"].shape[1] % heads == 0:
-                width = chosen["attn.o"].shape[1] // heads
-                yield Mixer(layer, "attention", chosen, heads, kv_heads, width)
-        elif {"delta.in_qkv", "delta.out"} <= roles.keys():
-            chosen = {role: roles[role] for role in ("delta.in_qkv", "delta.out")}
-            k_heads = _number(config, "linear_num_key_heads", 16)
-            v_heads = _number(config, "linear_num_value_heads", 32)
-            yield Mixer(layer, "delta", chosen, v_heads, k_heads, _number(config, "linear_key_head_dim", 128))
+        mixer = _attention(layer, roles, config) or _delta(layer, roles, config)
+        if mixer is not None:
+            yield mixer
 
 
-def _number(config: Mapping[str, Any], key: str, default: int) -> int:
+def _attention(layer: int, roles: Mapping[str, Target], config: Mapping[str, Any]) -> Mixer | None:
+    chosen = {role: roles[role] for role in ("attn.q", "attn.k", "attn.v", "attn.o") if role in roles}
+    heads = _number(config, "num_attention_heads")
+    kv_heads = _number(config, "num_key_value_heads") or heads
+    if len(chosen) < 4 or not heads or heads % kv_heads:
+        return None
+    q, k, v, o = (target.shape for target in chosen.values())
+    dim = o[1] // heads
+    fits = o[1] == heads * dim and k[0] == v[0] == kv_heads * dim and q[0] in (o[1], 2 * o[1])
+    return Mixer(layer, "attention", chosen, heads, kv_heads, dim) if fits else None
+
+
+def _delta(layer: int, roles: Mapping[str, Target], config: Mapping[str, Any]) -> Mixer | None:
+    chosen = {role: roles[role] for role in ("delta.in_qkv", "delta.out") if role in roles}
+    keys = ("linear_num_value_heads", "linear_num_key_heads", "linear_key_head_dim")
+    v_heads, k_heads, k_dim = (_number(config, key) for key in keys)
+    if len(chosen) < 2 or not (v_heads and k_heads and k_dim) or v_heads % k_heads:
+        return None
+    in_qkv, out = (target.shape for target in chosen.values())
+    fits = in_qkv[0] == 2 * k_heads * k_dim + out[1] and out[1] % v_heads == 0
+    return Mixer(layer, "delta", chosen, v_heads, k_heads, k_dim) if fits else None
+
+
+def _number(config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
-    return value if isinstance(value, int) and value > 0 else default
+    return value if isinstance(value, int) and value > 0 else 0
 
 
 def measure_mixer(mixer: Mixer) -> MixerAssay:
     """Measure one layer's projections together: energies by head, and the seed's method for its kind."""
     started = time.monotonic()
-    read = {role: np.asarray(target.ref.read(), dtype=np.float32) for role, target in mixer.targets.items()}
+    read = [np.asarray(target.ref.read(), dtype=np.float32) for target in mixer.targets.values()]
+    names = tuple(target.name for target in mixer.targets.values())
     heads = None
     if mixer.kind == "attention":
-        q, k, v, o = _ungated(read["attn.q"], mixer), read["attn.k"], read["attn.v"], read["attn.o"]
+        q, k, v, o = read
+        q = q if q.shape[0] == o.shape[1] else query_rows(q, mixer.heads)
         heads = head_energies(q, k, v, o, mixer.heads, mixer.kv_heads)
         coding = low_rank_heads(q, k, v, o, mixer.heads, mixer.kv_heads)
     else:
-        width = mixer.kv_heads * mixer.k_dim
-        q, k, v = np.split(read["delta.in_qkv"], [width, 2 * width])
-        coding = kernel_and_values(q, k, v, read["delta.out"], mixer.kv_heads, mixer.heads)
-    names = tuple(target.name for target in mixer.targets.values())
-    kind: Any = mixer.kind
-    return MixerAssay(mixer.layer, kind, names, heads, (coding,), time.monotonic() - started)
-
-
-def _ungated(q: Weights, mixer: Mixer) -> Weights:
-    """Return the query rows alone: Qwen3.5 stores each head's gate rows behind its query rows."""
-    if q.shape[0] != 2 * mixer.heads * mixer.k_dim:
-        return q
-    return q.reshape(mixer.heads, 2, mixer.k_dim, -1)[:, 0].reshape(mixer.heads * mixer.k_dim, -1)
+        in_qkv, out = read
+        v_dim = out.shape[1] // mixer.heads
+        q, k, v = delta_parts(in_qkv, mixer.kv_heads, mixer.k_dim, mixer.heads, v_dim)
+        coding = kernel_and_values(q, k, v, out, mixer.kv_heads, mixer.heads)
+    return MixerAssay(mixer.layer, mixer.kind, names, heads, (coding,), time.monotonic() - started)
