@@ -55,8 +55,8 @@ class Site(Protocol):
 
 
 def label(text: str) -> str:
-    """Return hostile text as plotly shows it literally: no control characters, no markup."""
-    return html.escape(printable(text, 80), quote=False)
+    """Return hostile text as plotly shows it literally: no control characters, no markup, no TeX."""
+    return html.escape(printable(text, 80), quote=False).replace("$", "&#36;")
 
 
 def spectra(assay: Assay) -> Figure | None:

@@ -91,7 +91,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
     anything. plotly.js (5 MB) is inlined where a section has a figure.
     """
     figures = {f"figure-{n}": section.figure for n, section in enumerate(sections, 1) if section.figure}
-    page = Environment(autoescape=True).from_string(_PAGE)
+    page = Environment(autoescape=True, keep_trailing_newline=True).from_string(_PAGE)
     text = page.render(
         title=title,
         sections=sections,
