@@ -6,9 +6,9 @@ The matrix is float32 with an LLM-like spectrum: σ falls as in a published tabl
 15 (4.65 … 0.95), planted by cosine transforms with random signs. Our analysis is σ, all statistics, the slope
 and the power law with its resamples. The sides take turns; figures are the median and the range. σ is also
 compared with a float64 SVD, run once. Peak memory is that of a process that makes the matrix, and of one that
-analyses it too. WeightWatcher is not a dependency: it is skipped where it is not installed. The projection for
-all matrices of Qwen3.5-9B scales our time at this size by what the Gram matrix and its reduction to a band
-cost; reading from disk is not in it.
+analyses it too. WeightWatcher is not a dependency: it is skipped where it is not installed. The projection
+for all matrices of Qwen3.5-9B scales our time at this size by what the Gram matrix and its reduction to a
+band cost; reading from disk is not in it.
 """
 
 from __future__ import annotations

@@ -75,6 +75,15 @@ def test_low_rank_and_noise():
     np.testing.assert_allclose(singular_values(weights).sigma, exact, rtol=1e-9)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e25])
+def test_float32_is_left_where_squares_leave_its_range(scale):
+    weights = (planted(np.linspace(5, 1, 40), (90, 40)) * scale).astype(np.float32)
+    found = singular_values(weights, "gram32")
+    assert found.method == "gram"
+    exact = np.linalg.svd(weights.astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(found.sigma, exact, rtol=1e-12)
+
+
 def test_small_singular_values_take_the_svd():
     sigma = np.concatenate([np.ones(60), np.full(40, 1e-7)])
     weights = planted(sigma, (300, 100))

@@ -300,7 +300,9 @@ def _by_gram(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Spectrum:
     gram = (_gram_of_rows if rows.wide else _gram_of_columns)(rows, slice_bytes, dtype)
     found: Found = "gram" if dtype is np.float64 else "gram32"
     largest = float(np.max(np.diagonal(gram)))
-    if not largest < np.finfo(dtype).max / len(gram):
+    if dtype is np.float32 and not 1e-20 < largest < 1e30:
+        return _by_gram(rows, slice_bytes, np.float64)  # squares leave the range of float32
+    if not largest < np.finfo(np.float64).max / len(gram):
         raise BitsmithError(
             f"values as large as 1e{np.log10(largest) / 2:.0f}: squares overflow", tensor=rows.name
         )
