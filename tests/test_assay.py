@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFWriter
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from safetensors.numpy import save_file
@@ -28,6 +29,7 @@ from bitsmith.run.assay import JOURNAL_NAME, RESULT_NAME, assay
 from bitsmith.run.assay_result import Assay, MatrixAssay
 from bitsmith.run.claims import CLAIMS, SHAPE, SIGMA, published_shares, seed_checks, seed_table_ratio
 from bitsmith.run.execute import compress
+from bitsmith.store import open_checkpoint
 from bitsmith.store.journal import Journal
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -269,6 +271,44 @@ def _without_times(result: Assay) -> Any:
         return [strip(item) for item in value] if isinstance(value, list | tuple) else value
 
     return strip(result.to_json())
+
+
+def test_a_text_adds_the_spectra_of_activations(demo_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def f(x):\n    return x + 1\n" * 400)
+    result = assay(demo_model, tmp_path / "out", match=r"3\.self_attn\.v_proj", text=text, resamples=0)
+    sites = {site.site for site in result.activations.sites}
+    assert sites == {"residual", "k", "v"}
+    stored = json.loads((tmp_path / "out" / RESULT_NAME).read_text())
+    assert len(stored["activations"]["sites"]) == len(result.activations.sites)
+
+
+def test_an_imatrix_is_taken_by_gguf_name_and_refused_where_it_does_not_fit(
+    demo_model: Path, tmp_path: Path
+) -> None:
+    energies = RNG.random(256).astype(np.float32)
+    wanted = r"3\.self_attn\.(k|v)_proj"
+    path = write_imatrix(tmp_path / "i.gguf", {"blk.3.attn_k.weight": (energies, 8)})
+    k, v = assay(demo_model, match=wanted, statistics=path, resamples=0).matrices
+    assert v.whitened is None and k.whitened is not None
+    weights = open_checkpoint(demo_model)[k.name].read() * np.sqrt(energies / 8)
+    assert k.whitened.spectrum.frobenius == pytest.approx(float(np.linalg.norm(weights)), rel=1e-5)
+    for name, message in (("blk.3.attn_v.weight", "holds 9 sums"), ("blk.9.attn_v.weight", "no statistics")):
+        bad = write_imatrix(tmp_path / f"{name}.gguf", {name: (np.ones(9, np.float32), 8)})
+        with pytest.raises(BitsmithError, match=message):
+            assay(demo_model, match=wanted, statistics=bad)
+
+
+def write_imatrix(path: Path, sums: Mapping[str, tuple[NDArray[np.float32], int]]) -> Path:
+    writer = GGUFWriter(path, "imatrix")
+    for name, (values, count) in sums.items():
+        writer.add_tensor(f"{name}.in_sum2", values)
+        writer.add_tensor(f"{name}.counts", np.array([count], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def test_a_changed_source_or_option_starts_afresh(tmp_path: Path) -> None:

@@ -110,6 +110,7 @@ def _verdict_lines(assay: Assay) -> list[str]:
     return [
         *(f"{row.name}: {row.verdict.text}" for row in judged),
         *([] if aware is None else [f"as the outputs see it: {aware.text}"]),
+        *([] if assay.activations is None else assay.activations.verdicts),
         f"model: {assay.verdict.text}",
     ]
 

@@ -105,8 +105,8 @@ def assay(
         jobs = _jobs(targets, content.config, moments, resamples, seed)
         journal = None if out is None else Journal(out / JOURNAL_NAME, _key(checkpoint, protocol))
         with journal or nullcontext():
-            found = _run(jobs, journal, checkpoint.path, progress)
             activations = None if text is None else _activations(model, text, progress)
+            found = _run(jobs, journal, checkpoint.path, progress)
             result = _result(checkpoint, content, found, skipped, protocol, activations, started)
             if out is not None and journal is not None:
                 _write(out / RESULT_NAME, result)
@@ -288,4 +288,4 @@ def _activations(model: Path, text: Path, progress: Progress) -> Any:
 
 def _write(path: Path, result: Assay) -> None:
     with atomic_file(path, overwrite=True) as stream:
-        stream.write((json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        stream.write((json.dumps(result.to_json(), allow_nan=False) + "\n").encode())

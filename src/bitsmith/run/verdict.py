@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from bitsmith.numerics.spectrum import Spectrum
 from bitsmith.run.assay_result import ComponentRow, MatrixAssay, Ranked, Ranking, Rival, Totals, Verdict
@@ -74,11 +75,11 @@ def group_verdict(matrices: Iterable[MatrixAssay]) -> Verdict:
         return _NOTHING
     winners = [matrix for matrix in judged if matrix.verdict.kind == "low_rank_wins"]
     share = sum(m.parameters for m in winners) / sum(m.parameters for m in judged)
-    middle = sorted(judged, key=_rank_share)[(len(judged) - 1) // 2].verdict
+    middle = _median(judged).verdict
     int4_error = _joint_error((m, m.verdict.target_error) for m in judged)
     low_rank_error = _joint_error((m, m.verdict.low_rank_error) for m in judged)
     numbers = (
-        f"rank {middle.rank_needed:,} of {middle.rank_full:,} needed in the median matrix; in int4's bytes "
+        f"rank {middle.rank_needed:,} of {middle.rank_full:,} needed for the median weight; in int4's bytes "
         f"low rank leaves {low_rank_error:.4f} against {int4_error:.4f}; it wins {len(winners)} of "
         f"{len(judged)} matrices, {share:.1%} of the weights"
     )
@@ -199,6 +200,14 @@ def _joint_error(parts: Iterable[tuple[MatrixAssay, float | None]]) -> float:
         energies += energy
         errors += energy * (error or 0.0) ** 2
     return math.sqrt(errors / energies)
+
+
+def _median(matrices: Sequence[MatrixAssay]) -> MatrixAssay:
+    """Return the matrix that holds the median weight when ordered by the share of its rank that is needed."""
+    ordered = sorted(matrices, key=_rank_share)
+    half = sum(matrix.parameters for matrix in ordered) / 2
+    passed = accumulate(matrix.parameters for matrix in ordered)
+    return next(matrix for matrix, so_far in zip(ordered, passed, strict=True) if so_far >= half)
 
 
 def _rank_share(matrix: MatrixAssay) -> float:
