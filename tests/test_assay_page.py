@@ -12,12 +12,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from bitsmith.lab.demo import Demo
-from bitsmith.report.assay_figures import ROLE_COLOURS
+from bitsmith.report.assay_figures import ROLE_COLOURS, low_rank_against_int4
 from bitsmith.report.assay_page import write_assay_page
 from bitsmith.report.html import write_demo_report
 from bitsmith.report.page import Section, script_json, write_page
 from bitsmith.run.assay import assay
-from bitsmith.run.assay_result import Assay
+from bitsmith.run.assay_result import Assay, Whitened
 from bitsmith.run.evaluate import evaluate
 from bitsmith.run.execute import compress
 from chromium import Visit, read_png, visit
@@ -104,6 +104,21 @@ def test_every_view_of_every_menu_draws_what_it_names(page: Path, tmp_path: Path
     assert len({found[1] for found in counts}) >= 4
     for line, found in zip(views, counts, strict=True):
         assert int(found[2]) == int(found[3]) > 0, line
+
+
+def test_what_the_inputs_weigh_is_shown_beside(measured: Assay, tmp_path: Path) -> None:
+    """Data-aware results get views and a column of their own; here each matrix's plain ones stand in."""
+    matrices = tuple(
+        replace(m, whitened=Whitened("input diagonal", m.spectrum, m.rivals, m.verdict))
+        for m in measured.matrices
+    )
+    with_inputs = low_rank_against_int4(replace(measured, matrices=matrices))
+    plain = low_rank_against_int4(measured)
+    labels = [button["label"] for button in with_inputs["layout"]["updatemenus"][0]["buttons"]]
+    assert sum(name.endswith(", by the inputs") for name in labels) == len(labels) / 2
+    assert len(with_inputs["data"]) == 2 * len(plain["data"])
+    page = write_assay_page(tmp_path / "assay.html", replace(measured, matrices=matrices))
+    assert "<th>weighted by the inputs</th>" in page.read_text(encoding="utf-8")
 
 
 def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:

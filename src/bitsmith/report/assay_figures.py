@@ -69,10 +69,11 @@ def spectra(assay: Assay) -> Figure | None:
     def bulk_edges(matrices: list[MatrixAssay]) -> Iterable[Trace]:
         middle = matrices[len(matrices) // 2]
         if middle.random and middle.spectrum:
-            for name, edge in (("top", middle.random.upper_edge), ("bottom", middle.random.lower_edge)):
+            edges = (("largest", middle.random.upper_edge), ("smallest", middle.random.lower_edge))
+            for name, edge in edges:
                 level = edge / middle.spectrum.sigma_max
                 if level > 0:
-                    yield _level(level, f"{name} of a random matrix's bulk", _DASHED)
+                    yield _level(level, f"{label(_short(middle))} at random: {name}", _DASHED)
 
     layout = _layout("index i / full rank", "σ<sub>i</sub> / σ<sub>1</sub>", log_y=True)
     return _by_role(assay.matrices, line, bulk_edges, layout)

@@ -94,8 +94,8 @@ def _plots(assay: Assay) -> Iterator[Section]:
     yield from _plot(
         "Spectra",
         "Singular values over the largest, by index over full rank. A low-rank matrix falls off a cliff; "
-        "one filled at random stays between the dashed lines (Marchenko-Pastur at the median of the middle "
-        "layer). Choose a role to see all its layers.",
+        "one filled at random keeps all σ between the dashed lines (Marchenko-Pastur with the middle layer's "
+        "shape and median σ²). Choose a role to see all its layers.",
         figures.spectra(assay),
     )
     yield from _plot(
@@ -250,8 +250,8 @@ def _matrices(assay: Assay) -> Iterator[Section]:
         "Matrices",
         columns=(
             "matrix", "role", "shape", "σ₁", "condition", "stable rank", "effective rank", "rank for 0.1",
-            "spikes", "α", "int4", "low rank", "verdict",
-        ),
+            "spikes", "α", "int4", "low rank", "verdict", "weighted by the inputs",
+        )[: None if any(matrix.whitened for matrix in assay.matrices) else -1],
         rows=[_matrix_row(matrix) for matrix in assay.matrices],
         closed=f"{len(assay.matrices)} matrices",
     )  # fmt: skip
@@ -284,6 +284,7 @@ def _matrix_row(matrix: MatrixAssay) -> tuple[str, ...]:
         _least(matrix.rivals, "int4"),
         _least(matrix.rivals, "low_rank"),
         _words(matrix.verdict),
+        *([_words(matrix.whitened.verdict)] if matrix.whitened else []),
     )
 
 
