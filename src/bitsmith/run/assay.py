@@ -97,7 +97,7 @@ def assay(
         _claim_folder(out, overwrite)
     with open_checkpoint(model) as checkpoint:
         content = _content(checkpoint)
-        targets, skipped = _targets(content.pairs, pattern)
+        targets, skipped = _targets(content.pairs, pattern, checkpoint.path)
         if not targets:
             raise BitsmithError(f"no matrix to assay{f' matches {match!r}' if match else ''}", path=model)
         moments = _moments(statistics, targets)
@@ -146,10 +146,14 @@ def _content(checkpoint: Checkpoint) -> _Content:
     return _Content(arch.gguf_arch, arch.text_config, pairs, [])
 
 
-def _targets(pairs: Sequence[_Pair], pattern: re.Pattern[str]) -> tuple[list[Target], list[Skipped]]:
+def _targets(
+    pairs: Sequence[_Pair], pattern: re.Pattern[str], path: Path
+) -> tuple[list[Target], list[Skipped]]:
     targets, skipped = [], []
     for spec, ref in pairs:
         why = _not_assayed(ref, pattern.search(spec.name) is not None)
+        if why is None and ref.dtype.startswith("F8"):  # said now, not after hours of other matrices
+            raise UnsupportedError(f"is {ref.dtype}, expected 16 or 32 bits", path=path, tensor=spec.name)
         if why is None:
             targets.append(Target(spec, ref))
         else:
@@ -158,8 +162,6 @@ def _targets(pairs: Sequence[_Pair], pattern: re.Pattern[str]) -> tuple[list[Tar
 
 
 def _not_assayed(ref: TensorRef, matched: bool) -> str | None:
-    if ref.dtype.startswith("F8"):
-        raise UnsupportedError(f"is {ref.dtype}, expected 16 or 32 bits", tensor=ref.name)
     if not _FLOATS.match(ref.dtype):
         return f"holds {ref.dtype}, no weights"
     if len(ref.shape) < 2 or ref.size == 0:
