@@ -39,20 +39,21 @@ def matrix_verdict(spectrum: Spectrum, rivals: Sequence[Rival]) -> Verdict:
     target = min(int4, key=lambda rival: rival.error)
     full = min(spectrum.shape)
     entrants = [rival for rival in rivals if rival.kind == "low_rank" and rival.budget == target.method]
-    lower = [rival for rival in entrants if (rival.rank or 0) < full]
-    best = min(lower or entrants, key=lambda rival: rival.error)
+    winners = [rival for rival in entrants if (rival.rank or 0) < full and rival.error < target.error]
+    best = min(winners or entrants, key=lambda rival: rival.error)
     needed = spectrum.rank_for_error(target.error)
     needed_bytes = _KEPT_BYTES * needed * sum(spectrum.shape)
-    wins = bool(lower) and best.error < target.error
+    wins = bool(winners)
     needs = (
         f"rank {needed:,} of {full:,} needed for {target.method}'s error {target.error:.4f}: "
         f"{needed_bytes:,} bytes in 16-bit factors against {target.nbytes:,}"
     )
-    measured = f"in {target.method}'s bytes {best.method} of rank {best.rank or 0:,} leave {best.error:.4f}"
+    rank = f"full rank {full:,}, a change of basis," if best.rank == full else f"rank {best.rank or 0:,}"
+    measured = f"in {target.method}'s bytes {best.method} of {rank} leave {best.error:.4f}"
     text = (
         f"low rank wins: {measured} against {target.error:.4f}; {needs}"
         if wins
-        else (f"low rank cannot beat int4 at this quality: {needs}; {measured}")
+        else f"low rank cannot beat int4 at this quality: {needs}; {measured}"
     )
     return Verdict(
         kind="low_rank_wins" if wins else "int4_wins",
