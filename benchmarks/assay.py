@@ -5,7 +5,7 @@
 The matrix is float32 with an LLM-like spectrum: σ falls as in a published table of Qwen3.5-9B's gate of layer
 15 (4.65 … 0.95), planted by cosine transforms with random signs. Our analysis is σ, all statistics, the slope
 and the power law with its resamples. The sides take turns; figures are the median and the range. σ is also
-compared with a float64 SVD, run once. Peak memory is that of a process that makes the matrix, and of one that
+compared with a float64 SVD, run once. Peak memory is that of a process that loads the matrix, and of one that
 analyses it too. WeightWatcher is not a dependency: it is skipped where it is not installed. The projection
 for all matrices of Qwen3.5-9B scales our time at this size by what the Gram matrix and its reduction to a
 band cost; reading from disk is not in it.
@@ -22,6 +22,7 @@ import platform
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
@@ -38,6 +39,7 @@ from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.spectrum import Spectrum, describe, singular_values
 
 TABLE = {1: 4.65, 2: 4.05, 3: 3.65, 4: 3.55, 512: 2.03, 1024: 1.72, 2048: 1.18, 4096: 0.95}
+PEAKS = ("loading", "bitsmith", "numpy.linalg.svd")
 
 
 def llm_like(rows: int, columns: int) -> np.ndarray:
@@ -106,10 +108,19 @@ def projection(took: float, shape: tuple[int, int]) -> dict[str, object]:
     return {"matrices": len(shapes), "minutes": total / 60, "kind": "projection, not measured"}
 
 
-def peak_bytes(rows: int, columns: int, action: str) -> int:
-    """Return the peak resident memory of a process that makes the matrix and does `action`."""
-    command = [sys.executable, __file__, "--rows", str(rows), "--columns", str(columns), "--only", action]
+def peak_bytes(file: Path, action: str) -> int:
+    """Return the peak resident memory of a process that loads the matrix and does `action`."""
+    command = [sys.executable, __file__, "--peak", action, "--matrix", str(file)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak(file: Path, action: str) -> None:
+    weights = np.load(file)
+    if action == "bitsmith":
+        analyse(weights)
+    elif action == "numpy.linalg.svd":
+        np.linalg.svd(weights, compute_uv=False)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def environment() -> dict[str, object]:
@@ -161,9 +172,10 @@ def measure(rows: int, columns: int, repeats: int) -> dict[str, object]:
         "against_float64": float(np.max(np.abs(spectrum.sigma / exact - 1))),
         "numpy_float32_against_float64": float(np.max(np.abs(single / exact - 1))),
     }
-    report["peak_bytes"] = {
-        action: peak_bytes(rows, columns, action) for action in ("matrix", "bitsmith", "svd")
-    }
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "matrix.npy"
+        np.save(file, weights)
+        report["peak_bytes"] = {action: peak_bytes(file, action) for action in PEAKS}
     report["qwen3_5_9b"] = projection(median(took["bitsmith"]), (rows, columns))
     return report
 
@@ -176,17 +188,11 @@ def main() -> None:
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path)
-    parser.add_argument(
-        "--only", choices=("matrix", "bitsmith", "svd"), help="print the peak memory in bytes"
-    )
+    parser.add_argument("--peak", choices=PEAKS, help="print the peak memory in bytes for --matrix FILE.npy")
+    parser.add_argument("--matrix", type=Path)
     args = parser.parse_args()
-    if args.only:
-        weights = llm_like(args.rows, args.columns)
-        if args.only == "bitsmith":
-            analyse(weights)
-        elif args.only == "svd":
-            np.linalg.svd(weights, compute_uv=False)
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if args.peak:
+        print_peak(args.matrix, args.peak)
         return
     text = json.dumps(measure(args.rows, args.columns, args.repeats), indent=1, allow_nan=False)
     print(text)
