@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from bitsmith.errors import printable
 from bitsmith.report.page import Figure
-from bitsmith.run.assay_result import Assay, ComponentRow, Curve, MatrixAssay, Rival, Whitened
+from bitsmith.run.assay_result import Assay, ComponentRow, Curve, MatrixAssay, RateRow, Rival, Whitened
 
 Trace = dict[str, Any]
 Line = tuple[Sequence[float], Sequence[float]]
@@ -181,18 +181,28 @@ def tensor_trains(assay: Assay) -> Figure | None:
 
 
 def bound_gaps(assay: Assay) -> Figure | None:
-    """How many dB each format lies above the Gaussian rate-distortion bound at its rate."""
-    rows = [(row, m) for m in assay.matrices for row in m.rate if row.gap_db is not None]
-    methods = sorted({(row.bpw, row.method) for row, _ in rows})
-    traces = []
-    for at, method in enumerate(dict.fromkeys(method for _, method in methods)):
-        of_method = [(row, m) for row, m in rows if row.method == method]
-        traces.append(
+    """How many dB each format lies above the Gaussian rate-distortion bounds at its rate."""
+    kinds: tuple[tuple[str, Callable[[RateRow], float | None]], ...] = (
+        ("independent Gaussian weights", lambda row: row.gap_db),
+        ("Gaussian weights of this spectrum", lambda row: row.gap_spectral_db),
+    )
+    views: list[View] = [(name, boxes, {}) for name, get in kinds if (boxes := _boxes(assay.matrices, get))]
+    layout = _layout("format", "distance from the bound (dB)") | {"showlegend": False}
+    return _with_views(views, layout)
+
+
+def _boxes(matrices: Sequence[MatrixAssay], get: Callable[[RateRow], float | None]) -> list[Trace]:
+    rows = [(row, m, gap) for m in matrices for row in m.rate if (gap := get(row)) is not None]
+    methods = dict.fromkeys(method for _, method in sorted({(row.bpw, row.method) for row, _, _ in rows}))
+    boxes = []
+    for at, method in enumerate(methods):
+        of_method = [found for found in rows if found[0].method == method]
+        boxes.append(
             {
                 "type": "box",
-                "name": f"{label(method)}<br>{median(row.bpw for row, _ in of_method):.2f} bpw",
-                "y": [row.gap_db for row, _ in of_method],
-                "text": [f"{label(m.name)}<br>error {row.error:.4f}" for row, m in of_method],
+                "name": f"{label(method)}<br>{median(row.bpw for row, _, _ in of_method):.2f} bpw",
+                "y": [_rounded(gap) for _, _, gap in of_method],
+                "text": [f"{label(m.name)}<br>error {row.error:.4f}" for row, m, _ in of_method],
                 "boxpoints": "all",
                 "jitter": 0.5,
                 "pointpos": 0,
@@ -200,8 +210,7 @@ def bound_gaps(assay: Assay) -> Figure | None:
                 "hovertemplate": "%{text}<br>%{y:.2f} dB<extra></extra>",
             }
         )
-    layout = _layout("format", "distance from the bound (dB)") | {"showlegend": False}
-    return {"data": traces, "layout": layout} if traces else None
+    return boxes
 
 
 def shares(components: Sequence[ComponentRow]) -> Figure | None:

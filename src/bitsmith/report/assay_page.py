@@ -119,13 +119,14 @@ def _plots(assay: Assay) -> Iterator[Section]:
     yield from _plot(
         "By depth",
         "α of the power law p(λ) ∝ λ^−α fitted to the tail of λ = σ², with its 95 % bootstrap interval; "
-        "other figures by choice. Matrices outside the layers stand at -1.",
+        "other figures by choice. Matrices outside the layers stand at -1; intervals wider than "
+        "the plot are cut.",
         figures.by_depth(assay),
     )
     yield from _plot(
         "Distance from the rate-distortion bound",
-        "How much worse each format is than the best code for independent Gaussian weights at its rate: "
-        "one point per matrix.",
+        "How much worse each format is than the best code at its rate, one point per matrix: for independent "
+        "Gaussian weights or, by choice, for this spectrum with singular directions known to the decoder.",
         figures.bound_gaps(assay),
     )
 
