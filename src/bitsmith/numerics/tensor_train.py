@@ -129,8 +129,8 @@ def scaled_ranks(columns: int, ranks: Sequence[Sequence[int]] = SEED_RANKS) -> t
 def balanced_modes(rows: int, columns: int, cores: int = 3) -> Modes:
     """Return near-equal mode factors with the least padding, the largest in the middle.
 
-    The largest is at most four times the smallest where that can be. A large middle mode makes for small outer
-    unfoldings, which is what streaming has to hold.
+    The largest is at most four times the smallest where that can be. A large middle mode makes for small
+    outer unfoldings, which is what streaming has to hold.
     """
     return Modes(_middle_largest(_factors(rows, cores)), _middle_largest(_factors(columns, cores)))
 
