@@ -87,7 +87,8 @@ def test_divergence_of_quantized_weights_is_llama_cpps(
     ours, real = _ours(demo_model, q4, text), _real(f32, _decoded(q4, tmp_path / "decoded.gguf"), text)
     assert ours.ppl_cand.value == pytest.approx(np.exp(real.nll_cand.mean()), rel=1e-4)
     assert ours.mean_kld.value == pytest.approx(real.kld.mean(), rel=2e-3)
-    assert ours.median_kld.value == pytest.approx(np.median(real.kld), rel=2e-3)
+    # a quantile is one token's divergence: llama.cpp's float16 K and V show in it unaveraged
+    assert ours.median_kld.value == pytest.approx(np.median(real.kld), rel=1e-2)
     assert ours.kld_99.value == pytest.approx(np.quantile(real.kld, 0.99), rel=1e-2)
     assert ours.top1_agreement.value == pytest.approx(real.same_top.mean(), abs=0.005)
 
