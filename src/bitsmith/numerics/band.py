@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import eigvals_banded, get_blas_funcs, get_lapack_funcs, solve_triangular
 
-WIDTH = 32  # of the band; wider makes the products faster and the band slower
+WIDTH = 48  # of the band; wider makes the products faster and the band slower
 
 
 def eigenvalues(matrix: NDArray[Any], width: int = WIDTH) -> NDArray[np.float64]:
