@@ -25,6 +25,7 @@ from bitsmith.archs.generic import role_of
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
 from bitsmith.lab.synth import synth_config
+from bitsmith.run import measure
 from bitsmith.run.assay import JOURNAL_NAME, RESULT_NAME, assay
 from bitsmith.run.assay_result import Assay, MatrixAssay
 from bitsmith.run.claims import CLAIMS, SHAPE, SIGMA, published_shares, seed_checks, seed_table_ratio
@@ -430,3 +431,16 @@ def test_a_real_model_that_is_no_llm_gets_its_verdict() -> None:
     }  # fmt: skip
     assert len(result.mixers) == 6
     assert result.verdict.kind == "int4_wins"
+
+
+def test_an_input_metric_that_sees_no_weight_is_unmeasured() -> None:
+    """The inputs move only columns whose weights are zero: no coding has an error there, not even zero."""
+    weights = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    weights[:, :32] = 0.0
+    seen = np.zeros(256)
+    seen[:32] = 1.0
+    assert measure._whitened(weights, seen) is None
+    seen[32:] = 1.0
+    found = measure._whitened(weights, seen)
+    assert found is not None
+    assert min(rival.error for rival in found.rivals) > 0

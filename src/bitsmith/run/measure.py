@@ -222,16 +222,21 @@ def _rivals(found: Contest) -> tuple[Rival, ...]:
         ("residual", found.with_residual),
         ("seed", (found.seed,)),
     )
-    return tuple(_rival(kind, coding) for kind, codings in kinds for coding in codings)
+    return tuple(
+        _rival(kind, coding, coding.relative_error)
+        for kind, codings in kinds
+        for coding in codings
+        if coding.relative_error is not None  # unmeasured is left out, never an error of zero
+    )
 
 
-def _rival(kind: Any, coding: Coding) -> Rival:
+def _rival(kind: Any, coding: Coding, error: float) -> Rival:
     return Rival(
         method=coding.method,
         kind=kind,
         nbytes=coding.stored_bytes,
         bpw=coding.bpw,
-        error=float(coding.relative_error or 0.0),
+        error=error,
         standard_error=coding.standard_error,
         rank=coding.rank,
         budget=coding.budget,
@@ -271,10 +276,12 @@ def _train(train: Train) -> TrainRow:
     )
 
 
-def _whitened(source: Source, second_moment: Float64) -> Whitened:
+def _whitened(source: Source, second_moment: Float64) -> Whitened | None:
     found = contest(source, second_moment)
     weighed = _Weighed(as_rows(source), second_moment)
     spectrum = singular_values(weighed)
+    if spectrum.energy == 0:
+        return None
     rivals = _rivals(found)
     return Whitened(found.metric, spectrum_figures(spectrum), rivals, matrix_verdict(spectrum, rivals))
 
