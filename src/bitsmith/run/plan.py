@@ -11,7 +11,7 @@ from functools import cached_property
 from math import prod
 from typing import Any
 
-from bitsmith.archs import Export, architecture_of, export_view, import_view
+from bitsmith.archs import Export, TensorSpec, architecture_of, export_view, import_view
 from bitsmith.archs.tokenizer import tokenizer_metadata
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.formats import format_named
@@ -32,10 +32,15 @@ _REPLACED_KEYS = ("general.file_type", "general.quantization_version", "split.no
 class SourceTensor:
     """A tensor on its way out: `ref` is in GGUF layout, computed on read; `origin` is the one stored."""
 
-    hf_name: str
+    spec: TensorSpec
     gguf_name: str
     ref: TensorRef
     origin: TensorRef
+
+    @property
+    def hf_name(self) -> str:
+        """The tensor's Hugging Face name."""
+        return self.spec.name
 
 
 @dataclass(frozen=True)
@@ -196,17 +201,63 @@ def plan_source(
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
     no_fallback: bool = False,
+    has_imatrix: bool = False,
 ) -> Plan:
     """Decide as `plan` does, for an opened source; the costly part, its metadata, is shared between plans."""
     mix = mix_named(type_name)
     overrides = [_Override(pattern, name) for pattern, name in tensor_types]
     shapes = {tensor.gguf_name: tensor.ref.shape for tensor in source.tensors}
-    wanted = assign(shapes, mix, Model(source.n_blocks, source.gqa), pure=pure)
+    wanted = assign(shapes, mix, Model(source.n_blocks, source.gqa, has_imatrix), pure=pure)
     rows = tuple(_row(tensor, wanted[tensor.gguf_name], overrides) for tensor in source.tensors)
     for override in overrides:
         override.refuse_idle()
     if no_fallback:
         _refuse_fallbacks(rows, source.checkpoint)
+    return _resolved(source, mix, rows, pure, overrides)
+
+
+def plan_of_types(
+    source: Source, types: Mapping[str, str], *, mix: str, reasons: Mapping[str, str] | None = None
+) -> Plan:
+    """Return the plan that stores each tensor (by GGUF name) as `types` says; nothing falls back.
+
+    `mix` names the file in its metadata and in the plan; `reasons` say per tensor where its type comes from.
+
+    Raises BitsmithError for a tensor without a type, an unknown tensor or type, rows that are not whole
+    blocks, and a quantized type for a tensor that llama.cpp keeps as floats.
+    """
+    named = mix_named(mix)
+    path = source.checkpoint.path
+    unknown = types.keys() - {tensor.gguf_name for tensor in source.tensors}
+    if unknown:
+        raise BitsmithError("is not in the model", path=path, tensor=sorted(unknown)[0])
+    rows = tuple(_typed_row(source, tensor, types, reasons or {}) for tensor in source.tensors)
+    return _resolved(source, named, rows, False, ())
+
+
+def _typed_row(
+    source: Source, tensor: SourceTensor, types: Mapping[str, str], reasons: Mapping[str, str]
+) -> PlanRow:
+    name, path = tensor.gguf_name, source.checkpoint.path
+    if name not in types:
+        raise BitsmithError("has no type in the plan", path=path, tensor=name)
+    form = format_named(types[name])
+    if not is_quantizable(name, tensor.ref.shape):
+        if form.name != "F32":
+            raise BitsmithError(f"is stored as F32 by llama.cpp, not as {form.name}", path=path, tensor=name)
+        return _planned(tensor, "F32", "never quantized", None)
+    if not form.fits(tensor.ref.shape[-1]):
+        raise BitsmithError(
+            f"has rows of {tensor.ref.shape[-1]} weights, {form.name} needs multiples of {form.block_size}",
+            path=path,
+            tensor=name,
+        )
+    return _planned(tensor, form.name, reasons.get(name, "plan"), None)
+
+
+def _resolved(
+    source: Source, mix: Mix, rows: tuple[PlanRow, ...], pure: bool, overrides: Sequence[_Override]
+) -> Plan:
     infos = [TensorInfo(row.gguf_name, row.shape, row.type) for row in rows]
     return Plan(
         type=mix.name,
@@ -260,6 +311,10 @@ def _row(tensor: SourceTensor, wanted: str, overrides: Iterable[_Override]) -> P
         for override in others:
             override.idle_because = f"{first.pattern} comes before it"
     stored = fitting_type(wanted, tensor.ref.shape[-1])
+    return _planned(tensor, stored, reason, wanted if stored != wanted else None)
+
+
+def _planned(tensor: SourceTensor, stored: str, reason: str, fallback_from: str | None) -> PlanRow:
     nbytes = TensorInfo(tensor.gguf_name, tensor.ref.shape, stored).nbytes
     return PlanRow(
         hf_name=tensor.hf_name,
@@ -270,7 +325,7 @@ def _row(tensor: SourceTensor, wanted: str, overrides: Iterable[_Override]) -> P
         nbytes=nbytes,
         bpw=8 * nbytes / tensor.ref.size,
         reason=reason,
-        fallback_from=wanted if stored != wanted else None,
+        fallback_from=fallback_from,
     )
 
 
@@ -289,9 +344,7 @@ def _from_folder(checkpoint: Checkpoint) -> Source:
     tokenizer, warnings = tokenizer_metadata(checkpoint, export.arch)
     architecture = {"general.architecture": export.metadata["general.architecture"]}
     general = {**architecture, "general.type": "model", "general.name": _model_name(checkpoint)}
-    tensors = tuple(
-        SourceTensor(t.spec.name, t.gguf_name, t.ref, checkpoint[t.spec.name]) for t in export.tensors
-    )
+    tensors = tuple(SourceTensor(t.spec, t.gguf_name, t.ref, checkpoint[t.spec.name]) for t in export.tensors)
     metadata = {**general, **export.metadata, **tokenizer}
     set_aside = tuple(spec.name for spec in export.set_aside)
     notes = (*_component_notes(export), *warnings)
@@ -301,7 +354,7 @@ def _from_folder(checkpoint: Checkpoint) -> Source:
 def _from_gguf(checkpoint: GgufCheckpoint) -> Source:
     specs = import_view(checkpoint).specs.values()
     tensors = tuple(
-        SourceTensor(spec.name, name, checkpoint[name], checkpoint[name])
+        SourceTensor(spec, name, checkpoint[name], checkpoint[name])
         for spec in specs
         if (name := spec.gguf_name) is not None
     )
