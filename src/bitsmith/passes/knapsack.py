@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,7 +79,7 @@ class _Frontier:
             while len(hull) > 1 and self._slope(hull[-2], hull[-1]) >= self._slope(hull[-2], point):
                 hull.pop()
             hull.append(point)
-        return [(self._slope(a, b), group, a, b) for a, b in zip(hull, hull[1:], strict=False)]
+        return [(self._slope(a, b), group, a, b) for a, b in pairwise(hull)]
 
     def _slope(self, a: int, b: int) -> float:
         return float((self.losses[b] - self.losses[a]) / (self.costs[b] - self.costs[a]))
@@ -177,7 +178,7 @@ class _Search:
         return self._answer(order, trail, costs, losses)
 
     def _order(self, room: float) -> list[int]:
-        """Groups with the fewest undecided options first, so that the list grows late."""
+        """Return the groups, those with the fewest undecided options first, so that the list grows late."""
         open_options = [int((reduced <= room).sum()) for reduced in self.reduced]
         return sorted(range(len(self.frontiers)), key=lambda g: (open_options[g], g))
 
