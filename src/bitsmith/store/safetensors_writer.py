@@ -72,6 +72,17 @@ def write_safetensors(
             (part / name).write_bytes(texts[name])
 
 
+def write_safetensors_file(path: Path, tensors: Iterable[TensorData]) -> None:
+    """Write one safetensors file, not atomically: for files inside a folder that appears as a whole.
+
+    Raises BitsmithError as `write_safetensors` does.
+    """
+    listed = [TensorData(*tensor) for tensor in tensors]
+    _refuse_unsound(listed)
+    [shard] = _sharded(listed, sum(tensor.nbytes for tensor in listed))
+    _write_shard(path, _header(shard, {}), shard, path)
+
+
 def _refuse_unsound(tensors: Sequence[TensorData]) -> None:
     seen = set()
     for tensor in tensors:

@@ -1,0 +1,483 @@
+"""What a model's matrices see on a text, site by site: kept in a folder, or read from llama.cpp's imatrix.
+
+A folder holds `statistics.json`, written last, `tokens.safetensors` with the token ids, and one safetensors
+file for each layer, whose tensors are `SITE.diagonal`, `SITE.mean`, `SITE.moment`, `SITE.held` and
+`SITE.held_diagonal`, columns in Hugging Face order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError, printable
+from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.store.imatrix import Imatrix, read_imatrix
+from bitsmith.store.safetensors import load_json, open_safetensors
+from bitsmith.store.safetensors_writer import TensorData, write_safetensors_file
+
+Float32 = NDArray[np.float32]
+Int64 = NDArray[np.int64]
+
+MANIFEST_NAME = "statistics.json"
+TOKENS_NAME = "tokens.safetensors"
+SCHEMA = 1
+HEAD_SITE = "head.in"
+_KINDS = ("diagonal", "mean", "moment", "held", "held_diagonal")
+
+
+class SiteSpec(Protocol):
+    """What statistics need to know of a tensor; `bitsmith.archs.TensorSpec` is one."""
+
+    @property
+    def name(self) -> str: ...  # noqa: D102 (as in TensorSpec)
+    @property
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102
+    @property
+    def role(self) -> str: ...  # noqa: D102
+    @property
+    def gguf_name(self) -> str | None: ...  # noqa: D102
+    @property
+    def site(self) -> str | None: ...  # noqa: D102
+    def importance_to_gguf(self, vector: Float32) -> Float32: ...  # noqa: D102
+    def importance_from_gguf(self, vector: Float32) -> Float32: ...  # noqa: D102
+
+
+@dataclass(frozen=True)
+class SiteStatistics:
+    """What entered one activation site, x (`in`), over `tokens` tokens of the fit split.
+
+    `diagonal` is E[x²] and `mean` E[x] (`in` each); `moment` is E[x xᵀ] (`in in`), or its diagonal blocks
+    (`n b b`). `held` is a seeded sample of the held-out chunks' inputs (`rows in`), `held_diagonal` E[x²]
+    over all `held_tokens` of them. None where it was not collected; an imatrix has the diagonal alone.
+    """
+
+    site: str
+    tokens: int
+    diagonal: Float32
+    mean: Float32 | None = None
+    moment: Float32 | None = None
+    held: Float32 | None = None
+    held_tokens: int = 0
+    held_diagonal: Float32 | None = None
+
+    def permuted(self, order: NDArray[np.intp]) -> SiteStatistics:
+        """Return the statistics with column `j` taken from column `order[j]`.
+
+        Diagonal blocks that `order` tears apart become a whole `in in`, zero between them.
+        """
+        if np.array_equal(order, np.arange(len(order))):
+            return self
+        return replace(
+            self,
+            diagonal=self.diagonal[order],
+            mean=None if self.mean is None else self.mean[order],
+            moment=None if self.moment is None else _permuted(self.moment, order),
+            held=None if self.held is None else self.held[:, order],
+            held_diagonal=None if self.held_diagonal is None else self.held_diagonal[order],
+        )
+
+    def all_tokens(self) -> tuple[Float32, int]:
+        """Return E[x²] (`in`) over fit and held-out tokens together, and how many those are."""
+        if self.held_diagonal is None or self.held_tokens == 0:
+            return self.diagonal, self.tokens
+        total = self.tokens + self.held_tokens
+        sums = self.diagonal.astype(np.float64) * self.tokens
+        sums += self.held_diagonal.astype(np.float64) * self.held_tokens
+        return (sums / total).astype(np.float32), total
+
+
+@dataclass(frozen=True)
+class SiteEntry:
+    """One site in the manifest: its file, sizes, and the SHA-256 of each tensor's bytes by kind."""
+
+    file: str
+    columns: int
+    tokens: int
+    held_tokens: int
+    tensors: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `statistics.json`: what was run, and what was kept of it."""
+
+    bitsmith: str
+    model: str
+    model_sha256: str
+    text: str
+    text_sha256: str
+    ctx_tokens: int
+    chunks: int
+    held_chunks: int
+    fit_tokens: int
+    seed: int
+    tokens: dict[str, str]
+    sites: dict[str, SiteEntry]
+    kind: str = "statistics"
+    schema: int = SCHEMA
+
+
+class Statistics:
+    """Statistics of a model's activation sites, looked up tensor by tensor; one site is in memory at a time.
+
+    Protocol fields are None where an imatrix does not say. `digest` is the SHA-256 of the manifest, which
+    covers every tensor, or of the imatrix file. `notes` say in words what could not be used.
+    """
+
+    path: Path
+    digest: str
+    model: str | None = None
+    model_sha256: str | None = None
+    text: str | None = None
+    text_sha256: str | None = None
+    ctx_tokens: int | None = None
+    chunks: int | None = None
+    held_chunks: int | None = None
+    fit_tokens: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, path: Path, specs: Iterable[SiteSpec]) -> None:
+        self.path = path
+        self._specs = list(specs)
+        self._tied = is_tied(self._specs)
+        self._kept: SiteStatistics | None = None
+        self._lock = threading.Lock()
+
+    def of(self, spec: SiteSpec) -> SiteStatistics | None:
+        """Return what `spec`'s inputs are like, in the order of its GGUF columns; None if that is unknown.
+
+        Raises DamagedFileError naming the tensor if what is stored is not what was written.
+        """
+        found = self.hugging_face(spec)
+        return None if found is None else found.permuted(gguf_columns(spec))
+
+    def hugging_face(self, spec: SiteSpec) -> SiteStatistics | None:
+        """Return what `of` does in the order of the Hugging Face columns."""
+        site = head_site_for(spec) if self._tied else spec.site
+        if site is None:
+            return None
+        with self._lock:
+            if self._kept is None or self._kept.site != site:
+                self._kept = None  # before the next is read: one at a time
+                self._kept = self._load(site)
+            return self._kept
+
+    def tokens(self) -> tuple[Int64, Int64] | None:
+        """Return the token ids of the fit and of the held-out chunks (`chunks ctx` each); None if unknown."""
+        return None
+
+    def _load(self, site: str) -> SiteStatistics | None:
+        raise NotImplementedError
+
+
+def open_statistics(path: Path, specs: Iterable[SiteSpec], *, partial: bool = False) -> Statistics:
+    """Open what `calibrate` wrote, or llama.cpp's imatrix (GGUF or legacy .dat), for the model of `specs`.
+
+    Headers, shapes and sites are checked here, a tensor's bytes against their SHA-256 when it is read. With
+    `partial`, `specs` are some of the model's, and sites of others are passed over.
+
+    Raises BitsmithError naming file and tensor for a site that the model does not have, one of another width,
+    and where nothing is held of any; DamagedFileError for a damaged or incomplete file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BitsmithError("does not exist", path=path)
+    opened = _FolderStatistics if path.is_dir() else _ImatrixStatistics
+    return opened(path, specs, partial)
+
+
+def is_tied(specs: Iterable[SiteSpec]) -> bool:
+    """Tell whether a whole model's tensors leave the output head to the token embedding."""
+    return all(spec.site != HEAD_SITE for spec in specs)
+
+
+def head_site_for(spec: SiteSpec) -> str | None:
+    """Return the site of a tensor of a model with tied embeddings: the embedding reads the head's."""
+    return HEAD_SITE if spec.role == "embed" else spec.site
+
+
+def gguf_columns(spec: SiteSpec) -> NDArray[np.intp]:
+    """Return the order of `spec`'s GGUF columns: column `j` of the GGUF is column `order[j]` here."""
+    return spec.importance_to_gguf(np.arange(spec.shape[-1], dtype=np.float32)).astype(np.intp)
+
+
+def site_widths(specs: Iterable[SiteSpec]) -> dict[str, int]:
+    """Return the columns of every activation site; tied embeddings read the head's."""
+    listed = list(specs)
+    tied = is_tied(listed)
+    sites = ((head_site_for(spec) if tied else spec.site, spec.shape[-1]) for spec in listed)
+    return {site: width for site, width in sites if site is not None}
+
+
+def write_sites(path: Path, sites: Iterable[SiteStatistics]) -> dict[str, SiteEntry]:
+    """Write one layer's sites to a safetensors file, not atomically, and return their manifest entries."""
+    tensors, entries = [], {}
+    for found in sites:
+        arrays = {kind: array for kind in _KINDS if (array := getattr(found, kind)) is not None}
+        tensors += [_tensor_data(f"{found.site}.{kind}", array) for kind, array in arrays.items()]
+        entries[found.site] = SiteEntry(
+            path.name,
+            len(found.diagonal),
+            found.tokens,
+            found.held_tokens,
+            {kind: _sha256(array) for kind, array in arrays.items()},
+        )
+    write_safetensors_file(path, tensors)
+    return entries
+
+
+def write_tokens(path: Path, fit: Int64, held: Int64) -> dict[str, str]:
+    """Write the token ids of both splits (`chunks ctx`), not atomically; return the SHA-256 of each."""
+    splits = {"fit": fit, "held": held}
+    write_safetensors_file(path, [_tensor_data(name, ids) for name, ids in splits.items()])
+    return {name: _sha256(ids) for name, ids in splits.items()}
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write `statistics.json`, not atomically."""
+    path.write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n")
+
+
+def entries_from_json(value: object) -> dict[str, SiteEntry]:
+    """Return manifest entries from what `asdict` and JSON made of them."""
+    return TypeAdapter(dict[str, SiteEntry]).validate_python(value)
+
+
+class _FolderStatistics(Statistics):
+    """A folder that `calibrate` wrote."""
+
+    def __init__(self, path: Path, specs: Iterable[SiteSpec], partial: bool) -> None:
+        super().__init__(path, specs)
+        manifest_path = path / MANIFEST_NAME
+        if not manifest_path.is_file():
+            raise BitsmithError(f"holds no {MANIFEST_NAME}: no finished calibration", path=path)
+        raw = manifest_path.read_bytes()
+        self.digest = hashlib.sha256(raw).hexdigest()
+        self._manifest = _parsed(raw, manifest_path)
+        for name in (
+            "model",
+            "model_sha256",
+            "text",
+            "text_sha256",
+            "ctx_tokens",
+            "chunks",
+            "held_chunks",
+            "fit_tokens",
+        ):
+            setattr(self, name, getattr(self._manifest, name))
+        self._files: dict[str, Checkpoint] = {
+            name: open_safetensors(path / name) for name in self._file_names()
+        }
+        self._check_sites(partial)
+        self._check_tokens()
+
+    def _file_names(self) -> list[str]:
+        names = {entry.file for entry in self._manifest.sites.values()} | {TOKENS_NAME}
+        for name in names:
+            if Path(name).name != name or not (self.path / name).is_file():
+                raise DamagedFileError(f"lacks its file {printable(name)}", path=self.path)
+        return sorted(names)
+
+    def _check_sites(self, partial: bool) -> None:
+        widths = site_widths(self._specs)
+        expected: dict[str, set[str]] = {name: set() for name in self._files}
+        for site, entry in self._manifest.sites.items():
+            if site not in widths:
+                if not partial:
+                    raise BitsmithError("is no site of this model", path=self.path, tensor=site)
+            elif entry.columns != widths[site]:
+                raise BitsmithError(
+                    f"has {entry.columns} columns, this model's has {widths[site]}",
+                    path=self.path / entry.file,
+                    tensor=site,
+                )
+            _check_tensors(self._files[entry.file], site, entry)
+            expected[entry.file] |= {f"{site}.{kind}" for kind in entry.tensors}
+        if not any(site in widths for site in self._manifest.sites):
+            raise BitsmithError("holds no statistics of this model's matrices", path=self.path)
+        for name, wanted in expected.items():
+            if name != TOKENS_NAME and (extra := sorted(set(self._files[name]) - wanted)):
+                raise DamagedFileError("is not in the manifest", path=self.path / name, tensor=extra[0])
+
+    def _check_tokens(self) -> None:
+        file, manifest = self._files[TOKENS_NAME], self._manifest
+        chunks = {"fit": manifest.chunks - manifest.held_chunks, "held": manifest.held_chunks}
+        for name, count in chunks.items():
+            shape = (count, manifest.ctx_tokens)
+            if name not in file or file[name].shape != shape or name not in manifest.tokens:
+                raise DamagedFileError(f"is not there as {shape}", path=file.path, tensor=name)
+
+    def tokens(self) -> tuple[Int64, Int64] | None:
+        """Return the token ids of both splits."""
+        fit, held = (
+            _verified(self._files[TOKENS_NAME], name, self._manifest.tokens[name]) for name in ("fit", "held")
+        )
+        return fit.astype(np.int64), held.astype(np.int64)
+
+    def _load(self, site: str) -> SiteStatistics | None:
+        entry = self._manifest.sites.get(site)
+        if entry is None:
+            return None
+        file = self._files[entry.file]
+        arrays = {
+            kind: _verified(file, f"{site}.{kind}", expected) for kind, expected in entry.tensors.items()
+        }
+        return SiteStatistics(site, entry.tokens, held_tokens=entry.held_tokens, **arrays)
+
+
+class _ImatrixStatistics(Statistics):
+    """llama.cpp's imatrix, GGUF or legacy: E[x²] by GGUF tensor name."""
+
+    def __init__(self, path: Path, specs: Iterable[SiteSpec], partial: bool) -> None:
+        super().__init__(path, specs)
+        self._imatrix = read_imatrix(path)
+        self.digest = self._imatrix.sha256
+        self.text = ", ".join(self._imatrix.datasets) or None
+        self.ctx_tokens, self.chunks = self._imatrix.chunk_tokens, self._imatrix.chunks
+        self.notes = tuple(
+            f"{printable(name)}: no token was counted, so it is left out" for name in self._imatrix.empty
+        )
+        self._by_site = self._matched(partial)
+
+    def _matched(self, partial: bool) -> dict[str, SiteSpec]:
+        """Return a spec for each site that has an entry; refuse unknown entries and other widths."""
+        entries = self._imatrix.entries
+        known = {spec.gguf_name: spec for spec in self._specs}
+        found: dict[str, SiteSpec] = {}
+        for name, (sums, _) in entries.items():
+            spec = known.get(name)
+            if spec is None or len(spec.shape) < 2:
+                if not partial:
+                    raise BitsmithError("is no matrix of this model", path=self.path, tensor=name)
+                continue
+            if sums.size != spec.shape[-1]:
+                raise BitsmithError(
+                    f"holds {sums.size} sums, expected {spec.shape[-1]}", path=self.path, tensor=name
+                )
+            site = head_site_for(spec) if self._tied else spec.site
+            found.setdefault(site or name, spec)
+        if not found:
+            raise BitsmithError("holds no statistics of this model's matrices", path=self.path)
+        return found
+
+    def hugging_face(self, spec: SiteSpec) -> SiteStatistics | None:
+        """Return E[x²] of `spec`'s own entry, or of another matrix that reads the same site."""
+        site = (head_site_for(spec) if self._tied else spec.site) or str(spec.gguf_name)
+        source = spec if spec.gguf_name in self._imatrix.entries else self._by_site.get(site)
+        if source is None:
+            return None
+        sums, count = self._imatrix.entries[str(source.gguf_name)]
+        mean = source.importance_from_gguf((sums.astype(np.float64) / count).astype(np.float32))
+        return SiteStatistics(site, int(count), mean)
+
+
+def imatrix_of(statistics: Statistics, specs: Iterable[SiteSpec]) -> Imatrix:
+    """Return llama.cpp's imatrix of every matrix in a GGUF, over fit and held-out tokens together.
+
+    Columns are in GGUF order. A tied head counts as `token_embd.weight`, which llama-quantize looks up.
+    """
+    entries: dict[str, tuple[Float32, float]] = {}
+    for spec in specs:
+        if spec.gguf_name is None or (found := statistics.of(spec)) is None:
+            continue
+        mean, count = found.all_tokens()
+        sums = np.minimum(mean.astype(np.float64) * count, np.finfo(np.float32).max)
+        entries[spec.gguf_name] = sums.astype(np.float32), float(count)
+    if not entries:
+        raise BitsmithError("holds no statistics of this model's matrices", path=statistics.path)
+    return Imatrix(
+        entries,
+        (statistics.text,) if statistics.text else (),
+        statistics.chunks or 0,
+        statistics.ctx_tokens or 0,
+    )
+
+
+def _permuted(moment: Float32, order: NDArray[np.intp]) -> Float32:
+    if moment.ndim == 2:
+        return moment[np.ix_(order, order)]
+    count, size = moment.shape[:2]
+    blocks = order.reshape(count, size) // size
+    if (blocks == blocks[:, :1]).all():
+        inside = order.reshape(count, size) % size
+        return np.stack([moment[b[0]][np.ix_(i, i)] for b, i in zip(blocks, inside, strict=True)])
+    return dense_moment(moment)[np.ix_(order, order)]
+
+
+def dense_moment(moment: Float32) -> Float32:
+    """Return E[x xᵀ] as `in in`, zero between its diagonal blocks (`n b b`)."""
+    if moment.ndim == 2:
+        return moment
+    count, size = moment.shape[:2]
+    whole = np.zeros((count * size, count * size), np.float32)
+    for number, block in enumerate(moment):
+        at = slice(number * size, (number + 1) * size)
+        whole[at, at] = block
+    return whole
+
+
+def _tensor_data(name: str, array: NDArray[np.float32] | Int64) -> TensorData:
+    dtype = "I64" if array.dtype == np.int64 else "F32"
+    return TensorData(name, dtype, array.shape, [np.ascontiguousarray(array)])
+
+
+def _sha256(array: NDArray[np.float32] | Int64) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def _parsed(raw: bytes, path: Path) -> Manifest:
+    value = load_json(raw, path, "manifest")
+    if value.get("kind") != "statistics":
+        raise DamagedFileError("is no manifest of statistics", path=path)
+    if value.get("schema") != SCHEMA:
+        raise UnsupportedError(
+            f"has schema {printable(str(value.get('schema')), 40)}, expected {SCHEMA}", path=path
+        )
+    try:
+        return TypeAdapter(Manifest).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise DamagedFileError(f"{printable(where)}: {printable(first['msg'])}", path=path) from error
+
+
+def _check_tensors(file: Checkpoint, site: str, entry: SiteEntry) -> None:
+    """Refuse tensors that are missing, of another type, or whose shapes do not fit the site's columns."""
+    if "diagonal" not in entry.tensors or not set(entry.tensors) <= set(_KINDS) or entry.tokens < 1:
+        raise DamagedFileError("has an unsound manifest entry", path=file.path, tensor=site)
+    for kind in entry.tensors:
+        name = f"{site}.{kind}"
+        if name not in file:
+            raise DamagedFileError("is missing", path=file.path, tensor=name)
+        shape, wide = file[name].shape, entry.columns
+        if kind == "moment":
+            sound = shape == (wide, wide) or (
+                len(shape) == 3 and shape[1] == shape[2] and shape[0] * shape[1] == wide
+            )
+        else:
+            sound = shape == (wide,) if kind != "held" else len(shape) == 2 and shape[1] == wide
+        if not sound or file[name].dtype != "F32":
+            raise DamagedFileError(
+                f"is {file[name].dtype} {shape}, expected F32 over {wide} columns",
+                path=file.path,
+                tensor=name,
+            )
+
+
+def _verified(file: Checkpoint, name: str, expected: str) -> NDArray[np.float32]:
+    ref = file[name]
+    raw = ref.raw()
+    if hashlib.sha256(raw.data).hexdigest() != expected:
+        raise DamagedFileError("is damaged: its SHA-256 is not the manifest's", path=file.path, tensor=name)
+    bits: Mapping[str, str] = {"F32": "<f4", "I64": "<i8"}
+    return raw.view(bits[ref.dtype]).reshape(ref.shape)
