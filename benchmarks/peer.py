@@ -1,0 +1,247 @@
+"""Real llama-quantize, llama-imatrix and llama-perplexity: found, or built from llama-cpp-python's sdist.
+
+    python benchmarks/peer.py [--llama-bin DIR]
+
+Prints where the tools are and what they say of their version; without `--llama-bin` the first run downloads
+the source (72 MB) and builds it with CMake, about 15 minutes on 2 cores, into `~/.cache/bitsmith-bench`. They
+serve comparisons only; bitsmith never depends on them. The other benchmarks import this module.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+SDIST = "llama-cpp-python==0.3.34"
+TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bitsmith-bench"
+CMAKE_OPTIONS = (
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DLLAMA_CURL=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+)
+# weights repacked for AMX die with "Illegal instruction" on some machines
+RUN_OPTIONS = ("--no-repack",)
+
+ATTEMPTS = 8
+LAST_WORDS = "Same top p:"
+
+_FIGURES = {
+    "mean_kld": "Mean    KLD",
+    "max_kld": "Maximum KLD",
+    "kld_99_9": "99.9%   KLD",
+    "kld_99": "99.0%   KLD",
+    "median_kld": "Median  KLD",
+    "ppl_cand": "Mean PPL(Q)",
+    "ppl_ref": "Mean PPL(base)",
+    "ln_ppl_ratio": "Mean ln(PPL(Q)/PPL(base))",
+    "ppl_ratio": "Mean PPL(Q)/PPL(base)",
+    "ppl_difference": "Mean PPL(Q)-PPL(base)",
+    "top1_percent": "Same top p",
+}
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One finished command: what it printed (both streams), wall seconds, peak resident bytes.
+
+    The peak is the kernel's `ru_maxrss` of the child, which is never below what the parent held when it
+    started it.
+    """
+
+    command: tuple[str, ...]
+    output: str
+    seconds: float
+    peak_bytes: int
+
+
+def run(command: Sequence[str | Path]) -> Ran:
+    """Run a command to its end; exits with the end of what it printed where it fails."""
+    words = tuple(map(str, command))
+    started = time.monotonic()
+    with subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as child:
+        output = child.stdout.read() if child.stdout else ""
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"exit status {child.returncode}: {' '.join(words)}\n{output[-2000:]}")
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Ran(words, output, time.monotonic() - started, peak)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The folder of llama.cpp's tools; `threads` is what each may use."""
+
+    folder: Path
+    threads: int
+
+    def version(self) -> str:
+        """Return what the tools say of themselves, in one line."""
+        said = run([self.folder / "llama-perplexity", "--version"]).output
+        return "; ".join(line.strip() for line in said.splitlines() if line.startswith(("version", "built")))
+
+    def imatrix(self, model: Path, text: Path, out: Path, ctx_tokens: int, chunks: int, *, head: bool) -> Ran:
+        """Collect an importance matrix of `text`; with `head` also of the output head's inputs."""
+        options = ("--process-output",) if head else ()
+        return run([*self._on("llama-imatrix", model, text, ctx_tokens, chunks), "-o", out, *options])
+
+    def quantize(
+        self,
+        model: Path,
+        out: Path,
+        type_name: str,
+        *,
+        imatrix: Path | None = None,
+        embedding: str | None = None,
+        tensor_types: Mapping[str, str] | None = None,
+    ) -> Ran:
+        """Quantize `model` to a stock mix; `tensor_types` overrides by regex on the name, the first that matches.
+
+        llama-quantize ignores `--tensor-type` where it is given `--pure`; a last override that matches every
+        weight does the same.
+        """
+        options: list[str | Path] = [*(("--imatrix", imatrix) if imatrix else ())]
+        options += ["--token-embedding-type", embedding.lower()] if embedding else []
+        for name, chosen in (tensor_types or {}).items():
+            options += ["--tensor-type", f"{name}={chosen.lower()}"]
+        words = [self.folder / "llama-quantize", *options, model, out, type_name, str(self.threads)]
+        return run(words)
+
+    def base_logits(self, model: Path, text: Path, out: Path, ctx_tokens: int, chunks: int) -> Ran:
+        """Store the reference's log-probabilities (16 bits each) of the text's first `chunks` chunks."""
+        return run(
+            [
+                *self._on("llama-perplexity", model, text, ctx_tokens, chunks),
+                "--kl-divergence-base",
+                out,
+            ]
+        )
+
+    def divergence(
+        self, model: Path, text: Path, base: Path, ctx_tokens: int, chunks: int
+    ) -> tuple[dict[str, float], Ran]:
+        """Judge `model` against stored log-probabilities; figures as `parsed` returns them.
+
+        On a busy machine the tool can end before its logger has printed everything (llama.cpp#22142): such a
+        run is repeated.
+        """
+        words = self._on("llama-perplexity", model, text, ctx_tokens, chunks)
+        for _ in range(ATTEMPTS):
+            ran = run([*words, "--kl-divergence", "--kl-divergence-base", base])
+            if LAST_WORDS in ran.output:
+                break
+        return parsed(ran.output), ran
+
+    def _on(self, tool: str, model: Path, text: Path, ctx_tokens: int, chunks: int) -> list[str | Path]:
+        words: list[str | Path] = [self.folder / tool, "-m", model, "-f", text, "-c", str(ctx_tokens)]
+        return [*words, "--chunks", str(chunks), "-t", str(self.threads), *RUN_OPTIONS]
+
+
+def parsed(output: str) -> dict[str, float]:
+    """Return llama-perplexity's figures, KLD in nats; `*_se` is the standard error it prints behind ±.
+
+    Exits where a figure is missing: the text was too short or the tool's words have changed.
+    """
+    number = r"(-?[\d.]+(?:e[-+]?\d+)?|-?nan|-?inf)"
+    figures: dict[str, float] = {}
+    for name, label in _FIGURES.items():
+        found = re.search(rf"^{re.escape(label)}\s*:\s*{number}(?:\s*±\s*{number})?", output, re.MULTILINE)
+        if found is None:
+            raise SystemExit(f"llama-perplexity printed no {label!r}:\n{output[-2000:]}")
+        figures[name] = float(found[1])
+        if found[2]:
+            figures[f"{name}_se"] = float(found[2])
+    return figures
+
+
+def find_peer(folder: Path | None = None, threads: int | None = None) -> Peer:
+    """Return the tools in `folder`, or those in the cache, which are built where they are missing."""
+    place = folder or _built(CACHE / SDIST.replace("==", "-"))
+    missing = [tool for tool in TOOLS if not (place / tool).is_file()]
+    if missing:
+        raise SystemExit(f"{place}: no {', '.join(missing)}")
+    return Peer(place.resolve(), threads or os.cpu_count() or 1)
+
+
+def _built(work: Path) -> Path:
+    source = work / "source" / "vendor" / "llama.cpp"
+    folder = source / "build" / "bin"
+    if not all((folder / tool).is_file() for tool in TOOLS):
+        if not source.is_dir():
+            _unpack(work)
+        print(f"building llama.cpp in {source}", file=sys.stderr, flush=True)
+        run(["cmake", "-S", source, "-B", source / "build", *CMAKE_OPTIONS])
+        run(["cmake", "--build", source / "build", "-j", str(os.cpu_count() or 1), "--target", *TOOLS])
+    return folder
+
+
+def _unpack(work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    options = ("--no-deps", "--no-binary", ":all:", "--dest", work, SDIST)
+    run([sys.executable, "-m", "pip", "download", *options])
+    (archive,) = work.glob("llama_cpp_python-*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(work, filter="data")
+    (unpacked,) = (path for path in work.glob("llama_cpp_python-*") if path.is_dir())
+    unpacked.rename(work / "source")
+
+
+def sha256_of(path: Path) -> str:
+    """Return the digest of a file, or of the names and contents of a folder's files."""
+    if path.is_dir():
+        lines = [f"{file.name} {sha256_of(file)}" for file in sorted(path.iterdir()) if file.is_file()]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def environment() -> dict[str, object]:
+    """Return what the figures depend on beside the peer."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
+    versions = {}
+    for name in ("bitsmith", "numpy", "numba", "torch", "transformers", "gguf"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "commit": commit,
+        "versions": versions,
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--llama-bin", type=Path, help="folder of the tools; default: built and cached")
+    peer = find_peer(parser.parse_args().llama_bin)
+    print(json.dumps({"folder": str(peer.folder), "source": SDIST, "version": peer.version()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
