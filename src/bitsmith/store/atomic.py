@@ -31,7 +31,7 @@ def atomic_file(
     """
     target = _absolute(target)
     with _claimed(target, _open_file) as (part, descriptor):
-        _refuse_taken(target, overwrite, sources, folder=False)
+        refuse_taken(target, overwrite, sources, folder=False)
         os.ftruncate(descriptor, 0)
         _refuse_full(target, expect_bytes)
         with open(descriptor, "wb", buffering=BUFFER_BYTES, closefd=False) as stream:
@@ -60,7 +60,7 @@ def atomic_folder(
     """
     target = _absolute(target)
     with _claimed(target, _open_folder) as (part, _):
-        _refuse_taken(target, overwrite, sources, folder=True)
+        refuse_taken(target, overwrite, sources, folder=True)
         for left_over in part.iterdir():
             _remove(left_over)
         _refuse_full(target, expect_bytes)
@@ -151,7 +151,8 @@ def _open_folder(part: Path) -> int:
     return os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def _refuse_taken(target: Path, overwrite: bool, sources: Iterable[Path], *, folder: bool) -> None:
+def refuse_taken(target: Path, overwrite: bool, sources: Iterable[Path], *, folder: bool) -> None:
+    """Raise OutputError for a target that is an input, of the other kind, or there without `overwrite`."""
     if not target.exists():
         return
     for source in sources:

@@ -63,6 +63,11 @@ def read_imatrix(path: Path) -> Imatrix:
         source.close()
 
 
+def is_imatrix_name(path: Path) -> bool:
+    """Tell whether a path is to be written as an imatrix: it ends in `.gguf` or `.dat`."""
+    return path.suffix in (".gguf", ".dat")
+
+
 def write_imatrix(
     target: Path, imatrix: Imatrix, *, overwrite: bool = False, sources: Iterable[Path] = ()
 ) -> None:

@@ -1,0 +1,461 @@
+"""Calibrate: run a text through a model and keep what every matrix sees, layer by layer, resumably."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitsmith import __version__
+from bitsmith.archs import TensorSpec
+from bitsmith.errors import BitsmithError
+from bitsmith.progress import Progress, silent
+from bitsmith.run.evaluate import Protocol, open_model, text_chunks
+from bitsmith.run.forward import TextModel, Tokens
+from bitsmith.run.sites import SiteForward, States
+from bitsmith.store.atomic import atomic_folder, refuse_taken, sync_path
+from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
+from bitsmith.store.journal import Journal
+from bitsmith.store.statistics import (
+    MANIFEST_NAME,
+    TOKENS_NAME,
+    Manifest,
+    SiteEntry,
+    SiteStatistics,
+    entries_from_json,
+    imatrix_of,
+    open_statistics,
+    site_widths,
+    write_manifest,
+    write_sites,
+    write_tokens,
+)
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+HELD_EVERY = 8
+"""Every so many chunks one is held out; of two to seven chunks the last."""
+HELD_ROWS = 2048
+WIDEST_BLOCK = 4096
+_BLOCK_MULTIPLE = 256
+_STRIPE = 512
+_OURS = re.compile(r"(layers\.\d+|head|mtp)\.safetensors")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A finished calibration: where it lies, what was run, and how many layers an earlier run had left."""
+
+    path: Path
+    model: str
+    text: str
+    text_sha256: str
+    ctx_tokens: int
+    chunks: int
+    held_chunks: int
+    fit_tokens: int
+    sites: int
+    size_bytes: int
+    resumed_layers: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record."""
+        return {"kind": "calibration", "bitsmith": __version__, **asdict(self), "path": str(self.path)}
+
+
+def calibrate(
+    model: Path,
+    text: Path,
+    out: Path,
+    *,
+    ctx_tokens: int = 512,
+    chunks: int | None = None,
+    block: int | None = None,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Calibration:
+    """Run a UTF-8 text through `model`, a Hugging Face folder or a GGUF, and keep what enters its matrices.
+
+    The text is cut into chunks of `ctx_tokens` as `evaluate` and llama-imatrix do, at most `chunks` of them;
+    every eighth is held out. Of each activation site x the folder `out` gets E[x xᵀ], E[x²] and E[x] over the
+    others, and up to 2048 held-out inputs drawn by `seed`. Moments of more than `block` columns are kept as
+    diagonal blocks of that size (`n b b`); by default, of more than 4096 columns as blocks of their largest
+    divisor up to 4096 that is a multiple of 256. MTP layers and the head are run too. Where `out` ends in
+    `.gguf` or `.dat` it gets llama.cpp's imatrix instead: E[x²] over all chunks.
+
+    One layer's weights and moments are in memory; states and finished layers lie in `.NAME.calibration`
+    beside `out`, so that a killed run goes on at its layer, with the same bytes. Sums do not depend on the
+    number of threads.
+
+    Raises BitsmithError for a text that is not UTF-8 or too short, for states that are not finite, and for a
+    `block` that does not divide a site's columns; OutputError if `out` exists (unless `overwrite`), is an
+    input, is being written by another run, or does not fit on the disk.
+    """
+    with open_model(model) as opened:
+        tokens, protocol = text_chunks(opened, text, ctx_tokens, chunks)
+        run = _Run(opened, tokens, protocol, block, seed, moments=not is_imatrix_name(out))
+        sources = [*opened.source.files, text]
+        if is_imatrix_name(out):
+            return run.to_imatrix(out, overwrite, sources, progress)
+        return run.to_folder(out, overwrite, sources, progress)
+
+
+def held_out(chunks: int) -> list[int]:
+    """Return which of `chunks` are held out: every eighth, at least one of two."""
+    return list(range(HELD_EVERY - 1, chunks, HELD_EVERY)) or list(range(1, chunks))[-1:]
+
+
+def block_columns(columns: int, block: int | None) -> int:
+    """Return the size of the diagonal blocks kept of `columns` × `columns` second moments.
+
+    Raises BitsmithError for a `block` that does not divide `columns`.
+    """
+    if block is not None:
+        if block < 1 or (columns > block and columns % block):
+            raise BitsmithError(f"blocks of {block} do not divide {columns} columns")
+        return min(block, columns)
+    if columns <= WIDEST_BLOCK:
+        return columns
+    divisors = [size for size in range(1, WIDEST_BLOCK + 1) if columns % size == 0]
+    return max(divisors, key=lambda size: (size % _BLOCK_MULTIPLE == 0, size))
+
+
+class _Run:
+    """One calibration: the model, the tokens, and what a resumed run must agree on."""
+
+    def __init__(
+        self,
+        model: TextModel,
+        tokens: Tokens,
+        protocol: Protocol,
+        block: int | None,
+        seed: int,
+        *,
+        moments: bool,
+    ) -> None:
+        self.model, self.tokens, self.protocol, self.seed = model, tokens, protocol, seed
+        self.specs: list[TensorSpec] = [s for s in model.arch.specs() if s.component != "vision"]
+        self.forward = SiteForward(model, self.specs)
+        self.blocks = {
+            site: block_columns(width, block) if moments else 0
+            for site, width in site_widths(self.specs).items()
+        }
+        self.held = held_out(len(tokens))
+        self.sample = _sample(self.held, tokens.shape[1], seed)
+
+    @property
+    def key(self) -> str:
+        """Digest of all that the results depend on."""
+        facts = [
+            __version__,
+            torch.__version__,
+            self.model.checkpoint.source_digest,
+            hashlib.sha256(self.tokens.tobytes()).hexdigest(),
+            self.tokens.shape,
+            self.protocol.text_sha256,
+            self.blocks,
+            self.seed,
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def states_bytes(self) -> int:
+        """Bytes of the hidden states of all tokens."""
+        return 4 * int(self.tokens.size) * self.forward.hidden_size
+
+    @property
+    def expect_bytes(self) -> int:
+        """What the run needs on the disk, nearly: statistics and two or three layers' states."""
+        held = min(HELD_ROWS, len(self.held) * self.tokens.shape[1])
+        widths = site_widths(self.specs)
+        kept: int = sum(4 * width * (self.blocks[site] + held + 3) for site, width in widths.items())
+        return kept + (2 + bool(self.forward.mtp_layers)) * self.states_bytes
+
+    def to_folder(
+        self, out: Path, overwrite: bool, sources: Sequence[Path], progress: Progress
+    ) -> Calibration:
+        """Run, and let the statistics appear as the folder `out`."""
+        with atomic_folder(
+            out,
+            last=MANIFEST_NAME,
+            stale=_is_ours,
+            overwrite=overwrite,
+            expect_bytes=self.expect_bytes,
+            sources=sources,
+        ) as part:
+            with _Work(self, out) as work:
+                sites = work.run(progress)
+                for name in sorted({entry.file for entry in sites.values()}):
+                    _link(work.folder / name, part / name)
+            tokens = write_tokens(part / TOKENS_NAME, *self._splits())
+            write_manifest(part / MANIFEST_NAME, self._manifest(sites, tokens))
+        work.remove()
+        return self._result(out, sites, work.resumed)
+
+    def to_imatrix(
+        self, out: Path, overwrite: bool, sources: Sequence[Path], progress: Progress
+    ) -> Calibration:
+        """Run, and write E[x²] of all tokens as llama.cpp's imatrix."""
+        refuse_taken(out, overwrite, sources, folder=False)
+        with _Work(self, out) as work:
+            sites = work.run(progress)
+            tokens = write_tokens(work.folder / TOKENS_NAME, *self._splits())
+            write_manifest(work.folder / MANIFEST_NAME, self._manifest(sites, tokens))
+            statistics = open_statistics(work.folder, self.specs)
+            write_imatrix(out, imatrix_of(statistics, self.specs), overwrite=overwrite, sources=sources)
+        work.remove()
+        return self._result(out, sites, work.resumed)
+
+    def _splits(self) -> tuple[Tokens, Tokens]:
+        fit = np.setdiff1d(np.arange(len(self.tokens)), self.held)
+        return self.tokens[fit], self.tokens[self.held]
+
+    def _manifest(self, sites: dict[str, SiteEntry], tokens: dict[str, str]) -> Manifest:
+        chunks, ctx = self.tokens.shape
+        return Manifest(
+            bitsmith=__version__,
+            model=str(self.model.source.path),
+            model_sha256=self.model.checkpoint.source_digest,
+            text=self.protocol.text,
+            text_sha256=self.protocol.text_sha256,
+            ctx_tokens=ctx,
+            chunks=chunks,
+            held_chunks=len(self.held),
+            fit_tokens=(chunks - len(self.held)) * ctx,
+            seed=self.seed,
+            tokens=tokens,
+            sites=sites,
+        )
+
+    def _result(self, out: Path, sites: dict[str, SiteEntry], resumed: int) -> Calibration:
+        files = out.iterdir() if out.is_dir() else [out]
+        manifest = self._manifest(sites, {})
+        return Calibration(
+            path=out,
+            model=manifest.model,
+            text=manifest.text,
+            text_sha256=manifest.text_sha256,
+            ctx_tokens=manifest.ctx_tokens,
+            chunks=manifest.chunks,
+            held_chunks=manifest.held_chunks,
+            fit_tokens=manifest.fit_tokens,
+            sites=len(sites),
+            size_bytes=sum(file.stat().st_size for file in files),
+            resumed_layers=resumed,
+        )
+
+
+class _Work:
+    """The folder of a run under way: a journal, the states before the next step, and finished layers."""
+
+    def __init__(self, run: _Run, out: Path) -> None:
+        self._run = run
+        self.folder = out.absolute().with_name(f".{out.name}.calibration")
+        self.resumed = 0
+
+    def __enter__(self) -> Self:
+        self.folder.mkdir(exist_ok=True)
+        self._journal = Journal(self.folder / "journal", self._run.key)
+        entries = self._journal.entries
+        kept = {value["file"] for value in entries.values()} | {self._states(len(entries) - 1).path.name}
+        for path in self.folder.iterdir():
+            if path != self._journal.path and path.name not in kept:
+                path.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._journal.__exit__(kind, error, trace)
+
+    def remove(self) -> None:
+        """Delete the folder: the run it served is whole."""
+        shutil.rmtree(self.folder)
+
+    def run(self, progress: Progress) -> dict[str, SiteEntry]:
+        """Do all steps that are not in the journal; return the manifest's entries of all sites."""
+        forward, entries = self._run.forward, self._journal.entries
+        names = ["embed", *(f"layers.{n}" for n in range(forward.n_layers)), "head"]
+        names += ["mtp"] if forward.mtp_layers else []
+        self.resumed = max(0, min(len(entries) - 1, forward.n_layers))
+        per_step = self._run.tokens.size
+        done, total = max(0, len(entries) - 1) * per_step, (len(names) - 1) * per_step
+        for number, name in enumerate(names):
+            if name in entries:
+                continue
+            for chunks in self._step(number, name):
+                done += chunks * self._run.tokens.shape[1]
+                progress("calibrate", done, total)
+        sites: dict[str, SiteEntry] = {}
+        for value in entries.values():
+            sites |= entries_from_json(value["sites"])
+        return sites
+
+    def _states(self, number: int) -> States:
+        return States(self.folder / f"states.{number}", self._shape())
+
+    def _shape(self, fewer: int = 0) -> tuple[int, int, int]:
+        chunks, ctx = self._run.tokens.shape
+        return chunks, ctx - fewer, self._run.forward.hidden_size
+
+    def _step(self, number: int, name: str) -> Iterator[int]:
+        """Do one step from the states of the one before; keep its sites and states, then drop the old."""
+        run, source, target = self._run, self._states(number - 1), self._states(number)
+        if name == "mtp":
+            target = States(target.path, self._shape(fewer=1))
+        target.create()
+        sites = [site for site in run.blocks if site.startswith(f"{name}.")]
+        gather = _Gather(run, sites)
+        if name == "embed":
+            run.forward.embed(run.tokens, target)
+        elif name == "head":
+            yield from run.forward.head(source, target, gather.take)
+        elif name == "mtp":
+            yield from run.forward.mtp(run.tokens, source, target, gather.take)
+        else:
+            yield from run.forward.layer(int(name.split(".")[1]), source, target, gather.take)
+        target.sync()
+        file = self.folder / f"{name}.safetensors"
+        entries = write_sites(file, gather.results()) if sites else {}
+        if sites:
+            sync_path(file)
+        sync_path(self.folder)
+        kept = {site: asdict(entry) for site, entry in entries.items()}
+        self._journal.add(name, {"file": file.name, "sites": kept})
+        source.path.unlink(missing_ok=True)
+
+
+class _Gather:
+    """Sums over the tokens of one step's sites."""
+
+    def __init__(self, run: _Run, sites: Sequence[str]) -> None:
+        self._run = run
+        widths = site_widths(run.specs)
+        self._sums = {site: _Sums(widths[site], run.blocks[site]) for site in sites}
+        self._is_held = np.zeros(len(run.tokens), bool)
+        self._is_held[run.held] = True
+
+    def take(self, site: str, first: int, inputs: torch.Tensor) -> None:
+        """Add `inputs` (`B T in`) of the chunks from `first` on."""
+        sums = self._sums[site]
+        held = self._is_held[first : first + len(inputs)]
+        fit = inputs if not held.any() else inputs[torch.from_numpy(~held)]
+        sums.fit(fit.reshape(-1, fit.shape[-1]))
+        for chunk in np.flatnonzero(held):
+            positions = self._run.sample.get(first + int(chunk), np.empty(0, np.int64))
+            sums.hold(inputs[chunk], positions[positions < inputs.shape[1]])
+
+    def results(self) -> Iterator[SiteStatistics]:
+        """Yield what was gathered, site by site.
+
+        Raises BitsmithError for a site that was not reached, or whose squares leave float32.
+        """
+        for site in list(self._sums):
+            found = self._sums.pop(site).result(site)
+            parts = (found.diagonal, found.moment, found.held_diagonal)
+            if not all(part is None or np.isfinite(part).all() for part in parts):
+                raise BitsmithError(
+                    f"what enters {site} is not finite, or its squares are beyond float32",
+                    path=self._run.model.checkpoint.path,
+                )
+            yield found
+
+
+class _Sums:
+    """Σ x xᵀ in diagonal blocks of `block` (none if 0), Σ x² and Σ x in float64, and a held-out sample.
+
+    Products of a batch are taken in float32 over at most some hundred tokens, their sums in float64.
+    """
+
+    def __init__(self, columns: int, block: int) -> None:
+        self._block = block
+        shape = (columns // block, block, block) if block else (0, 0, 0)
+        self._moment = torch.zeros(shape, dtype=torch.float64)
+        self._squares, self._sum, self._held_squares = torch.zeros((3, columns), dtype=torch.float64)
+        self._tokens = self._held_tokens = 0
+        self._held: list[Float32] = []
+
+    def fit(self, rows: torch.Tensor) -> None:
+        """Add `rows` (`N in`); only the upper triangle of the moment is summed, in stripes."""
+        if not len(rows):
+            return
+        self._tokens += len(rows)
+        self._squares += (rows * rows).sum(0, dtype=torch.float64)
+        self._sum += rows.sum(0, dtype=torch.float64)
+        for number, moment in enumerate(self._moment):
+            part = rows[:, number * self._block : (number + 1) * self._block]
+            for start in range(0, self._block, _STRIPE):
+                stop = start + _STRIPE
+                moment[start:stop, start:] += part[:, start:stop].T @ part[:, start:]
+
+    def hold(self, rows: torch.Tensor, positions: NDArray[np.int64]) -> None:
+        """Add a held-out chunk's `rows` (`T in`), those at `positions` to the sample."""
+        self._held_tokens += len(rows)
+        self._held_squares += (rows * rows).sum(0, dtype=torch.float64)
+        self._held.append(rows[torch.from_numpy(positions)].numpy().copy())
+
+    def result(self, site: str) -> SiteStatistics:
+        """Return the means over the tokens."""
+        if self._tokens == 0:
+            raise BitsmithError(f"nothing entered {site}: the forward does not reach it")
+        diagonal, mean = _float32(self._squares / self._tokens), _float32(self._sum / self._tokens)
+        found = SiteStatistics(site, self._tokens, diagonal, mean, self._moments())
+        if not self._held_tokens:
+            return found
+        return replace(
+            found,
+            held=np.concatenate(self._held),
+            held_tokens=self._held_tokens,
+            held_diagonal=_float32(self._held_squares / self._held_tokens),
+        )
+
+    def _moments(self) -> Float32 | None:
+        if not self._block:
+            return None
+        self._moment /= self._tokens
+        moment = _float32(self._moment)
+        self._moment = torch.zeros((0, 0, 0), dtype=torch.float64)
+        for block in moment:
+            for start in range(0, len(block), _STRIPE):
+                stop = start + _STRIPE
+                block[stop:, start:stop] = block[start:stop, stop:].T
+                square = block[start:stop, start:stop]
+                square[...] = np.triu(square) + np.triu(square, 1).T
+        return moment[0] if len(moment) == 1 else moment
+
+
+def _float32(sums: torch.Tensor) -> Float32:
+    with np.errstate(over="ignore"):
+        narrow: Float32 = sums.to(torch.float32).numpy()
+    return narrow
+
+
+def _sample(held: Sequence[int], ctx: int, seed: int) -> dict[int, NDArray[np.int64]]:
+    """Draw up to 2048 positions of the held-out chunks; return those of each chunk in their order."""
+    total = len(held) * ctx
+    drawn = np.random.default_rng(seed).permutation(total)[:HELD_ROWS]
+    return {chunk: np.sort(drawn[drawn // ctx == n] % ctx) for n, chunk in enumerate(held)}
+
+
+def _is_ours(name: str) -> bool:
+    return name in (MANIFEST_NAME, TOKENS_NAME) or _OURS.fullmatch(name) is not None
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,254 @@
+"""What enters each matrix in a forward: layers run from one file of states into the next, inputs watched."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitsmith.archs import TensorSpec
+from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
+from bitsmith.run.forward import TextModel, Tokens, _embed, _Network, _quiet_transformers
+
+Float32 = NDArray[np.float32]
+Take = Callable[[str, int, torch.Tensor], None]
+"""Takes (site, first chunk, inputs `B T in`) on a worker thread, the batches of a site in their order."""
+
+_TASK_TOKENS = 512
+_ACTIVATION_BYTES = 1 << 30
+_WORKER_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class States:
+    """Hidden states (`chunks T hidden`, float32) in a file that is read and written by position."""
+
+    path: Path
+    shape: tuple[int, int, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return 4 * int(np.prod(self.shape, dtype=np.int64))
+
+    def create(self) -> None:
+        """Make the file, with its room on the disk.
+
+        Raises OutputError if there is none.
+        """
+        with self.path.open("wb") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, self.nbytes)
+                else:  # macOS
+                    file.truncate(self.nbytes)
+            except OSError as error:
+                raise OutputError(
+                    f"no room for {self.nbytes} bytes of hidden states: {error.strerror}", path=self.path
+                ) from error
+
+    def mapped(self) -> Float32:
+        """Return the whole file as an array that writes through."""
+        return np.memmap(self.path, dtype=np.float32, mode="r+", shape=self.shape)
+
+    def read(self, start: int, stop: int) -> Float32:
+        """Return chunks `[start, stop)`."""
+        row = self.shape[1] * self.shape[2]
+        part = np.fromfile(self.path, np.float32, (stop - start) * row, offset=4 * start * row)
+        return part.reshape(stop - start, *self.shape[1:])
+
+    def write(self, start: int, part: Float32) -> None:
+        """Replace the chunks from `start` on by `part` (`B T hidden`)."""
+        with self.path.open("r+b") as file:
+            file.seek(4 * start * self.shape[1] * self.shape[2])
+            file.write(np.ascontiguousarray(part).data)
+
+    def sync(self) -> None:
+        """Force the file's bytes to the disk."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+class SiteForward:
+    """The reference forward of one model, layer by layer between files, with the inputs of matrices shown.
+
+    Every task runs on one thread of torch, so that results do not depend on how many there are. Raises
+    BitsmithError as `final_hidden_states` does, UnsupportedError for several MTP layers.
+    """
+
+    def __init__(self, model: TextModel, specs: Sequence[TensorSpec]) -> None:
+        with _quiet_transformers():
+            self._network = _Network(model)
+        self._model, self._specs = model, specs
+        self.n_layers, self.hidden_size = self._network.n_layers, self._network.hidden_size
+        self.mtp_layers = sum(spec.component == "mtp" and spec.role == "ffn.down" for spec in specs)
+        if self.mtp_layers > 1:
+            raise UnsupportedError(
+                f"has {self.mtp_layers} MTP layers, expected one", path=model.checkpoint.path
+            )
+
+    def embed(self, tokens: Tokens, target: States) -> None:
+        """Write the embedding of `tokens` (`chunks T`)."""
+        states = target.mapped()
+        _embed(self._model, tokens, states)
+
+    def layer(self, index: int, source: States, target: States, take: Take) -> Iterator[int]:
+        """Run layer `index` from `source` to `target`; yield the chunks of each task."""
+        prefix = f"{self._model.arch.text_prefix}layers.{index}."
+        with _quiet_transformers():
+            layer = self._network._layer(index)
+        watch = _Watch(layer, self._modules(prefix), take)
+
+        def run(part: Float32) -> bool:
+            return self._network._run(layer, part, None)
+
+        yield from self._through(run, watch, source, target, f"layer {index}")
+
+    def head(self, source: States, target: States, take: Take) -> Iterator[int]:
+        """Write the final norm of `source` to `target`, which is what the head reads."""
+        norm = self._norm(f"{self._model.arch.text_prefix}norm.")
+        watch = _Watch(norm, {}, take)
+
+        def run(part: Float32) -> bool:
+            part[...] = norm(torch.from_numpy(part)).numpy()
+            watch.took("head.in", torch.from_numpy(part))
+            return bool(np.isfinite(part).all())
+
+        yield from self._through(run, watch, source, target, "the final norm")
+
+    def mtp(self, tokens: Tokens, normed: States, embedded: States, take: Take) -> Iterator[int]:
+        """Run the MTP layer on the normed final states of tokens 0…T-2 and the embeddings of 1…T-1.
+
+        Its matrix `fc` reads `concat(norm(embedding of token t+1), norm(final state of t))`, as `graph_mtp`
+        in llama.cpp's src/models/qwen35.cpp does; `embedded` (`chunks T-1 hidden`) is overwritten.
+        """
+        self.embed(tokens[:, 1:], embedded)
+        module = self._mtp_module()
+        watch = _Watch(module, self._modules("mtp."), take)
+
+        def run(part: Float32) -> bool:
+            first = watch.first_chunk
+            hidden = torch.from_numpy(normed.read(first, first + len(part))[:, :-1])
+            pair = module.pre_fc_norm_embedding(torch.from_numpy(part)), module.pre_fc_norm_hidden(hidden)
+            part[...] = module.fc(torch.cat(pair, dim=-1)).numpy()
+            return self._network._run(module.layers[0], part, None)
+
+        yield from self._through(run, watch, embedded, embedded, "the MTP layer")
+
+    def _modules(self, prefix: str) -> dict[str, str]:
+        """Return the site of one module for each site under `prefix`, by the module's path."""
+        found: dict[str, str] = {}
+        for spec in self._specs:
+            if spec.site is not None and spec.name.startswith(prefix) and spec.site not in found.values():
+                found[spec.name.removeprefix(prefix).removesuffix(".weight")] = spec.site
+        return found
+
+    def _norm(self, prefix: str | None = None) -> torch.nn.Module:
+        network = self._network
+        with torch.device("meta"):
+            norm: torch.nn.Module = getattr(network._module, self._model.arch.norm_class)(
+                self.hidden_size, eps=network._config.rms_norm_eps
+            )
+        return norm if prefix is None else network._filled(norm, prefix)
+
+    def _mtp_module(self) -> Any:
+        """Return the MTP layer with its weights, under the checkpoint's names; transformers has no class."""
+        network = self._network
+        config = copy.deepcopy(network._config)
+        config.layer_types = ["full_attention"]
+        with _quiet_transformers(), torch.device("meta"):
+            layer = getattr(network._module, self._model.arch.layer_class)(config, 0)
+            fc = torch.nn.Linear(2 * self.hidden_size, self.hidden_size, bias=False)
+        parts = {"layers": torch.nn.ModuleList([layer]), "fc": fc}
+        norms = {name: self._norm() for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+        return network._filled(torch.nn.ModuleDict({**parts, **norms}), "mtp.")
+
+    def _through(
+        self, run: Callable[[Float32], bool], watch: _Watch, source: States, target: States, what: str
+    ) -> Iterator[int]:
+        chunks, tokens = source.shape[:2]
+        batch = max(1, _TASK_TOKENS // tokens)
+
+        @torch.inference_mode()
+        def task(number: int) -> tuple[int, bool]:
+            start = number * batch
+            with watch.task(number, start):
+                part = source.read(start, min(start + batch, chunks))
+                finite = run(part)
+                target.write(start, part)
+            return len(part), finite
+
+        with _quiet_transformers(), _workers(self._network.bytes_per_token * tokens * batch) as pool:
+            for done, finite in pool.map(task, range(-(-chunks // batch))):
+                if not finite:
+                    raise BitsmithError(
+                        f"{what} makes NaN or infinite hidden states", path=self._model.checkpoint.path
+                    )
+                yield done
+
+
+class _Watch:
+    """Shows inputs of a module's matrices, site by site in the order of the tasks, whoever runs them."""
+
+    def __init__(self, module: torch.nn.Module, sites: Mapping[str, str], take: Take) -> None:
+        self._take = take
+        self._here = threading.local()
+        self._changed = threading.Condition()
+        self._next: defaultdict[str, int] = defaultdict(int)
+        self._failure: BaseException | None = None
+        for path, site in sites.items():
+            module.get_submodule(path).register_forward_pre_hook(
+                lambda _, inputs, site=site: self.took(site, inputs[0])
+            )
+
+    @property
+    def first_chunk(self) -> int:
+        """First chunk of the task that runs on this thread."""
+        return int(self._here.first_chunk)
+
+    @contextmanager
+    def task(self, number: int, first_chunk: int) -> Iterator[None]:
+        """Run task `number`; if it fails, no task waits for it any longer."""
+        self._here.number, self._here.first_chunk = number, first_chunk
+        try:
+            yield
+        except BaseException as error:
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
+            raise
+
+    def took(self, site: str, inputs: torch.Tensor) -> None:
+        """Show `inputs` (`B T in`) when it is this task's turn: float sums depend on their order."""
+        number = self._here.number
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure is not None or self._next[site] == number)
+            if self._failure is not None:
+                raise self._failure
+        self._take(site, self.first_chunk, inputs)
+        with self._changed:
+            self._next[site] = number + 1
+            self._changed.notify_all()
+
+
+@contextmanager
+def _workers(task_bytes: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads for tasks of `task_bytes`, one of torch's each: its sums depend on how many share them."""
+    threads = torch.get_num_threads()
+    workers = min(threads, max(_ACTIVATION_BYTES, threads * _WORKER_BYTES) // task_bytes)
+    try:
+        with ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)
