@@ -119,6 +119,46 @@ def observe(
         _through_all(network, tokens, progress, stage, observer)
 
 
+class Steps:
+    """A forward that its caller takes layer by layer over states that the caller holds (`chunks T hidden`).
+
+    The same layers as `final_hidden_states`. Raises as it does.
+    """
+
+    def __init__(self, model: TextModel) -> None:
+        with _quiet_transformers():
+            self._network = _Network(model)
+        self.n_layers = self._network.n_layers
+
+    def embedded(self, tokens: Tokens) -> Float32:
+        """Return the embedding of `tokens` (`chunks T`)."""
+        states = self.room(tokens.shape)
+        _embed(self._network.model, tokens, states)
+        return states
+
+    def room(self, shape: tuple[int, ...]) -> Float32:
+        """Return zeroed states for tokens of `shape`; large ones live in an unnamed temporary file."""
+        return _zeros((*shape, self._network.hidden_size))
+
+    def advance(self, layer: int, states: Float32) -> None:
+        """Replace `states` by the output of `layer`."""
+        network = self._network
+        batch = max(1, _TASK_TOKENS // states.shape[1])
+        batch_bytes = network.bytes_per_token * states.shape[1] * batch
+        with (
+            _quiet_transformers(),
+            torch.inference_mode(),
+            _workers(_ACTIVATION_BYTES // batch_bytes) as pool,
+        ):
+            for _ in network.through_layer(layer, states, batch, pool):
+                pass
+
+    @torch.inference_mode()
+    def normed(self, states: Float32) -> Float32:
+        """Return the final norm of `states` (`chunks S hidden`)."""
+        return self._network.normed(states)
+
+
 def _through_all(
     network: _Network, tokens: Tokens, progress: Progress, stage: str, observer: Observer | None = None
 ) -> Float32:
