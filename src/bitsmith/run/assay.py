@@ -26,7 +26,7 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Protocol, Skipped
 from bitsmith.run.claims import CLAIMS, component_key, seed_checks
 from bitsmith.run.measure import Target, measure, measure_mixer, mixers
-from bitsmith.run.moments import Moments, imatrix_moments
+from bitsmith.run.moments import Moments, StoredMoments, stored_moments
 from bitsmith.run.verdict import (
     Population,
     component_rows,
@@ -84,8 +84,8 @@ def assay(
 
     Reads a Hugging Face folder, a safetensors file or a GGUF, of any family: without an architecture file
     roles come from names. `match` is a regex that chooses matrices by name, `statistics` (by tensor name,
-    or an imatrix in GGUF) add what data-aware low rank sees, `text` the spectra of activations (known
-    architectures only). With `out`, a folder, every finished matrix is kept there, so that a killed run
+    what `calibrate` wrote, or an imatrix) add what data-aware low rank sees, `text` the spectra of
+    activations (known architectures only). With `out`, a folder, every finished matrix is kept there, so that a killed run
     goes on, and `assay.json` is written at the end.
 
     Raises BitsmithError naming the tensor and the value for one that is not finite, UnsupportedError for
@@ -176,7 +176,7 @@ def _jobs(
         _Job(
             target.name,
             target.work,
-            partial(measure, target, resamples, seed, moments.get(target.name)),
+            partial(_measured, target, resamples, seed, moments),
             MatrixAssay,
         )
         for target in targets
@@ -186,6 +186,10 @@ def _jobs(
         for m in mixers(targets, config)
     ]
     return matrices + layers
+
+
+def _measured(target: Target, resamples: int, seed: int, moments: Moments) -> MatrixAssay:
+    return measure(target, resamples, seed, moments.get(target.name))
 
 
 def _run(jobs: Sequence[_Job], journal: Journal | None, path: Path, progress: Progress) -> list[Any]:
@@ -265,13 +269,15 @@ def _key(checkpoint: Checkpoint, protocol: Protocol) -> str:
 
 def _moments(statistics: Moments | Path | None, targets: Sequence[Target]) -> Moments:
     if isinstance(statistics, Path):
-        return imatrix_moments(statistics, (target.spec for target in targets))
+        return stored_moments(statistics, (target.spec for target in targets))
     return statistics or {}
 
 
 def _digest(moments: Moments) -> str | None:
     if not moments:
         return None
+    if isinstance(moments, StoredMoments):
+        return moments.digest
     digest = hashlib.sha256()
     for name in sorted(moments):
         digest.update(name.encode() + np.ascontiguousarray(moments[name]).tobytes())

@@ -236,6 +236,7 @@ class _Run:
             held_chunks=len(self.held),
             fit_tokens=(chunks - len(self.held)) * ctx,
             seed=self.seed,
+            tied=self.model.arch.tied,
             tokens=tokens,
             sites=sites,
         )

@@ -1,44 +1,76 @@
-"""Second moments of a matrix's inputs, as llama.cpp's `imatrix` collects them."""
+"""Second moments of matrices' inputs, from what `calibrate` wrote or from llama.cpp's `imatrix`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.archs import TensorSpec
+from bitsmith.archs import TensorSpec, claim, import_view
 from bitsmith.errors import BitsmithError
-from bitsmith.store import open_gguf
+from bitsmith.store import open_checkpoint
+from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
+from bitsmith.store.statistics import Statistics, dense_moment, imatrix_of, open_statistics
 
 Moments = Mapping[str, NDArray[np.float64]]
 """By tensor name: E[x xᵀ] (`in in`), or its diagonal E[x²] (`in`)."""
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
+
+class StoredMoments(Mapping[str, NDArray[np.float64]]):
+    """Moments by Hugging Face name, in the order of its columns, read when they are asked for."""
+
+    def __init__(self, statistics: Statistics, specs: Iterable[TensorSpec]) -> None:
+        self._statistics = statistics
+        self._specs = {spec.name: spec for spec in specs if statistics.knows(spec)}
+        self.digest = statistics.digest
+
+    def __getitem__(self, name: str) -> NDArray[np.float64]:
+        found = self._statistics.hugging_face(self._specs[name])
+        if found is None:
+            raise KeyError(name)
+        moment = found.diagonal if found.moment is None else dense_moment(found.moment)
+        return moment.astype(np.float64)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._specs)
+
+    def __len__(self) -> int:
+        return len(self._specs)
 
 
-def imatrix_moments(path: Path, specs: Iterable[TensorSpec]) -> dict[str, NDArray[np.float64]]:
-    """Return E[x²] (`in`) by Hugging Face name from an imatrix in GGUF.
+def stored_moments(path: Path, specs: Iterable[TensorSpec]) -> StoredMoments:
+    """Return the moments of some of a model's matrices; those that `path` does not hold are left out.
 
-    Matrices that it does not hold are left out. Raises BitsmithError where it holds none of the model's, or
-    one of another width.
+    `path` is a folder of `calibrate` or an imatrix. Raises as `open_statistics` does.
     """
-    moments = {}
-    with open_gguf(path) as imatrix:
-        for spec in specs:
-            sums, counts = imatrix.get(f"{spec.gguf_name}{_SUMS}"), imatrix.get(f"{spec.gguf_name}{_COUNTS}")
-            if sums is None or counts is None:
-                continue
-            if sums.size != spec.shape[-1] or counts.size != 1:
-                raise BitsmithError(
-                    f"holds {sums.size} sums and {counts.size} counts, expected {spec.shape[-1]} and 1",
-                    path=path,
-                    tensor=sums.name,
-                )
-            count = max(float(counts.read().reshape(-1)[0]), 1.0)
-            mean = spec.importance_from_gguf(np.asarray(sums.read(), dtype=np.float32).reshape(-1) / count)
-            moments[spec.name] = mean.astype(np.float64)
-    if not moments:
-        raise BitsmithError("holds no statistics of this model's matrices", path=path)
-    return moments
+    listed = list(specs)
+    return StoredMoments(open_statistics(path, listed, partial=True), listed)
+
+
+def export_imatrix(model: Path, statistics: Path, out: Path, *, overwrite: bool = False) -> int:
+    """Write statistics as llama.cpp's imatrix for `model`'s GGUF, without a forward; return the entries.
+
+    E[x²] is over fit and held-out tokens together. `out` ends in `.gguf` or `.dat`. Raises BitsmithError for
+    another ending and as `open_statistics` does, OutputError as `atomic_file` does.
+    """
+    if not is_imatrix_name(out):
+        raise BitsmithError("is no name of an imatrix: expected .gguf or .dat", path=out)
+    with open_checkpoint(model) as checkpoint:
+        specs = model_specs(checkpoint)
+        found = imatrix_of(open_statistics(statistics, specs), specs)
+    files = statistics.iterdir() if statistics.is_dir() else [statistics]
+    write_imatrix(out, found, overwrite=overwrite, sources=files)
+    return len(found.entries)
+
+
+def model_specs(checkpoint: Checkpoint) -> list[TensorSpec]:
+    """Return the specs of a Hugging Face checkpoint's or a GGUF's tensors.
+
+    Raises as `claim` and `import_view` do.
+    """
+    if checkpoint.config:
+        return [spec for spec, _ in claim(checkpoint)]
+    return list(import_view(checkpoint).specs.values())

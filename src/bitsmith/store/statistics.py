@@ -121,6 +121,7 @@ class Manifest:
     held_chunks: int
     fit_tokens: int
     seed: int
+    tied: bool
     tokens: dict[str, str]
     sites: dict[str, SiteEntry]
     kind: str = "statistics"
@@ -146,10 +147,10 @@ class Statistics:
     fit_tokens: int | None = None
     notes: tuple[str, ...] = ()
 
-    def __init__(self, path: Path, specs: Iterable[SiteSpec]) -> None:
+    def __init__(self, path: Path, specs: Iterable[SiteSpec], partial: bool) -> None:
         self.path = path
         self._specs = list(specs)
-        self._tied = is_tied(self._specs)
+        self._tied = is_tied(self._specs) and not partial
         self._kept: SiteStatistics | None = None
         self._lock = threading.Lock()
 
@@ -161,9 +162,13 @@ class Statistics:
         found = self.hugging_face(spec)
         return None if found is None else found.permuted(gguf_columns(spec))
 
+    def knows(self, spec: SiteSpec) -> bool:
+        """Tell whether `of` has an answer for `spec`, reading nothing."""
+        raise NotImplementedError
+
     def hugging_face(self, spec: SiteSpec) -> SiteStatistics | None:
         """Return what `of` does in the order of the Hugging Face columns."""
-        site = head_site_for(spec) if self._tied else spec.site
+        site = self._site(spec)
         if site is None:
             return None
         with self._lock:
@@ -175,6 +180,9 @@ class Statistics:
     def tokens(self) -> tuple[Int64, Int64] | None:
         """Return the token ids of the fit and of the held-out chunks (`chunks ctx` each); None if unknown."""
         return None
+
+    def _site(self, spec: SiteSpec) -> str | None:
+        return head_site_for(spec) if self._tied else spec.site
 
     def _load(self, site: str) -> SiteStatistics | None:
         raise NotImplementedError
@@ -211,10 +219,10 @@ def gguf_columns(spec: SiteSpec) -> NDArray[np.intp]:
     return spec.importance_to_gguf(np.arange(spec.shape[-1], dtype=np.float32)).astype(np.intp)
 
 
-def site_widths(specs: Iterable[SiteSpec]) -> dict[str, int]:
-    """Return the columns of every activation site; tied embeddings read the head's."""
+def site_widths(specs: Iterable[SiteSpec], tied: bool | None = None) -> dict[str, int]:
+    """Return the columns of every activation site; `tied` embeddings read the head's (None: look)."""
     listed = list(specs)
-    tied = is_tied(listed)
+    tied = is_tied(listed) if tied is None else tied
     sites = ((head_site_for(spec) if tied else spec.site, spec.shape[-1]) for spec in listed)
     return {site: width for site, width in sites if site is not None}
 
@@ -257,13 +265,14 @@ class _FolderStatistics(Statistics):
     """A folder that `calibrate` wrote."""
 
     def __init__(self, path: Path, specs: Iterable[SiteSpec], partial: bool) -> None:
-        super().__init__(path, specs)
+        super().__init__(path, specs, partial)
         manifest_path = path / MANIFEST_NAME
         if not manifest_path.is_file():
             raise BitsmithError(f"holds no {MANIFEST_NAME}: no finished calibration", path=path)
         raw = manifest_path.read_bytes()
         self.digest = hashlib.sha256(raw).hexdigest()
         self._manifest = _parsed(raw, manifest_path)
+        self._tied = self._manifest.tied if partial else self._tied
         for name in (
             "model",
             "model_sha256",
@@ -289,7 +298,7 @@ class _FolderStatistics(Statistics):
         return sorted(names)
 
     def _check_sites(self, partial: bool) -> None:
-        widths = site_widths(self._specs)
+        widths = site_widths(self._specs, self._tied)
         expected: dict[str, set[str]] = {name: set() for name in self._files}
         for site, entry in self._manifest.sites.items():
             if site not in widths:
@@ -324,6 +333,10 @@ class _FolderStatistics(Statistics):
         )
         return fit.astype(np.int64), held.astype(np.int64)
 
+    def knows(self, spec: SiteSpec) -> bool:
+        """Tell whether the manifest has `spec`'s site."""
+        return self._site(spec) in self._manifest.sites
+
     def _load(self, site: str) -> SiteStatistics | None:
         entry = self._manifest.sites.get(site)
         if entry is None:
@@ -339,7 +352,7 @@ class _ImatrixStatistics(Statistics):
     """llama.cpp's imatrix, GGUF or legacy: E[x²] by GGUF tensor name."""
 
     def __init__(self, path: Path, specs: Iterable[SiteSpec], partial: bool) -> None:
-        super().__init__(path, specs)
+        super().__init__(path, specs, partial)
         self._imatrix = read_imatrix(path)
         self.digest = self._imatrix.sha256
         self.text = ", ".join(self._imatrix.datasets) or None
@@ -347,38 +360,33 @@ class _ImatrixStatistics(Statistics):
         self.notes = tuple(
             f"{printable(name)}: no token was counted, so it is left out" for name in self._imatrix.empty
         )
-        self._by_site = self._matched(partial)
+        self._check(partial)
 
-    def _matched(self, partial: bool) -> dict[str, SiteSpec]:
-        """Return a spec for each site that has an entry; refuse unknown entries and other widths."""
-        entries = self._imatrix.entries
-        known = {spec.gguf_name: spec for spec in self._specs}
-        found: dict[str, SiteSpec] = {}
-        for name, (sums, _) in entries.items():
-            spec = known.get(name)
-            if spec is None or len(spec.shape) < 2:
+    def _check(self, partial: bool) -> None:
+        """Refuse entries of no matrix of the model, and of other widths."""
+        known = {spec.gguf_name: spec for spec in self._specs if len(spec.shape) > 1}
+        for name, (sums, _) in self._imatrix.entries.items():
+            if name not in known:
                 if not partial:
                     raise BitsmithError("is no matrix of this model", path=self.path, tensor=name)
-                continue
-            if sums.size != spec.shape[-1]:
+            elif sums.size != known[name].shape[-1]:
                 raise BitsmithError(
-                    f"holds {sums.size} sums, expected {spec.shape[-1]}", path=self.path, tensor=name
+                    f"holds {sums.size} sums, expected {known[name].shape[-1]}", path=self.path, tensor=name
                 )
-            site = head_site_for(spec) if self._tied else spec.site
-            found.setdefault(site or name, spec)
-        if not found:
+        if not known.keys() & self._imatrix.entries.keys():
             raise BitsmithError("holds no statistics of this model's matrices", path=self.path)
-        return found
+
+    def knows(self, spec: SiteSpec) -> bool:
+        """Tell whether the imatrix has an entry of `spec`'s GGUF name."""
+        return spec.gguf_name in self._imatrix.entries
 
     def hugging_face(self, spec: SiteSpec) -> SiteStatistics | None:
-        """Return E[x²] of `spec`'s own entry, or of another matrix that reads the same site."""
-        site = (head_site_for(spec) if self._tied else spec.site) or str(spec.gguf_name)
-        source = spec if spec.gguf_name in self._imatrix.entries else self._by_site.get(site)
-        if source is None:
+        """Return E[x²] of the entry of `spec`'s GGUF name."""
+        if not self.knows(spec):
             return None
-        sums, count = self._imatrix.entries[str(source.gguf_name)]
-        mean = source.importance_from_gguf((sums.astype(np.float64) / count).astype(np.float32))
-        return SiteStatistics(site, int(count), mean)
+        sums, count = self._imatrix.entries[str(spec.gguf_name)]
+        mean = spec.importance_from_gguf((sums.astype(np.float64) / count).astype(np.float32))
+        return SiteStatistics(self._site(spec) or str(spec.gguf_name), int(count), mean)
 
 
 def imatrix_of(statistics: Statistics, specs: Iterable[SiteSpec]) -> Imatrix:
