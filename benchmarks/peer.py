@@ -112,7 +112,7 @@ class Peer:
         embedding: str | None = None,
         tensor_types: Mapping[str, str] | None = None,
     ) -> Ran:
-        """Quantize `model` to a stock mix; `tensor_types` overrides by regex on the name, the first that matches.
+        """Quantize `model` to a stock mix; `tensor_types` overrides by regex on names, first match first.
 
         llama-quantize ignores `--tensor-type` where it is given `--pure`; a last override that matches every
         weight does the same.

@@ -138,7 +138,8 @@ class Bench:
         def make(out: Path) -> Any:
             return self.setting.peer.quantize(self.base.path, out, type_name, imatrix=imatrix, **options)
 
-        return self._made(f"head-{name}" if self.setting.head else name, make, "")
+        asked = json.dumps([type_name, options])
+        return self._made(f"head-{name}" if self.setting.head else name, make, asked)
 
     def _ours(self, name: str, words: list[str | Path], for_ever: bool = False) -> Made:
         def make(out: Path) -> Any:
@@ -146,15 +147,15 @@ class Bench:
 
         return self._made(name, make, "" if for_ever or self.setting.keep else _sources())
 
-    def _made(self, name: str, make: Any, sources: str) -> Made:
-        """Return the kept file, or make it where it is missing or of other `sources` (empty: any)."""
+    def _made(self, name: str, make: Any, key: str) -> Made:
+        """Return the kept file, or make it where it is missing or has another `key` (empty: any)."""
         path, note = self.folder / name, self.folder / f"{name}.json"
         known = json.loads(note.read_text()) if note.exists() and path.exists() else None
-        if known is None or (sources and known["sources"] != sources):
+        if known is None or (key and known["key"] != key):
             print(f"{self.model.name}: {name}", file=sys.stderr, flush=True)
             note.unlink(missing_ok=True)
             ran = make(path)
-            known = {"sources": _sources(), "command": " ".join(ran.command), "seconds": ran.seconds}
+            known = {"key": key, "command": " ".join(ran.command), "seconds": ran.seconds}
             note.write_text(json.dumps(known))
         return Made(path, known["command"], known["seconds"])
 
