@@ -61,12 +61,17 @@ class BlockFormat(Format):
     """A format whose blocks hold codes on a grid of levels, scaled per sub-block.
 
     `levels` are the grid in units of the scale by code; the first and last code that may be written are
-    `first_code` and the last level's.
+    `first_code` and the last level's. Where levels are no whole numbers in a row, `level_table` has the level
+    nearest to a place `p` at `floor(2 p) + len / 2`. `scale_limits` and `min_limits` are the least and the
+    largest whole number that a sub-block's scale and min may be; equal limits mean that it is fixed.
     """
 
     sub_size: ClassVar[int]
     levels: ClassVar[Float32]
     first_code: ClassVar[int] = 0
+    level_table: ClassVar[Float32] = np.zeros(1, np.float32)
+    scale_limits: ClassVar[tuple[int, int]] = (1, 1)
+    min_limits: ClassVar[tuple[int, int]] = (0, 0)
     piece_weights: ClassVar[int] = 1 << 18  # encoded or decoded at a time by one thread
 
     @property

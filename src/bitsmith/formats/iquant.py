@@ -34,6 +34,7 @@ _STARTS = floats(
 class _Uneven(BlockFormat):
     sub_size = 32
     levels = _LEVELS
+    level_table = _LEVEL_TABLE
 
     def _round(self, blocks: Float32, fields: Fields, codes: Codes) -> None:
         nearest_in_table(blocks, fields.d, fields.scales, _CODE_TABLE, codes)
@@ -65,6 +66,7 @@ class IQ4_XS(_Uneven):
     ggml_type = 23
     block_size = 256
     block_bytes = 136
+    scale_limits = (-32, 31)
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_symmetric(

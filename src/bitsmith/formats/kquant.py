@@ -52,6 +52,7 @@ class Q2_K(_Affine):
     sub_size = 16
     levels = np.arange(4, dtype=np.float32)
     scale_max = np.float32(15)
+    scale_limits = min_limits = (0, 15)
     starts = AFFINE_2
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -74,6 +75,7 @@ class Q3_K(_Symmetric):
     sub_size = 16
     levels = np.arange(-4, 4, dtype=np.float32)
     scale_range = floats(-32, 31)
+    scale_limits = (-32, 31)
     starts = floats(
         -4.16, -3.24, -4.6, -3.84, -2.96, -4.36, -5.28, 4.8, -6.0, -3.64, 5.96, 4.08, -4.0,
     )  # fmt: skip
@@ -98,6 +100,7 @@ class Q4_K(_Affine):
     sub_size = 32
     levels = np.arange(16, dtype=np.float32)
     scale_max = np.float32(63)
+    scale_limits = min_limits = (0, 63)
     starts = AFFINE_4
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -117,6 +120,7 @@ class Q5_K(_Affine):
     sub_size = 32
     levels = np.arange(32, dtype=np.float32)
     scale_max = np.float32(63)
+    scale_limits = min_limits = (0, 63)
     starts = AFFINE_5
     reach = (3, 2)
 
@@ -137,6 +141,7 @@ class Q6_K(_Symmetric):
     sub_size = 16
     levels = np.arange(-32, 32, dtype=np.float32)
     scale_range = floats(-128, 127)
+    scale_limits = (-128, 127)
     starts = floats(
         -32.0, -31.04, -30.08, -29.12, -27.84, -26.88, -32.64, -25.92, -24.96, -24.0, -33.6, -23.04, -28.48,
         -31.68, -21.12, -29.76, -30.72, -22.08, -35.2, -28.8, -27.2, -32.32, -31.36, -34.24,

@@ -54,6 +54,8 @@ class _Legacy(BlockFormat):
 
 
 class _LegacyAffine(_Legacy):
+    min_limits = (1, 1)
+
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_affine(blocks, weights, first, self.levels[-1], *self._effort(weights), fields.d, fields.m)
         fields.mins[:] = 1

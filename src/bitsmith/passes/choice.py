@@ -1,0 +1,95 @@
+"""Choose a tensor's rounder and damping by held-out output error: the guard against overfitting."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from bitsmith.formats.blocks import BlockFormat
+from bitsmith.formats.format import Float32, Format
+from bitsmith.numerics.input_metric import DAMPING, InputMetric
+from bitsmith.passes.rounding import output_error, round_rows
+
+DAMPINGS = (0.003, 0.03, 0.3)
+"""Tried by `choose`, in units of the mean variance."""
+
+SAMPLE_ROWS = 256
+"""Rows of a tensor that `choose` decides by."""
+
+
+class SiteInputs(Protocol):
+    """What is known of a matrix's inputs, columns in GGUF order; see `store.statistics.SiteStatistics`."""
+
+    @property
+    def diagonal(self) -> Float32:
+        """E[x²] (`in`)."""
+
+    @property
+    def moment(self) -> Float32 | None:
+        """E[x xᵀ] (`in in`), or block-diagonal (`n b b`)."""
+
+    @property
+    def held(self) -> Float32 | None:
+        """Held-out inputs (`rows in`)."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The rounder of one tensor: `gptq` with a damping, `weighted` or `nearest`, and why.
+
+    `held_errors` are the relative held-out output errors `sum |E x|² / sum |W x|²` of what was tried, by
+    `weighted`, `nearest` or `gptq <damping>`; empty where nothing was held out.
+    """
+
+    rounder: str
+    damping: float | None = None
+    held_errors: Mapping[str, float] = field(default_factory=dict)
+
+
+def sample_rows(rows: int, count: int = SAMPLE_ROWS) -> slice:
+    """Return evenly spread rows to decide by."""
+    return slice(0, rows, max(1, -(-rows // count)))
+
+
+def choose(
+    form: Format,
+    rows: Float32,
+    inputs: SiteInputs | None,
+    rounder: str = "auto",
+    *,
+    metric_for: Callable[[float], InputMetric] | None = None,
+    dampings: Sequence[float] = DAMPINGS,
+) -> Choice:
+    """Choose the rounder for a tensor by a sample of its `rows` (`out in`, GGUF layout).
+
+    `rounder` is `nearest`, `weighted`, `gptq` or `auto`. Error feedback needs second moments and a format
+    of blocks; without them `weighted` is left, and without any statistics `nearest`. Under `gptq` and `auto`
+    the damping is the one of least held-out output error, and the feedback is kept only where that falls
+    below the weighted search's; `auto` also weighs `nearest`. Without held-out inputs `gptq` takes the
+    default damping and `auto` takes `weighted`. `metric_for` shares metrics between the tensors of a site.
+    """
+    if rounder == "nearest" or inputs is None or not isinstance(form, BlockFormat):
+        return Choice("nearest")
+    moment, held = inputs.moment, inputs.held
+    if rounder == "weighted" or moment is None:
+        return Choice("weighted")
+    if held is None or not len(held):
+        return Choice("gptq", DAMPING) if rounder == "gptq" else Choice("weighted")
+    whole = output_error(rows, held)
+
+    def error(blocks: np.ndarray) -> float:
+        left = output_error(rows - form.decode(blocks), held)
+        return left / whole if whole > 0 else left
+
+    build = metric_for or (lambda damping: InputMetric(moment, damping))
+    errors = {"weighted": error(form.encode(rows, inputs.diagonal))}
+    if rounder == "auto":
+        errors["nearest"] = error(form.encode(rows))
+    tried = {f"gptq {damping:g}": damping for damping in dampings}
+    for name, damping in tried.items():
+        errors[name] = error(round_rows(form, rows, build(damping)))
+    best = min(errors, key=lambda name: (errors[name], name != "weighted"))
+    return Choice(best.split()[0], tried.get(best), errors)
