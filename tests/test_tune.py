@@ -1,0 +1,251 @@
+"""Tuning: the start is the file, gradients are right, the result is never worse, a killed run goes on."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.formats import format_named
+from bitsmith.formats.blocks import BlockFormat
+from bitsmith.run.descent import batches
+from bitsmith.run.evaluate import open_model
+from bitsmith.run.execute import compress
+from bitsmith.run.forward import compare, final_hidden_states
+from bitsmith.run.free_model import FreeModel, original_weights
+from bitsmith.run.free_weights import latent_places
+from bitsmith.run.student import Student, divergence
+from bitsmith.run.tune import TuneOptions, tune
+from bitsmith.store import open_gguf
+
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
+
+
+def random_tokens(vocab: int, chunks: int, ctx: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, vocab, (chunks, ctx))
+
+
+@pytest.fixture(scope="module")
+def coded(tiny_qwen3_5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny GGUF that has rows permuted, norms shifted, MTP tensors and all of the K and IQ4 formats."""
+    out = tmp_path_factory.mktemp("coded") / "mixed.gguf"
+    rules = [(f"blk.{n}.", TYPES[n % len(TYPES)]) for n in range(5)]
+    compress(tiny_qwen3_5, out, "Q2_K", tensor_types=[("token_embd", "Q8_0"), *rules])
+    return out
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_the_start_is_the_file_bit_for_bit(tiny_qwen3_5: Path, coded: Path, codes: bool) -> None:
+    with open_model(tiny_qwen3_5) as original, open_model(coded) as candidate:
+        free = FreeModel(candidate.source, candidate.checkpoint, original, codes=codes)
+        packed, weights = free.packed(), free.weights()
+        assert {name for name in candidate.source if not name.startswith("blk.4.")} >= packed.keys()
+        for name, blocks in packed.items():
+            assert np.array_equal(blocks, candidate.source[name].raw()), name
+        prefix = candidate.arch.text_prefix
+        for name, value in weights.items():
+            stored = candidate.checkpoint[name if name == "lm_head.weight" else prefix + name].read()
+            np.testing.assert_allclose(value.detach().numpy(), stored, rtol=3e-7, atol=1e-9, err_msg=name)
+
+
+def test_packed_bytes_decode_to_the_value_after_a_step(tiny_qwen3_5: Path, coded: Path) -> None:
+    with open_model(tiny_qwen3_5) as original, open_model(coded) as candidate:
+        free = FreeModel(candidate.source, candidate.checkpoint, original, codes=True)
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for leaf in free.parameters.values():
+            leaf.add_(0.2 * torch.randn(leaf.shape, generator=random))
+    moved, decoded = free.weights(), free.decoded()
+    for name, value in moved.items():
+        np.testing.assert_allclose(
+            value.detach().numpy(), decoded[name].numpy(), rtol=2e-6, atol=2e-7, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q6_K"])
+def test_a_latent_code_starts_in_its_cell_beside_the_original(name: str) -> None:
+    form = format_named(name)
+    assert isinstance(form, BlockFormat)
+    rows = np.random.default_rng(1).standard_normal((3, 512)).astype(np.float32)
+    rows[1, :256] = 0
+    fields, codes = form.unpack(form.encode(rows))
+    places = latent_places(form, fields, codes, rows).reshape(codes.shape)
+    nearest = np.abs(places[..., None] - form.levels).argmin(-1)
+    assert np.array_equal(form.levels[nearest], form.levels[codes])
+    step = np.repeat(fields.steps(), form.sub_size, axis=1)
+    offset = np.repeat(fields.offsets(), form.sub_size, axis=1)
+    at = form.levels[codes]
+    true = rows.reshape(codes.shape)
+    moved = np.sign((true - (step * at - offset)) * np.sign(step))
+    assert (np.sign(places - at) * moved >= 0)[np.abs(places - at) > 1e-3].mean() > 0.999
+
+
+def test_gradient_of_the_block_scales_is_the_slope(tiny_qwen3: Path, tmp_path: Path) -> None:
+    coded = tmp_path / "q.gguf"
+    compress(tiny_qwen3, coded, "Q4_K", pure=True)
+    with open_model(tiny_qwen3) as original, open_model(coded) as candidate:
+        free = FreeModel(candidate.source, candidate.checkpoint, original, codes=False)
+        student, teacher = Student(candidate.arch), original_weights(original)
+    tokens = torch.from_numpy(random_tokens(200, 2, 24, seed=0))
+    wanted = student.states(teacher, tokens).flatten(0, 1)
+
+    def loss() -> torch.Tensor:
+        weights = free.weights()
+        states = student.states(weights, tokens).flatten(0, 1)
+        return divergence(states, weights["lm_head.weight"], wanted, teacher["lm_head.weight"]).sum()
+
+    leaf = free.parameters["layers.0.mlp.down_proj.weight:scale"]
+    loss().backward()
+    slope = float(leaf.grad.sum())
+    moved = []
+    for change in (0.02, -0.02):  # far beyond a float16 step, which the forward rounds to
+        with torch.no_grad():
+            leaf += change
+            moved.append(float(loss()))
+            leaf -= change
+    assert slope == pytest.approx((moved[0] - moved[1]) / 0.04, rel=0.05)
+
+
+def test_the_student_is_the_reference_forward(tiny_qwen3_5: Path) -> None:
+    tokens = random_tokens(200, 2, 70, seed=1)
+    with open_model(tiny_qwen3_5) as model:
+        expected = final_hidden_states(model, tokens, 0)
+        states = Student(model.arch).states(original_weights(model), torch.from_numpy(tokens))
+    np.testing.assert_allclose(states[:, :-1].detach().numpy(), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_divergence_in_slices_is_the_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    states, wanted, head, other = (
+        torch.randn(shape, generator=random) for shape in ((9, 8), (9, 8), (50, 8), (50, 8))
+    )
+    states.requires_grad_()
+    whole = divergence(states, head, wanted, other)
+    whole.sum().backward()
+    gradient = states.grad.clone()
+    states.grad = None
+    monkeypatch.setattr("bitsmith.run.student._LOGITS", 100)
+    sliced = divergence(states, head, wanted, other)
+    sliced.sum().backward()
+    p = torch.softmax(wanted @ other.T, -1)
+    naive = (p * (torch.log_softmax(wanted @ other.T, -1) - torch.log_softmax(states @ head.T, -1))).sum(-1)
+    torch.testing.assert_close(sliced, naive, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(whole, naive, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(states.grad, gradient)
+
+
+def test_batches_pass_over_all_windows_before_any_comes_again() -> None:
+    drawn = np.concatenate([batches(7, 3, step, seed=5) for step in range(7)])
+    for turn in range(3):
+        assert sorted(drawn[7 * turn : 7 * turn + 7]) == list(range(7))
+    assert not np.array_equal(drawn[:7], drawn[7:14])
+
+
+def short(**changes: object) -> TuneOptions:
+    return TuneOptions(**{"steps": 20, "window_tokens": 32, "batch_tokens": 64, **changes})
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_tuning_lowers_the_measured_divergence_in_the_same_bytes(
+    tiny_qwen3: Path, tmp_path: Path, codes: bool
+) -> None:
+    coded, out = tmp_path / "q.gguf", tmp_path / "tuned.gguf"
+    compress(tiny_qwen3, coded, "Q2_K", pure=True)
+    fit, held = random_tokens(200, 16, 64, seed=0), random_tokens(200, 4, 64, seed=1)
+    record = tune(tiny_qwen3, coded, out, fit, held, short(codes=codes))
+    assert record.kept
+    assert record.held_kld_after_nats < 0.95 * record.held_kld_before_nats
+    assert out.stat().st_size == coded.stat().st_size
+    with open_gguf(coded) as before, open_gguf(out) as after:
+        assert after.typed_metadata() == before.typed_metadata()
+        assert [(n, r.dtype, r.shape) for n, r in after.items()] == [
+            (n, r.dtype, r.shape) for n, r in before.items()
+        ]
+    with open_model(tiny_qwen3) as original, open_model(out) as candidate:
+        states = [final_hidden_states(m, held, 32).reshape(-1, 128) for m in (original, candidate)]
+        scores = compare(original, candidate, (states[0], states[1]), held[:, 33:].reshape(-1))
+    assert scores.kld.mean() == pytest.approx(record.held_kld_after_nats, rel=1e-3)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_what_only_gets_worse_returns_the_candidate(tiny_qwen3: Path, tmp_path: Path) -> None:
+    coded, out = tmp_path / "q.gguf", tmp_path / "tuned.gguf"
+    compress(tiny_qwen3, coded, "Q6_K", pure=True)
+    fit, held = random_tokens(200, 4, 64, seed=0), random_tokens(200, 2, 64, seed=1)
+    record = tune(tiny_qwen3, coded, out, fit, held, short(learning_rate=30.0))
+    assert not record.kept
+    assert record.best_step == 0
+    assert record.held_kld_after_nats == record.held_kld_before_nats
+    assert record.learning_rate < 30.0
+    assert out.read_bytes() == coded.read_bytes()
+
+
+_KILLED = """
+import sys, numpy as np, torch
+from pathlib import Path
+import bitsmith.run.descent as descent
+from bitsmith.run.tune import TuneOptions, tune
+torch.set_num_threads(1)
+descent._SAVED_EVERY_SECONDS = 0.0
+model, coded, out = map(Path, sys.argv[1:4])
+random = np.random.default_rng(0)
+fit, held = random.integers(0, 200, (8, 64)), random.integers(0, 200, (2, 64))
+options = TuneOptions(steps=24, window_tokens=32, batch_tokens=64, codes=True)
+def report(stage, done, total):
+    if stage == "tune":
+        print(done, flush=True)
+        if done == int(sys.argv[4]):
+            sys.stdin.read()
+print(tune(model, coded, out, fit, held, options, progress=report).held_kld_after_nats)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(tiny_qwen3: Path, tmp_path: Path) -> None:
+    coded = tmp_path / "q.gguf"
+    compress(tiny_qwen3, coded, "Q2_K", pure=True)
+
+    def start(out: Path, stop_at: int) -> subprocess.Popen[str]:
+        arguments = [sys.executable, "-c", _KILLED, tiny_qwen3, coded, out, str(stop_at)]
+        return subprocess.Popen(
+            list(map(str, arguments)), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "whole.gguf", -1)
+    assert whole.communicate("")[0].splitlines()[0] == "1"
+    killed = start(tmp_path / "killed.gguf", 13)
+    assert killed.stdout is not None
+    while killed.stdout.readline().strip() != "13":
+        time.sleep(0)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert not (tmp_path / "killed.gguf").exists()
+    again = start(tmp_path / "killed.gguf", -1)
+    assert again.communicate("")[0].splitlines()[0] == "14"
+    assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_inputs_that_do_not_go_together_are_refused(
+    tiny_qwen3: Path, tiny_qwen3_5: Path, coded: Path, tmp_path: Path
+) -> None:
+    tokens = random_tokens(200, 2, 64, seed=0)
+    out = tmp_path / "out.gguf"
+    with pytest.raises(BitsmithError):
+        tune(tiny_qwen3, coded, out, tokens, tokens, short())
+    with pytest.raises(BitsmithError, match="no GGUF"):
+        tune(tiny_qwen3_5, tiny_qwen3_5, out, tokens, tokens, short())
+    with pytest.raises(BitsmithError, match="window"):
+        tune(tiny_qwen3_5, coded, out, tokens[:, :16], tokens, short())
+    with pytest.raises(BitsmithError, match="held-out"):
+        tune(tiny_qwen3_5, coded, out, tokens, tokens[:0], short())
+    shutil.copy(coded, out)
+    with pytest.raises(OutputError, match="exists"):
+        tune(tiny_qwen3_5, coded, out, tokens, tokens, short())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf"]
