@@ -19,7 +19,7 @@ from bitsmith.archs import export_view
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.formats import format_named
 from bitsmith.lab.synth import synth_config, synth_tensors
-from bitsmith.run import execute
+from bitsmith.run import encode
 from bitsmith.run.execute import compress, plan_for
 from bitsmith.run.mixes import MIXES, mix_named
 from bitsmith.store import TensorData, open_checkpoint, open_gguf, write_gguf, write_safetensors
@@ -91,7 +91,7 @@ def test_the_same_source_gives_the_same_bytes_in_any_slices(
     tiny_qwen3_5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compress(tiny_qwen3_5, tmp_path / "whole.gguf", "Q4_K_M")
-    monkeypatch.setattr(execute, "SLICE_BYTES", 10_000)
+    monkeypatch.setattr(encode, "SLICE_BYTES", 10_000)
     sliced = compress(tiny_qwen3_5, tmp_path / "sliced.gguf", "Q4_K_M")
     assert whole.sha256 == sliced.sha256
     for one, other in zip(whole.tensors, sliced.tensors, strict=True):

@@ -3,50 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
-from bitsmith.errors import DamagedFileError, OutputError
-from bitsmith.formats import format_named
-from bitsmith.numerics.finite import first_non_finite
+from bitsmith import __version__
+from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.progress import Progress, silent
+from bitsmith.run.encode import Rounder, TensorEncoder, Written, check_rounder
 from bitsmith.run.mixes import mix_named
-from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source, plan, plan_source
+from bitsmith.run.plan import Plan, PlanRow, Source, open_source, plan_source
+from bitsmith.run.plan_file import read_plan
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
-from bitsmith.store.atomic import atomic_file
-from bitsmith.store.checkpoint import Bytes, TensorRef
+from bitsmith.store.atomic import atomic_file, refuse_taken
+from bitsmith.store.checkpoint import Bytes
+from bitsmith.store.journal import Journal
+from bitsmith.store.statistics import Statistics, open_statistics
 
 MANIFEST_SUFFIX = ".sha256"
-SLICE_BYTES = 8 << 20
-"""Float32 bytes of the rows in hand at a time."""
-
-Float32 = NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Written:
-    """One tensor as written; `relative_error` is `sum (w - decoded)^2 / sum w^2` over what the file holds."""
-
-    hf_name: str
-    gguf_name: str
-    type: str
-    nbytes: int
-    relative_error: float
-    seconds: float
+_COPIED_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
 class Record:
     """What one compression did; `sha256` is of the file, also in the manifest `OUT.sha256` beside it.
 
-    `peak_memory_bytes` is the process's peak resident memory, None where the system does not tell.
+    `statistics` is the digest of what guided the rounding, None without. `resumed` counts tensors that a run
+    killed before had finished. `peak_memory_bytes` is the process's peak resident memory, None where the
+    system does not tell.
     """
 
     out: Path
@@ -56,15 +50,22 @@ class Record:
     sha256: str
     seconds: float
     peak_memory_bytes: int | None
+    rounder: Rounder = "nearest"
+    statistics: str | None = None
+    resumed: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
         return {
             "out": str(self.out),
+            "bitsmith": __version__,
             "file_bytes": self.file_bytes,
             "sha256": self.sha256,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
+            "rounder": self.rounder,
+            "statistics_sha256": self.statistics,
+            "resumed_tensors": self.resumed,
             "fallbacks": [row.gguf_name for row in self.plan.fallbacks],
             "tensors": [asdict(written) for written in self.tensors],
             "plan": self.plan.to_json(),
@@ -73,54 +74,76 @@ class Record:
 
 def plan_for(
     model: Path,
-    type_name: str,
+    type_name: str | None = None,
     *,
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
     no_fallback: bool = False,
+    plan_file: Path | None = None,
+    statistics: Path | None = None,
 ) -> Plan:
-    """Return the plan that `compress` would carry out; nothing is written. Raises as `plan` does."""
+    """Return the plan that `compress` would carry out; nothing is written. Raises as `compress` does."""
     with open_checkpoint(model) as checkpoint:
-        return plan(checkpoint, type_name, pure=pure, tensor_types=tensor_types, no_fallback=no_fallback)
+        source = open_source(checkpoint)
+        opened = _statistics(source, statistics)
+        return _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
 
 
 def compress(
     model: Path,
     out: Path,
-    type_name: str,
+    type_name: str | None = None,
     *,
     pure: bool = False,
     tensor_types: Sequence[tuple[str, str]] = (),
     no_fallback: bool = False,
+    plan_file: Path | None = None,
+    statistics: Path | None = None,
+    rounder: str = "auto",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Record:
     """Write `model` (a Hugging Face folder, a safetensors file or a float GGUF) to the GGUF `out`.
 
-    Memory holds one slice of one tensor at a time. The bytes depend on the source (and its folder's name,
-    which becomes `general.name`) and the options alone.
+    Types come from a stock mix, `type_name` (default Q4_K_M), or from `plan_file`, a YAML plan. `statistics`
+    (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run that has them goes on
+    with the tensor it was at. Memory holds one slice of one tensor and one site's statistics at a time. The
+    bytes depend on the source (and its folder's name, which becomes `general.name`) and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
-    disk; DamagedFileError for a weight that is not finite; else as `plan` does. Nothing is left then.
+    disk; DamagedFileError for a weight that is not finite; else as `plan`, `read_plan`, `open_statistics` and
+    `check_rounder` do. Nothing is left then but, with statistics, finished tensors in `.OUT.parts`.
     """
     started = time.monotonic()
-    if out.suffix != ".gguf":
-        raise OutputError("cannot tell what to write: the output's name must end in .gguf", path=out)
-    if out.exists() and not overwrite:
-        raise OutputError("exists; pass --overwrite", path=out)
+    check_output(out, overwrite)
     with open_checkpoint(model) as checkpoint:
         source = open_source(checkpoint)
-        todo = plan_source(source, type_name, pure=pure, tensor_types=tensor_types, no_fallback=no_fallback)
-        written = _write(source, todo, out, overwrite, progress)
+        opened = _statistics(source, statistics)
+        kept = check_rounder(rounder, opened, statistics)
+        todo = _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
+        refuse_taken(out, overwrite, checkpoint.files, folder=False)
+        job = _Job(source, todo, out, opened, kept, progress)
+        written = job.write(overwrite)
     return Record(
         out=out,
         plan=todo,
         tensors=written,
         file_bytes=out.stat().st_size,
-        sha256=_write_manifest(out),
+        sha256=write_manifest(out),
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
+        rounder="nearest" if opened is None else kept,
+        statistics=None if opened is None else opened.digest,
+        resumed=job.resumed,
     )
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """Raise OutputError for an output that is no `.gguf`, or is there already without `overwrite`."""
+    if out.suffix != ".gguf":
+        raise OutputError("cannot tell what to write: the output's name must end in .gguf", path=out)
+    if out.exists() and not overwrite:
+        raise OutputError("exists; pass --overwrite", path=out)
 
 
 def peak_memory_bytes() -> int | None:
@@ -133,79 +156,189 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _write(source: Source, todo: Plan, out: Path, overwrite: bool, progress: Progress) -> tuple[Written, ...]:
-    rows = {row.gguf_name: row for row in todo.rows}
-    tensors = {tensor.gguf_name: tensor for tensor in source.tensors}
-    written: list[Written] = []
-    done = 0
+def _statistics(source: Source, path: Path | None) -> Statistics | None:
+    return None if path is None else open_statistics(path, [tensor.spec for tensor in source.tensors])
 
-    def encode(info: TensorInfo) -> Iterator[Bytes]:
-        return _encoded(tensors[info.name], rows[info.name], source.checkpoint.path, written)
 
-    def report(info: TensorInfo, nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        progress("compress", done, todo.tensor_bytes)
-
-    write_gguf(
-        out,
-        source.metadata_for(mix_named(todo.type)),
-        [TensorInfo(row.gguf_name, row.shape, row.type) for row in todo.rows],
-        encode,
-        overwrite=overwrite,
-        sources=source.checkpoint.files,
-        progress=report,
+def _planned(
+    source: Source,
+    type_name: str | None,
+    plan_file: Path | None,
+    statistics: Statistics | None,
+    pure: bool,
+    tensor_types: Sequence[tuple[str, str]],
+    no_fallback: bool,
+) -> Plan:
+    if plan_file is not None:
+        if type_name is not None or pure or tensor_types:
+            raise BitsmithError("a plan names every type; pass it without --type, --pure and --tensor-type")
+        return read_plan(plan_file, source)
+    return plan_source(
+        source,
+        type_name or "Q4_K_M",
+        pure=pure,
+        tensor_types=tensor_types,
+        no_fallback=no_fallback,
+        has_imatrix=statistics is not None,
     )
-    return tuple(written)
 
 
-def _encoded(tensor: SourceTensor, row: PlanRow, path: Path, written: list[Written]) -> Iterator[Bytes]:
-    """Yield the tensor's blocks slice by slice, then note what was written."""
-    started = time.monotonic()
-    fmt = format_named(row.type)
-    width = row.shape[-1]
-    error = energy = 0.0
-    for start, stop in tensor.ref.slices(SLICE_BYTES):
-        weights = _read(tensor.ref, start, stop).reshape(-1, width if len(row.shape) > 1 else stop - start)
-        if first_non_finite(weights) is not None:
-            _refuse_non_finite(tensor, path)
-        blocks = fmt.encode(weights)
-        energy += _squares(weights)
-        if row.type != "F32":
-            decoded = fmt.decode(blocks)
-            error += _squares(np.subtract(decoded, weights, out=decoded))
-        yield blocks
-    relative = error / energy if energy else 0.0
-    seconds = time.monotonic() - started
-    written.append(Written(row.hf_name, row.gguf_name, row.type, row.nbytes, relative, seconds))
+class _Job:
+    """One file being written: what is guided by statistics goes through parts that outlive a killed run."""
+
+    def __init__(
+        self,
+        source: Source,
+        todo: Plan,
+        out: Path,
+        statistics: Statistics | None,
+        rounder: Rounder,
+        progress: Progress,
+    ) -> None:
+        self._source, self._plan, self._out = source, todo, out
+        self._statistics, self._rounder = statistics, rounder
+        self._encoder = TensorEncoder(statistics, rounder, source.checkpoint.path)
+        self._tensors = {tensor.gguf_name: tensor for tensor in source.tensors}
+        self._written: dict[str, Written] = {}
+        self._progress = progress
+        self.resumed = 0
+
+    def write(self, overwrite: bool) -> tuple[Written, ...]:
+        """Encode and write everything; return the records in the file's order."""
+        guided = [row for row in self._plan.rows if self._is_guided(row)]
+        if not guided:
+            self._write_file(None, overwrite)
+        else:
+            with _Parts(self._out, self._key()) as parts:
+                self.resumed = len(parts.written)
+                for row in guided:
+                    self._part(parts, row)
+                self._write_file(parts, overwrite)
+            parts.remove()
+        return tuple(self._written[row.gguf_name] for row in self._plan.rows)
+
+    def _is_guided(self, row: PlanRow) -> bool:
+        return self._encoder.is_guided(self._tensors[row.gguf_name], row)
+
+    def _key(self) -> str:
+        statistics = None if self._statistics is None else self._statistics.digest
+        facts = [
+            __version__, np.__version__, self._source.checkpoint.source_digest, self._plan.digest, statistics,
+            self._rounder,
+        ]  # fmt: skip
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def _part(self, parts: _Parts, row: PlanRow) -> None:
+        name = row.gguf_name
+        if name not in parts.written:
+            written = self._encoder.encode_guided(
+                self._tensors[name], row, lambda blocks: parts.write(name, self._counted(blocks))
+            )
+            parts.add(name, written)
+        self._written[name] = parts.written[name]
+        self._report(0)
+
+    def _counted(self, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
+        done = 0
+        for part in blocks:
+            done += part.nbytes
+            self._report(done)
+            yield part
+
+    def _report(self, more_bytes: int) -> None:
+        done = sum(written.nbytes for written in self._written.values()) + more_bytes
+        self._progress("compress", done, self._plan.tensor_bytes)
+
+    def _write_file(self, parts: _Parts | None, overwrite: bool) -> None:
+        rows = {row.gguf_name: row for row in self._plan.rows}
+        fresh = {name for name in rows if name not in self._written}
+        done = sum(written.nbytes for written in self._written.values())
+
+        def encode(info: TensorInfo) -> Iterator[Bytes]:
+            if parts is not None and info.name not in fresh:
+                return parts.read(info.name)
+            return self._encoder.encode(self._tensors[info.name], rows[info.name], self._note)
+
+        def report(info: TensorInfo, nbytes: int) -> None:
+            nonlocal done
+            if info.name in fresh:
+                done += nbytes
+                self._progress("compress", done, self._plan.tensor_bytes)
+
+        write_gguf(
+            self._out,
+            self._source.metadata_for(mix_named(self._plan.type)),
+            [TensorInfo(row.gguf_name, row.shape, row.type) for row in self._plan.rows],
+            encode,
+            overwrite=overwrite,
+            sources=self._source.checkpoint.files,
+            progress=report,
+        )
+
+    def _note(self, written: Written) -> None:
+        self._written[written.gguf_name] = written
 
 
-def _read(ref: TensorRef, start: int, stop: int) -> Float32:
-    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
-        return np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
+class _Parts:
+    """The folder `.OUT.parts`: each finished tensor's blocks, and a journal of what is finished."""
+
+    def __init__(self, out: Path, key: str) -> None:
+        self._folder = out.absolute().with_name(f".{out.name}.parts")
+        self._key = key
+        self.written: dict[str, Written] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
+        self._journal = Journal(self._folder / "journal", self._key)
+        record = TypeAdapter(Written)
+        self.written = {name: record.validate_python(v) for name, v in self._journal.entries.items()}
+        kept = {self._path(name) for name in self.written} | {self._journal.path}
+        for path in self._folder.iterdir():
+            if path not in kept:
+                path.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._journal.__exit__(kind, error, trace)
+        if not self.written:
+            self.remove()
+
+    def write(self, name: str, blocks: Iterable[Bytes]) -> None:
+        """Write a tensor's blocks, anew if called again."""
+        try:
+            with self._path(name).open("wb") as stream:
+                for part in blocks:
+                    stream.write(np.ascontiguousarray(part).data)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror or error}", path=self._folder) from error
+
+    def add(self, name: str, written: Written) -> None:
+        """Note a tensor as finished."""
+        self._journal.add(name, asdict(written))
+        self.written[name] = written
+
+    def read(self, name: str) -> Iterator[Bytes]:
+        """Yield a finished tensor's bytes."""
+        with self._path(name).open("rb") as stream:
+            while chunk := stream.read(_COPIED_BYTES):
+                yield np.frombuffer(chunk, np.uint8)
+
+    def remove(self) -> None:
+        """Delete the folder: the file is whole, or nothing was finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.blocks"
 
 
-def _squares(values: Float32) -> float:
-    flat = values.reshape(-1)
-    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
-
-
-def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:
-    """Raise DamagedFileError with the first NaN or infinity: in the stored tensor, else as exported."""
-    for ref, layout in ((tensor.origin, ""), (tensor.ref, f" of {tensor.gguf_name}")):
-        for start, stop in ref.slices(SLICE_BYTES):
-            rows = _read(ref, start, stop)
-            for first, *rest in np.argwhere(~np.isfinite(rows))[:1].tolist():
-                place = [start + first, *rest]
-                raise DamagedFileError(
-                    f"is {rows[first, *rest]} at {place}{layout}, expected finite weights",
-                    path=path,
-                    tensor=tensor.hf_name,
-                )
-    raise DamagedFileError("changed while it was read", path=path, tensor=tensor.hf_name)
-
-
-def _write_manifest(out: Path) -> str:
+def write_manifest(out: Path) -> str:
     """Write `OUT.sha256`, which `sha256sum -c` checks, and return the digest of `out`."""
     with out.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,267 @@
+"""Encode one tensor of a plan, slice by slice, guided by statistics of its inputs where there are any."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NoReturn, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsmith.errors import BitsmithError, DamagedFileError, printable
+from bitsmith.formats import Format, format_named
+from bitsmith.formats.blocks import BlockFormat
+from bitsmith.numerics.finite import first_non_finite
+from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.passes.choice import SAMPLE_ROWS, Choice, choose
+from bitsmith.passes.rounding import output_error, round_rows
+from bitsmith.run.plan import PlanRow, SourceTensor
+from bitsmith.store.checkpoint import Bytes, TensorRef
+from bitsmith.store.statistics import SiteStatistics, Statistics
+
+Float32 = NDArray[np.float32]
+Rounder = Literal["nearest", "weighted", "gptq", "auto"]
+ROUNDERS: tuple[Rounder, ...] = get_args(Rounder)
+
+SLICE_BYTES = 8 << 20
+"""Float32 bytes of the rows in hand at a time."""
+
+_RUN_ROWS = 16  # rows next to each other in the sample that decides
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a tensor's codes were found, and what that does to its outputs on held-out text.
+
+    `held_errors` are `sum |E x|² / sum |W x|²` over the held-out inputs x of the tensor's site, for the
+    rounder that was kept and for the plain weighted search it had to beat; empty where nothing was held out.
+    `tried` has the same on the sample of rows that the choice was made by.
+    """
+
+    rounder: str
+    damping: float | None = None
+    held_errors: dict[str, float] = field(default_factory=dict)
+    held_tokens: int = 0
+    tried: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """One tensor as written; `relative_error` is `sum (w - decoded)^2 / sum w^2` over what the file holds."""
+
+    hf_name: str
+    gguf_name: str
+    type: str
+    nbytes: int
+    relative_error: float
+    seconds: float
+    rounding: Rounding = Rounding("nearest")
+
+
+class TensorEncoder:
+    """Encodes tensors with one rounder; metrics are shared by the tensors of a site.
+
+    `nearest` minimises the plain squared error, `weighted` the one weighted by E[x²], `gptq` the error of the
+    outputs by error feedback; `auto` takes for each tensor what does best on held-out inputs. What the
+    statistics do not know is encoded as `nearest`.
+    """
+
+    def __init__(self, statistics: Statistics | None, rounder: Rounder, path: Path) -> None:
+        self._statistics = statistics
+        self._rounder = rounder
+        self._path = path
+        self._site = ""
+        self._moment: Float32 | None = None
+        self._metrics: dict[float, InputMetric] = {}
+
+    def is_guided(self, tensor: SourceTensor, row: PlanRow) -> bool:
+        """Tell whether statistics decide how the tensor is encoded."""
+        return (
+            self._statistics is not None
+            and self._rounder != "nearest"
+            and isinstance(format_named(row.type), BlockFormat)
+            and self._statistics.knows(tensor.spec)
+        )
+
+    def encode(self, tensor: SourceTensor, row: PlanRow, done: Callable[[Written], None]) -> Iterator[Bytes]:
+        """Yield the tensor's blocks slice by slice by the plain search, then tell what was written."""
+        started = time.monotonic()
+        total = _Total(format_named(row.type), None)
+        for weights in self._slices(tensor, row):
+            blocks = total.form.encode(weights)
+            total.add(weights, blocks)
+            yield blocks
+        done(total.written(row, time.monotonic() - started, Rounding("nearest")))
+
+    def encode_guided(
+        self, tensor: SourceTensor, row: PlanRow, write: Callable[[Iterable[Bytes]], None]
+    ) -> Written:
+        """Write the tensor's blocks slice by slice through `write`, which may be called again to start over.
+
+        The guard: should the rounder that the sample of rows chose do worse on held-out inputs than the
+        weighted search over all rows, the tensor is encoded once more by that.
+        """
+        started = time.monotonic()
+        form, inputs = format_named(row.type), self._inputs(tensor)
+        choice = choose(form, self._sample(tensor, row), inputs, self._rounder, metric_for=self._metric)
+        total, plain = self._attempt(tensor, row, inputs, choice, write)
+        errors = _errors(choice.rounder, total, plain)
+        if plain is not None and choice.rounder != "weighted" and errors[choice.rounder] > errors["weighted"]:
+            choice = Choice("weighted", None, choice.held_errors)
+            total, _ = self._attempt(tensor, row, inputs, choice, write)
+        held = 0 if inputs.held is None else len(inputs.held)
+        rounding = Rounding(choice.rounder, choice.damping, errors, held, dict(choice.held_errors))
+        return total.written(row, time.monotonic() - started, rounding)
+
+    def _attempt(
+        self,
+        tensor: SourceTensor,
+        row: PlanRow,
+        inputs: SiteStatistics,
+        choice: Choice,
+        write: Callable[[Iterable[Bytes]], None],
+    ) -> tuple[_Total, _Total | None]:
+        """Encode as chosen; return its errors and, to compare, those of the weighted search."""
+        form = format_named(row.type)
+        held = inputs.held if inputs.held is not None and len(inputs.held) else None
+        total = _Total(form, held)
+        compared = held is not None and choice.rounder != "weighted"
+        plain = _Total(form, held) if compared else None
+
+        def blocks() -> Iterator[Bytes]:
+            for weights in self._slices(tensor, row):
+                encoded = self._encoded(form, weights, inputs, choice)
+                total.add(weights, encoded)
+                if plain is not None:
+                    plain.add(weights, form.encode(weights, inputs.diagonal))
+                yield encoded
+
+        write(blocks())
+        return total, plain
+
+    def _encoded(self, form: Format, weights: Float32, inputs: SiteStatistics, choice: Choice) -> Bytes:
+        if choice.rounder == "gptq" and choice.damping is not None:
+            return round_rows(form, weights, self._metric(choice.damping))
+        return form.encode(weights, inputs.diagonal if choice.rounder == "weighted" else None)
+
+    def _inputs(self, tensor: SourceTensor) -> SiteStatistics:
+        inputs = None if self._statistics is None else self._statistics.of(tensor.spec)
+        if inputs is None:
+            raise BitsmithError("has no statistics", path=self._path, tensor=tensor.hf_name)
+        order = tensor.spec.importance_to_gguf(np.arange(tensor.spec.shape[-1], dtype=np.float32))
+        site = f"{inputs.site} {hash(order.tobytes())}"
+        if site != self._site:
+            self._site, self._metrics = site, {}
+        self._moment = inputs.moment
+        return inputs
+
+    def _metric(self, damping: float) -> InputMetric:
+        if self._moment is None:
+            raise BitsmithError("error feedback needs second moments", path=self._path)
+        if damping not in self._metrics:
+            self._metrics[damping] = InputMetric(self._moment, damping)
+        return self._metrics[damping]
+
+    def _sample(self, tensor: SourceTensor, row: PlanRow) -> Float32:
+        """Return runs of rows spread evenly over the tensor, `SAMPLE_ROWS` at most."""
+        rows, runs = tensor.ref.n_rows, SAMPLE_ROWS // _RUN_ROWS
+        if rows <= SAMPLE_ROWS:
+            return self._read(tensor, row, 0, rows)
+        starts = np.linspace(0, rows - _RUN_ROWS, runs).astype(int).tolist()
+        return np.concatenate([self._read(tensor, row, start, start + _RUN_ROWS) for start in starts])
+
+    def _slices(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Float32]:
+        for start, stop in tensor.ref.slices(SLICE_BYTES):
+            yield self._read(tensor, row, start, stop)
+
+    def _read(self, tensor: SourceTensor, row: PlanRow, start: int, stop: int) -> Float32:
+        width = row.shape[-1] if len(row.shape) > 1 else stop - start
+        weights = _read(tensor.ref, start, stop).reshape(-1, width)
+        if first_non_finite(weights) is not None:
+            _refuse_non_finite(tensor, self._path)
+        return weights
+
+
+class _Total:
+    """Sums over a tensor's slices: weights, errors and, with held-out inputs, what both produce."""
+
+    def __init__(self, form: Format, held: Float32 | None) -> None:
+        self.form = form
+        self._held = held
+        self._error = self._energy = self._held_error = self._held_energy = 0.0
+
+    def add(self, weights: Float32, blocks: Bytes) -> None:
+        """Take a slice and its blocks."""
+        self._energy += _squares(weights)
+        if self.form.name == "F32":
+            return
+        errors = self.form.decode(blocks)
+        np.subtract(errors, weights, out=errors)
+        self._error += _squares(errors)
+        if self._held is not None:
+            self._held_error += output_error(errors, self._held)
+            self._held_energy += output_error(weights, self._held)
+
+    @property
+    def held_error(self) -> float | None:
+        """`sum |E x|² / sum |W x|²` over the held-out inputs."""
+        if self._held is None:
+            return None
+        return self._held_error / self._held_energy if self._held_energy else 0.0
+
+    def written(self, row: PlanRow, seconds: float, rounding: Rounding) -> Written:
+        """Return the record of the tensor."""
+        relative = self._error / self._energy if self._energy else 0.0
+        return Written(row.hf_name, row.gguf_name, row.type, row.nbytes, relative, seconds, rounding)
+
+
+def check_rounder(rounder: str, statistics: Statistics | None, path: Path | None) -> Rounder:
+    """Return `rounder` as one of `ROUNDERS`.
+
+    Raises BitsmithError for an unknown one, and for one that needs statistics which are not there.
+    """
+    for known in ROUNDERS:
+        if rounder == known:
+            break
+    else:
+        raise BitsmithError(f"unknown rounder {printable(rounder)!r}; known: {', '.join(ROUNDERS)}")
+    if statistics is None and known in ("weighted", "gptq"):
+        raise BitsmithError(f"rounder {known} needs statistics of the inputs: pass --stats (see calibrate)")
+    if statistics is not None and known == "gptq" and statistics.tokens() is None:
+        raise BitsmithError(
+            "holds E[x²] alone, rounder gptq needs the second moments that calibrate keeps", path=path
+        )
+    return known
+
+
+def _errors(rounder: str, total: _Total, plain: _Total | None) -> dict[str, float]:
+    found = {rounder: total.held_error, **({} if plain is None else {"weighted": plain.held_error})}
+    return {name: error for name, error in found.items() if error is not None}
+
+
+def _read(ref: TensorRef, start: int, stop: int) -> Float32:
+    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
+        return np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
+
+
+def _squares(values: Float32) -> float:
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
+
+
+def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:
+    """Raise DamagedFileError with the first NaN or infinity: in the stored tensor, else as exported."""
+    for ref, layout in ((tensor.origin, ""), (tensor.ref, f" of {tensor.gguf_name}")):
+        for start, stop in ref.slices(SLICE_BYTES):
+            rows = _read(ref, start, stop)
+            for first, *rest in np.argwhere(~np.isfinite(rows))[:1].tolist():
+                place = [start + first, *rest]
+                raise DamagedFileError(
+                    f"is {rows[first, *rest]} at {place}{layout}, expected finite weights",
+                    path=path,
+                    tensor=tensor.hf_name,
+                )
+    raise DamagedFileError("changed while it was read", path=path, tensor=tensor.hf_name)
