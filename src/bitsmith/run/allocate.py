@@ -124,7 +124,7 @@ def allocate(
         source = open_source(checkpoint)
         limit = limit_of(source, target)
         groups = groups_of(source, formats)
-        _Costs(source, groups, limit).refuse_too_small()
+        Costs(source, groups, limit).refuse_too_small()
         found = measure_sensitivities(network, groups, used, statistics, budget, progress)
         return plans_within(source, groups, found, limit, candidates, has_imatrix=statistics is not None)
 
@@ -184,7 +184,7 @@ def _different(found: Sequence[Candidate]) -> list[Candidate]:
     return list(by_types.values())
 
 
-class _Costs:
+class Costs:
     """Bytes of every group in every format, counted as the limit counts."""
 
     def __init__(self, source: Source, groups: Sequence[Group], limit: Limit) -> None:
@@ -231,7 +231,7 @@ class _Chooser:
         self, source: Source, groups: Sequence[Group], sensitivities: Sensitivities, limit: Limit
     ) -> None:
         self._source, self._groups, self._sensitivities = source, groups, sensitivities
-        self._costs = _Costs(source, groups, limit)
+        self._costs = Costs(source, groups, limit)
         self._costs.refuse_too_small()
         self._nats = [dict(entry.nats) for entry in sensitivities.groups]
 

@@ -154,8 +154,9 @@ def runtime_memory(metadata: Mapping[str, Any], vocab: int, ctx_tokens: int) -> 
       rounded up to a multiple of 256 (`llama-context.cpp`, `llama-kv-cache.cpp`);
     - DeltaNet layers, F32: state `4 state_size inner_size` (`llama_hparams::n_embd_s`) and convolution
       `4 (conv_kernel - 1) (inner_size + 2 group_count state_size)` (`n_embd_r`) each;
-    - compute buffer, an allowance: `512 (4 (vocab + ffn + 2 hidden + 6 inner_size) + 2 ctx)`, which holds the
-      logits of a micro-batch, intermediates and the f16 attention mask. Checked on the CPU back end.
+    - compute buffer, an allowance: `512 (4 (max(vocab, 8 inner_size) + ffn + 2 hidden) + 2 ctx)`, the logits
+      of a micro-batch or a DeltaNet layer's intermediates, and the f16 attention mask. Against what the CPU
+      back end reserves for Qwen3.5 of hidden 256 and 1024 at 512 to 262144 tokens it was never below.
 
     MTP layers have neither cache nor state there. CPU builds that repack weights hold a second copy of them,
     which is not counted.
@@ -171,7 +172,7 @@ def runtime_memory(metadata: Mapping[str, Any], vocab: int, ctx_tokens: int) -> 
     widths = sum(keys.number(f"attention.{side}_length", head_dim) for side in ("key", "value"))
     inner, state = keys.number("ssm.inner_size", 0), keys.number("ssm.state_size", 0)
     channels = inner + 2 * keys.number("ssm.group_count", 0) * state
-    wide = vocab + keys.number("feed_forward_length") + 2 * hidden + 6 * inner
+    wide = max(vocab, 8 * inner) + keys.number("feed_forward_length") + 2 * hidden
     return Memory(
         ctx_tokens=ctx,
         kv_bytes=2 * ctx * widths * keys.number("attention.head_count_kv") * (blocks - recurrent),

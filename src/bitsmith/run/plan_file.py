@@ -6,8 +6,8 @@
     tensors:
       blk.0.attn_qkv.weight: {type: Q4_K, bytes: 147456, bpw: 4.5, kld_nats: 4.5e-04}
 
-Only `type` decides; `bytes`, `bpw` and `kld_nats` are there to read and are worked out anew. The digest covers
-the layout and not the weights, so that a plan also serves a fine-tune of the same model.
+Only `type` decides; `bytes`, `bpw` and `kld_nats` are there to read and are worked out anew. The digest
+covers the layout and not the weights, so that a plan also serves a fine-tune of the same model.
 """
 
 from __future__ import annotations
@@ -124,6 +124,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"a key is no name{_at(key)}")
             if key.value in seen:
                 raise yaml.YAMLError(f"{printable(str(key.value))!r} is there twice{_at(key)}")
             seen.add(key.value)

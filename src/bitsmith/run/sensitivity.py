@@ -59,7 +59,8 @@ class Budget:
     """How much measuring may cost: tokens per forward, and forwards of the whole model in all.
 
     A group of layer `i` of `L` costs `(L - i) / L` forwards per anchor. Three anchors per group are measured
-    if that fits, else two, else one, else one for as many layers of each kind, evenly spread, as fit.
+    if that fits, else two, else one, else one for as many layers of each kind, evenly spread, as fit; the
+    last of each kind always is. Besides, each anchor costs a forward with all groups changed.
     """
 
     tokens: int = 4096
@@ -170,13 +171,14 @@ def _output_squares(rows: Float32, site: SiteMoments | None) -> float:
 
 
 @dataclass(frozen=True)
-class _Change:
+class Change:
     """A measurement to make: some groups, each stored in a format."""
 
     formats: tuple[tuple[Group, str], ...]
 
     @property
     def layer(self) -> int:
+        """The first layer that changes."""
         return min(group.layer for group, _ in self.formats if group.layer is not None)
 
 
@@ -204,11 +206,11 @@ class Prober:
         """Tokens scored by every measurement."""
         return len(self._targets)
 
-    def forwards(self, changes: Iterable[_Change]) -> float:
+    def forwards(self, changes: Iterable[Change]) -> float:
         """Return the forwards of the whole model that `changes` cost."""
         return sum((self.n_layers - max(0, change.layer)) / self.n_layers for change in changes)
 
-    def measure(self, changes: Sequence[_Change]) -> list[float]:
+    def measure(self, changes: Sequence[Change]) -> list[float]:
         """Return the mean KLD in nats of each change by itself."""
         found = [0.0] * len(changes)
         done = 0
@@ -227,7 +229,7 @@ class Prober:
         """Changes carried through a layer together, so that its weights are read once for all."""
         return max(1, (1 << 28) // self._entering[0].nbytes)
 
-    def _batch(self, changes: Sequence[_Change]) -> Iterator[float]:
+    def _batch(self, changes: Sequence[Change]) -> Iterator[float]:
         """Measure changes that begin in the same layer and lie in it alone, or one that goes through all."""
         layer = changes[0].layer
         whole = [change for change in changes if any(g.layer != layer for g, _ in change.formats)]
@@ -236,7 +238,7 @@ class Prober:
         if not whole and 0 <= layer < self.n_layers:
             yield from self._together(changes, layer)
 
-    def _together(self, changes: Sequence[_Change], layer: int) -> Iterator[float]:
+    def _together(self, changes: Sequence[Change], layer: int) -> Iterator[float]:
         chunks = len(self._tokens)
         states = self._steps.room((len(changes) * chunks, self._tokens.shape[1]))
         for number, change in enumerate(changes):
@@ -248,7 +250,7 @@ class Prober:
         for number in range(len(changes)):
             yield self._kld(self._model, self._final(states[number * chunks : (number + 1) * chunks]))
 
-    def _alone(self, change: _Change) -> float:
+    def _alone(self, change: Change) -> float:
         changed = self._changed(change)
         steps = Steps(changed)
         if change.layer == self.n_layers:
@@ -266,7 +268,7 @@ class Prober:
         scores = compare(self._model, changed, (self._reference, states), self._targets)
         return float(np.mean(scores.kld))
 
-    def _changed(self, change: _Change) -> TextModel:
+    def _changed(self, change: Change) -> TextModel:
         tensors = dict(self._model.checkpoint.items())
         for group, name in change.formats:
             for tensor in group.tensors:
@@ -319,11 +321,11 @@ def _thinned(tokens: Tokens, limit: int) -> Tokens:
     return chosen
 
 
-def _sampled(groups: Sequence[Group], prober: Prober, forwards: float) -> tuple[list[_Change], int]:
+def _sampled(groups: Sequence[Group], prober: Prober, forwards: float) -> tuple[list[Change], int]:
     """Return the measurements that the budget allows, and the anchors per group."""
     measurable = [group for group in groups if group.layer is not None]
     for count in (3, 2, 1):
-        changes = [_Change(((g, name),)) for g in measurable for name in g.anchors(count)]
+        changes = [Change(((g, name),)) for g in measurable for name in g.anchors(count)]
         if prober.forwards(changes) + count <= forwards:
             return changes, count
     for step in range(2, prober.n_layers + 1):
@@ -334,18 +336,17 @@ def _sampled(groups: Sequence[Group], prober: Prober, forwards: float) -> tuple[
 
 
 def _is_spread(group: Group, groups: Sequence[Group], step: int) -> bool:
-    """Tell whether a group is among every `step`-th of its kind; the first and the last always are."""
+    """Tell whether a group is among every `step`-th of its kind, counted from the last, the cheapest."""
     alike = [other.name for other in groups if other.kind == group.kind]
-    place = alike.index(group.name)
-    return place % step == 0 or place == len(alike) - 1
+    return (len(alike) - 1 - alike.index(group.name)) % step == 0
 
 
-def _uniform(groups: Sequence[Group], count: int, k: int) -> _Change:
+def _uniform(groups: Sequence[Group], count: int, k: int) -> Change:
     anchors = [(group, group.anchors(count)) for group in groups if group.layer is not None]
-    return _Change(tuple((group, names[min(k, len(names) - 1)]) for group, names in anchors))
+    return Change(tuple((group, names[min(k, len(names) - 1)]) for group, names in anchors))
 
 
-def _sum(table: Sequence[Sensitivity], change: _Change) -> float:
+def _sum(table: Sequence[Sensitivity], change: Change) -> float:
     by_name = {entry.group: entry for entry in table}
     return sum(by_name[group.name].nats[name] for group, name in change.formats)
 
