@@ -85,8 +85,8 @@ def assay(
     Reads a Hugging Face folder, a safetensors file or a GGUF, of any family: without an architecture file
     roles come from names. `match` is a regex that chooses matrices by name, `statistics` (by tensor name,
     what `calibrate` wrote, or an imatrix) add what data-aware low rank sees, `text` the spectra of
-    activations (known architectures only). With `out`, a folder, every finished matrix is kept there, so that a killed run
-    goes on, and `assay.json` is written at the end.
+    activations (known architectures only). With `out`, a folder, every finished matrix is kept there, so
+    that a killed run goes on, and `assay.json` is written at the end.
 
     Raises BitsmithError naming the tensor and the value for one that is not finite, UnsupportedError for
     quantized (FP8, GPTQ) weights, OutputError if `assay.json` exists (unless `overwrite`).

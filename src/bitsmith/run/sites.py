@@ -28,6 +28,7 @@ Take = Callable[[str, int, torch.Tensor], None]
 _TASK_TOKENS = 512
 _ACTIVATION_BYTES = 1 << 30
 _WORKER_BYTES = 256 << 20
+_CACHE_LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class SiteForward:
         """Run layer `index` from `source` to `target`; yield the chunks of each task."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
         with _quiet_transformers():
-            layer = self._network._layer(index)
+            layer = _aligned(self._network._layer(index))
         watch = _Watch(layer, self._modules(prefix), take)
 
         def run(part: Float32) -> bool:
@@ -160,7 +161,7 @@ class SiteForward:
             norm: torch.nn.Module = getattr(network._module, self._model.arch.norm_class)(
                 self.hidden_size, eps=network._config.rms_norm_eps
             )
-        return norm if prefix is None else network._filled(norm, prefix)
+        return norm if prefix is None else _aligned(network._filled(norm, prefix))
 
     def _mtp_module(self) -> Any:
         """Return the MTP layer with its weights, under the checkpoint's names; transformers has no class."""
@@ -172,7 +173,7 @@ class SiteForward:
             fc = torch.nn.Linear(2 * self.hidden_size, self.hidden_size, bias=False)
         parts = {"layers": torch.nn.ModuleList([layer]), "fc": fc}
         norms = {name: self._norm() for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
-        return network._filled(torch.nn.ModuleDict({**parts, **norms}), "mtp.")
+        return _aligned(network._filled(torch.nn.ModuleDict({**parts, **norms}), "mtp."))
 
     def _through(
         self, run: Callable[[Float32], bool], watch: _Watch, source: States, target: States, what: str
@@ -240,6 +241,14 @@ class _Watch:
         with self._changed:
             self._next[site] = number + 1
             self._changed.notify_all()
+
+
+def _aligned(module: torch.nn.Module) -> torch.nn.Module:
+    """Move weights to whole cache lines: the last bits of a product may depend on where its inputs lie."""
+    for parameter in module.parameters():
+        if parameter.data_ptr() % _CACHE_LINE_BYTES:
+            parameter.data = parameter.data.clone()
+    return module
 
 
 @contextmanager
