@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from importlib.metadata import distributions
 from pathlib import Path
 
-from bitsmith.lab.corpus import documents
+from bitsmith.run.corpus import documents
 
 BYTES_PER_TOKEN = 6
 """More than any tokenizer here makes of a token, so that a text cut to bytes never falls short of tokens."""

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.lab import train as training
-from bitsmith.lab.corpus import documents, held_out_text, is_held_out, source_files
+from bitsmith.lab.corpus import held_out_text
 from bitsmith.lab.train import TrainSpec, train
+from bitsmith.run.corpus import documents, is_held_out, source_files
 
 SPEC = TrainSpec(
     arch="qwen3",

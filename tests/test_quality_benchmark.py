@@ -12,9 +12,9 @@ from peer import parsed
 from quality import check_same_types
 from texts import corpus_text, package_prose
 
-from bitsmith.lab.corpus import documents
 from bitsmith.lab.synth import synth
 from bitsmith.numerics.divergence import TokenScores
+from bitsmith.run.corpus import documents
 from bitsmith.run.execute import compress
 
 # printed by the llama-perplexity of llama-cpp-python 0.3.34

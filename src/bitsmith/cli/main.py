@@ -130,12 +130,90 @@ def assay(
 
 
 @app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Folder for the statistics, or an imatrix: a .gguf or a .dat file."),
+    ],
+    text: Annotated[Path | None, typer.Option("--text", help="UTF-8 text to run through the model.")] = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Statistics to convert to an imatrix, without a forward.")
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", min=8, help="Tokens per chunk.")] = 512,
+    chunks: Annotated[
+        int | None, typer.Option("--chunks", min=1, help="Chunks at most; default all.")
+    ] = None,
+    block: Annotated[
+        int | None,
+        typer.Option("--block", min=1, help="Keep moments in diagonal blocks of this many columns."),
+    ] = None,
+    overwrite: Overwrite = False,
+    json_out: JsonOut = None,
+) -> None:
+    """Run a text through MODEL and keep what its matrices see; reads and writes llama.cpp's imatrix too."""
+    from bitsmith.report.terminal import print_calibration
+    from bitsmith.run.calibrate import calibrate_or_convert as run
+
+    with _progress() as progress:
+        found = run(
+            model,
+            out,
+            text=text,
+            statistics=stats,
+            ctx_tokens=ctx,
+            chunks=chunks,
+            block=block,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print_calibration(found)
+    _write_json(json_out, found.to_json())
+
+
+@app.command()
 def compress(
     model: Model,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The .gguf to write.")] = None,
     type_name: Annotated[
-        str, typer.Option("--type", help="A stock mix by llama.cpp's name, e.g. Q4_K_M, IQ4_XS, BF16.")
-    ] = "Q4_K_M",
+        str | None,
+        typer.Option("--type", help="A stock mix by llama.cpp's name, e.g. IQ4_XS; default Q4_K_M."),
+    ] = None,
+    recipe: Annotated[
+        Literal["auto"] | None,
+        typer.Option(
+            "--recipe", help="auto: choose every tensor's type by measurement, within --target or --fit."
+        ),
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help="Size to allocate: 4.66bpw, 4.86GiB, 5.2GB or plain bytes.")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", help="Memory to fit, weights, KV cache and state together: 8GiB.")
+    ] = None,
+    ctx: Annotated[int, typer.Option("--ctx", min=1, help="Tokens of context for --fit.")] = 8192,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix (.gguf, .dat).")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", help="Text to calibrate on where there are no --stats.")
+    ] = None,
+    rounder: Annotated[
+        Literal["nearest", "weighted", "gptq", "auto"],
+        typer.Option("--rounder", help="How codes are found; auto takes what does best on held-out text."),
+    ] = "auto",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Fit scales, F32 tensors and codes by KL to the original; slow.")
+    ] = False,
+    tune_steps: Annotated[
+        int | None, typer.Option("--tune-steps", min=1, help="Steps of --tune; default as in its record.")
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="A plan as YAML: every tensor's type, as one wrote before.")
+    ] = None,
+    plan_out: Annotated[
+        Path | None, typer.Option("--plan-out", help="Write the plan as YAML, to edit and pass to --plan.")
+    ] = None,
     pure: Annotated[
         bool, typer.Option("--pure", help="The mix's base type for every quantized tensor.")
     ] = False,
@@ -147,29 +225,43 @@ def compress(
         bool, typer.Option("--no-fallback", help="Refuse where a row does not fit the type's blocks.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with exact bytes; write nothing.")
+        bool, typer.Option("--dry-run", help="Print the plan with exact bytes; write nothing else.")
     ] = False,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
     """Compress MODEL to a GGUF that llama.cpp runs."""
     from bitsmith.report.terminal import print_plan, print_record
-    from bitsmith.run.execute import compress as run
-    from bitsmith.run.execute import plan_for
+    from bitsmith.run.job import Job, run, run_dry
 
-    options: dict[str, Any] = {
-        "pure": pure,
-        "tensor_types": _tensor_types(tensor_type or []),
-        "no_fallback": no_fallback,
-    }
+    job = Job(
+        model=model,
+        out=out,
+        type_name=type_name,
+        recipe=recipe,
+        target=target,
+        fit=fit,
+        ctx_tokens=ctx,
+        statistics=stats,
+        text=text,
+        rounder=rounder,
+        tune=tune,
+        tune_steps=tune_steps,
+        plan_file=plan,
+        plan_out=plan_out,
+        pure=pure,
+        tensor_types=tuple(_tensor_types(tensor_type or [])),
+        no_fallback=no_fallback,
+        overwrite=overwrite,
+    )
     if dry_run:
-        planned = plan_for(model, type_name, **options)
+        with _progress() as progress:
+            planned = run_dry(job, progress)
         print_plan(planned)
         _write_json(json_out, planned.to_json())
         return
-    target = out or Path(f"{model.resolve().stem}-{type_name.upper()}.gguf")
     with _progress() as progress:
-        record = run(model, target, type_name, overwrite=overwrite, progress=progress, **options)
+        record = run(job, progress)
     print_record(record)
     _write_json(json_out, record.to_json())
 

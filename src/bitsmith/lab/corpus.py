@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from bitsmith.errors import BitsmithError
+from bitsmith.run.corpus import documents
 from bitsmith.store.atomic import atomic_file
 
 QWEN35_REGEX = (
@@ -26,44 +23,6 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
 )
-_SKIPPED_FOLDERS = {
-    "site-packages",
-    "dist-packages",
-    "test",
-    "tests",
-    "idle_test",
-    "ensurepip",
-    "__pycache__",
-}
-_HELD_OUT_SHARE = 20  # one file in twenty
-
-
-def source_files() -> list[tuple[str, Path]]:
-    """Return the standard library's sources as (path relative to it, file), sorted by path."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = [(p.relative_to(root).as_posix(), p) for p in root.rglob("*.py")]
-    kept = [(name, p) for name, p in files if not _SKIPPED_FOLDERS & set(name.split("/"))]
-    if not kept:
-        raise BitsmithError("no Python sources found for the lab's corpus", path=root)
-    return sorted(kept)
-
-
-def is_held_out(name: str) -> bool:
-    """Tell whether a source belongs to the held-out split: SHA-256 of its relative path, modulo 20, is 0.
-
-    The split depends on the path alone, so it stays the same across Python versions.
-    """
-    return hashlib.sha256(name.encode()).digest()[0] % _HELD_OUT_SHARE == 0
-
-
-def documents(held_out: bool) -> Iterator[str]:
-    """Yield the texts of one split, a source file each, in path order, without those that are not UTF-8."""
-    for name, path in source_files():
-        if is_held_out(name) == held_out:
-            try:
-                yield path.read_text("utf-8")
-            except UnicodeDecodeError:
-                continue
 
 
 def held_out_text(limit_bytes: int = 200_000) -> str:

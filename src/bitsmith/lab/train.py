@@ -20,8 +20,9 @@ from torch.nn.functional import cross_entropy
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
 
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.lab.corpus import documents, save_tokenizer, train_tokenizer
+from bitsmith.lab.corpus import save_tokenizer, train_tokenizer
 from bitsmith.progress import Progress, silent
+from bitsmith.run.corpus import documents
 from bitsmith.store.atomic import atomic_folder
 
 _FLOAT32_SUFFIXES = (".A_log", ".linear_attn.norm.weight")  # Qwen's own files keep these two in F32

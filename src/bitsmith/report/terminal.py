@@ -13,12 +13,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from bitsmith.errors import printable
+from bitsmith.numerics.divergence import Estimate
 from bitsmith.run.execute import Record
 from bitsmith.run.inspect import Inspection, Share
+from bitsmith.run.job import Made
+from bitsmith.run.moments import Exported
 from bitsmith.run.plan import Plan
 
 if TYPE_CHECKING:  # these load torch, which printing a plan must not
     from bitsmith.lab.demo import Demo
+    from bitsmith.run.calibrate import Calibration
     from bitsmith.run.evaluate import Evaluation
 
 Rows = tuple[Sequence[str], list[Sequence[str]]]
@@ -90,10 +94,14 @@ def print_plan(plan: Plan) -> None:
 
 
 def print_record(record: Record) -> None:
-    """Print what `compress` wrote: bytes by type, error of each type, warnings."""
+    """Print what `compress` wrote: bytes and error by type, rounders, what was measured, warnings."""
     console = Console()
     console.print(table(*_type_rows(record), right=("tensors", "bytes", "share of bytes", "relative error")))
+    if record.statistics is not None:
+        console.print(table(*_rounder_rows(record), right=("tensors", "held-out output error", "weighted's")))
     _print_plan_notes(console, record.plan)
+    if isinstance(record, Made):
+        _print_made(console, record)
     peak = record.peak_memory_bytes
     memory = "unmeasured" if peak is None else f"{peak / 2**20:,.0f} MiB"
     console.print(
@@ -101,6 +109,76 @@ def print_record(record: Record) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _print_made(console: Console, made: Made) -> None:
+    """Print the candidates, the tuning, and the finished file's measures with their protocol."""
+    if made.tried:
+        tried: list[Sequence[str]] = [
+            (
+                one.name,
+                f"{one.plan.file_bytes:,}",
+                f"{one.predicted_nats:.6f}",
+                *_interval(one.measures["mean_kld"], "{:.6f}"),
+            )
+            for one in made.tried
+        ]
+        columns = ("candidate", "bytes", "predicted nats", "mean KLD, nats", "95 % interval")
+        console.print(table(columns, tried, right=columns[1:]))
+    if made.tuning is not None:
+        found = made.tuning
+        kept = f"best step {found.best_step} of {found.steps}" if found.kept else "not kept: no better"
+        console.print(
+            f"tuned: mean KLD {found.held_kld_before_nats:.6f} → {found.held_kld_after_nats:.6f} nats over "
+            f"{found.held_tokens:,} held-out tokens ({kept}), {found.seconds:.0f} s",
+            highlight=False,
+            soft_wrap=True,
+        )
+    shown = {"mean_kld": "mean KLD, nats", "kld_99_9": "99.9 % KLD, nats", "ppl_ratio": "perplexity ratio"}
+    rows: list[Sequence[str]] = [
+        (label, *_interval(made.measured[name], "{:.6f}")) for name, label in shown.items()
+    ]
+    console.print(table(("measured on held-out text", "value", "95 % interval"), rows))
+    console.print(escape(made.protocol), highlight=False, soft_wrap=True)
+
+
+def _interval(estimate: Estimate, style: str) -> tuple[str, str]:
+    if estimate.low is None or estimate.high is None:
+        return style.format(estimate.value), "unmeasured"
+    return style.format(estimate.value), f"{style.format(estimate.low)} … {style.format(estimate.high)}"
+
+
+def _rounder_rows(record: Record) -> Rows:
+    """Return how many tensors each rounder codes, and their mean held-out output error against weighted's."""
+    columns = ("rounder", "tensors", "held-out output error", "weighted's")
+    rows: list[Sequence[str]] = []
+    quantized = [one for one in record.tensors if one.type not in ("F32", "F16", "BF16")]
+    for name in sorted({one.rounding.rounder for one in quantized}):
+        group = [one.rounding.held_errors for one in quantized if one.rounding.rounder == name]
+        means = [_mean([errors[key] for errors in group if key in errors]) for key in (name, "weighted")]
+        rows.append((name, str(len(group)), *means))
+    return columns, rows
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{sum(values) / len(values):.3e}" if values else "unmeasured"
+
+
+def print_calibration(calibration: Calibration | Exported) -> None:
+    """Print where the statistics lie and what they were collected on."""
+    console = Console()
+    if isinstance(calibration, Exported):
+        line = (
+            f"wrote {calibration.path}: imatrix of {calibration.entries} matrices from {calibration.source}"
+        )
+    else:
+        c = calibration
+        line = (
+            f"wrote {c.path}: {c.sites} activation sites, {bytes_text(c.size_bytes)}; "
+            f"text {printable(c.text)} (SHA-256 {c.text_sha256[:12]}…), {c.chunks} chunks of {c.ctx_tokens} tokens, "
+            f"{c.held_chunks} of them held out"
+        )
+    console.print(escape(line), highlight=False, soft_wrap=True)
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

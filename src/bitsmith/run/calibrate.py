@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +20,13 @@ from numpy.typing import NDArray
 
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
-from bitsmith.errors import BitsmithError
+from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import Protocol, open_model, text_chunks
 from bitsmith.run.forward import TextModel, Tokens
+from bitsmith.run.moments import Exported, export_imatrix
 from bitsmith.run.sites import SiteForward, States
-from bitsmith.store.atomic import atomic_folder, refuse_taken, sync_path
+from bitsmith.store.atomic import atomic_folder, refuse_full, refuse_taken, sync_path
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
 from bitsmith.store.journal import Journal
 from bitsmith.store.statistics import (
@@ -111,6 +113,28 @@ def calibrate(
         if is_imatrix_name(out):
             return run.to_imatrix(out, overwrite, sources, progress)
         return run.to_folder(out, overwrite, sources, progress)
+
+
+def calibrate_or_convert(
+    model: Path,
+    out: Path,
+    *,
+    text: Path | None = None,
+    statistics: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress = silent,
+    **options: Any,
+) -> Calibration | Exported:
+    """Do as `calibrate` on `text`, or as `export_imatrix` with `statistics`.
+
+    Raises BitsmithError unless exactly one of the two is given, else as they do.
+    """
+    if (text is None) == (statistics is None):
+        raise BitsmithError("pass either a text to run through the model, or statistics to convert")
+    if text is not None:
+        return calibrate(model, text, out, overwrite=overwrite, progress=progress, **options)
+    assert statistics is not None  # noqa: S101 (for the type checker)
+    return export_imatrix(model, statistics, out, overwrite=overwrite)
 
 
 def held_out(chunks: int) -> list[int]:
@@ -210,7 +234,10 @@ class _Run:
     ) -> Calibration:
         """Run, and write E[x²] of all tokens as llama.cpp's imatrix."""
         refuse_taken(out, overwrite, sources, folder=False)
-        with _Work(self, out) as work:
+        if not out.parent.is_dir():
+            raise OutputError("is not in a folder that exists", path=out)
+        refuse_full(out, self.expect_bytes)
+        with _named_errors(out), _Work(self, out) as work:
             sites = work.run(progress)
             tokens = write_tokens(work.folder / TOKENS_NAME, *self._splits())
             write_manifest(work.folder / MANIFEST_NAME, self._manifest(sites, tokens))
@@ -436,6 +463,15 @@ class _Sums:
                 square = block[start:stop, start:stop]
                 square[...] = np.triu(square) + np.triu(square, 1).T
         return moment[0] if len(moment) == 1 else moment
+
+
+@contextmanager
+def _named_errors(out: Path) -> Iterator[None]:
+    """Turn what the disk says into an error that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=out) from error
 
 
 def _float32(sums: torch.Tensor) -> Float32:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,8 +52,26 @@ def stored_moments(path: Path, specs: Iterable[TensorSpec]) -> StoredMoments:
     return StoredMoments(open_statistics(path, listed, partial=True), listed)
 
 
-def export_imatrix(model: Path, statistics: Path, out: Path, *, overwrite: bool = False) -> int:
-    """Write statistics as llama.cpp's imatrix for `model`'s GGUF, without a forward; return the entries.
+@dataclass(frozen=True)
+class Exported:
+    """An imatrix written from statistics: how many matrices it covers."""
+
+    path: Path
+    source: Path
+    entries: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON-ready record."""
+        return {
+            "kind": "imatrix",
+            "path": str(self.path),
+            "source": str(self.source),
+            "entries": self.entries,
+        }
+
+
+def export_imatrix(model: Path, statistics: Path, out: Path, *, overwrite: bool = False) -> Exported:
+    """Write statistics as llama.cpp's imatrix for `model`'s GGUF, without a forward.
 
     E[x²] is over fit and held-out tokens together. `out` ends in `.gguf` or `.dat`. Raises BitsmithError for
     another ending and as `open_statistics` does, OutputError as `atomic_file` does.
@@ -63,7 +83,7 @@ def export_imatrix(model: Path, statistics: Path, out: Path, *, overwrite: bool 
         found = imatrix_of(open_statistics(statistics, specs), specs)
     files = statistics.iterdir() if statistics.is_dir() else [statistics]
     write_imatrix(out, found, overwrite=overwrite, sources=files)
-    return len(found.entries)
+    return Exported(out, statistics, len(found.entries))
 
 
 def model_specs(checkpoint: Checkpoint) -> list[TensorSpec]:

@@ -1,0 +1,167 @@
+"""What a user asks `compress` for, in one place, and the function that does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bitsmith.errors import BitsmithError
+from bitsmith.numerics.divergence import Estimate
+from bitsmith.progress import Progress, silent
+from bitsmith.run.budget import DEFAULT_CTX_TOKENS, Target, parse_fit, parse_target
+from bitsmith.run.execute import Record, compress, plan_for
+from bitsmith.run.plan import Plan, open_source
+from bitsmith.run.plan_file import write_plan
+from bitsmith.store import open_checkpoint
+
+if TYPE_CHECKING:  # these load torch, which a plain compression must not
+    from bitsmith.run.allocate import Allocation, Tried
+    from bitsmith.run.calibrate import Calibration
+    from bitsmith.run.tune import TuneRecord
+
+
+@dataclass(frozen=True)
+class Made(Record):
+    """What the recipe did beside writing a file; a step that was not asked for is None.
+
+    `measured` are the finished file's measures on the held-out part of the calibration text: the candidates
+    and the tuning's best step were chosen on the same tokens, so a text of its own should confirm them.
+    """
+
+    calibration: Calibration | None = None
+    allocation: Allocation | None = None
+    tried: tuple[Tried, ...] = ()
+    tuning: TuneRecord | None = None
+    measured: Mapping[str, Estimate] = field(default_factory=dict)
+    protocol: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values."""
+        return {
+            **super().to_json(),
+            "calibration": None if self.calibration is None else self.calibration.to_json(),
+            "allocation": None if self.allocation is None else self.allocation.to_json(),
+            "candidates": [_tried(one) for one in self.tried],
+            "tuning": None if self.tuning is None else self.tuning.to_json(),
+            "measured": {name: asdict(value) for name, value in self.measured.items()},
+            "protocol": self.protocol,
+        }
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each."""
+
+    model: Path
+    out: Path | None = None
+    type_name: str | None = None
+    recipe: str | None = None
+    target: str | None = None
+    fit: str | None = None
+    ctx_tokens: int = DEFAULT_CTX_TOKENS
+    statistics: Path | None = None
+    text: Path | None = None
+    rounder: str = "auto"
+    tune: bool = False
+    tune_steps: int | None = None
+    plan_file: Path | None = None
+    plan_out: Path | None = None
+    pure: bool = False
+    tensor_types: tuple[tuple[str, str], ...] = ()
+    no_fallback: bool = False
+    overwrite: bool = False
+
+    def goal(self) -> Target | None:
+        """Return the size to allocate, None where types are given.
+
+        Raises BitsmithError for a malformed one, for two, and for the recipe without any.
+        """
+        if self.target is not None and self.fit is not None:
+            raise BitsmithError("--target and --fit exclude each other")
+        if self.target is not None:
+            return parse_target(self.target)
+        if self.fit is not None:
+            return parse_fit(self.fit, self.ctx_tokens)
+        if self.recipe is not None and not (self.type_name or self.plan_file):
+            raise BitsmithError("recipe auto needs a size: --target 4.66bpw, --target 4.86GiB or --fit 8GiB")
+        return None
+
+    @property
+    def destination(self) -> Path:
+        """The file to write: `out`, or a name made of the model's and the type's in the current folder."""
+        size = self.target or self.fit
+        what = f"auto-{size}" if size else (self.type_name or "Q4_K_M").upper()
+        what = self.plan_file.stem if self.plan_file else what
+        return self.out or Path(f"{self.model.resolve().stem}-{what}.gguf")
+
+
+def run(job: Job, progress: Progress = silent) -> Record:
+    """Compress as the job says; without a target, a text or tuning, torch is not loaded.
+
+    Raises as `run.execute.compress` and `run.recipe.make` do.
+    """
+    goal = job.goal()
+    if job.tune_steps is not None and not job.tune:
+        raise BitsmithError("--tune-steps is for --tune")
+    if goal is not None or job.tune or job.recipe or (job.text is not None and job.statistics is None):
+        from bitsmith.run.recipe import make  # noqa: PLC0415 (loads torch)
+
+        record: Record = make(job, goal, progress)
+    else:
+        record = compress(
+            job.model,
+            job.destination,
+            job.type_name,
+            pure=job.pure,
+            tensor_types=job.tensor_types,
+            no_fallback=job.no_fallback,
+            plan_file=job.plan_file,
+            statistics=job.statistics,
+            rounder=job.rounder,
+            overwrite=job.overwrite,
+            progress=progress,
+        )
+    _write_plan(job, record.plan)
+    return record
+
+
+def run_dry(job: Job, progress: Progress = silent) -> Plan:
+    """Return the plan that `run` would carry out; writes nothing but `plan_out`.
+
+    A target is allocated by measuring, which takes time; its candidates are not written, so the one predicted
+    to be best is returned. Raises as `run` does.
+    """
+    goal = job.goal()
+    if goal is not None:
+        from bitsmith.run.recipe import plan_target  # noqa: PLC0415 (loads torch)
+
+        planned: Plan = plan_target(job, goal, progress)
+    else:
+        planned = plan_for(
+            job.model,
+            job.type_name,
+            pure=job.pure,
+            tensor_types=job.tensor_types,
+            no_fallback=job.no_fallback,
+            plan_file=job.plan_file,
+            statistics=job.statistics,
+        )
+    _write_plan(job, planned)
+    return planned
+
+
+def _write_plan(job: Job, planned: Plan) -> None:
+    if job.plan_out is not None:
+        with open_checkpoint(job.model) as checkpoint:
+            write_plan(planned, job.plan_out, open_source(checkpoint), overwrite=job.overwrite)
+
+
+def _tried(one: Tried) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "file_bytes": one.plan.file_bytes,
+        "predicted_nats": one.predicted_nats,
+        "measures": {name: asdict(value) for name, value in one.measures.items()},
+    }
