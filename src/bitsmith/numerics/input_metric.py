@@ -62,8 +62,8 @@ class Group:
     """Columns that see each other: H over them (`width width`), normalised and damped, and its factors.
 
     `hessian` is H and `feedback` is `V_kj / V_jj` above the diagonal, both packed
-    (`width/PANEL width PANEL`); `diagonal` is H's, `weights` is what a column's own error costs when the later
-    ones make up for it, `V_jj²`.
+    (`width/PANEL width PANEL`); `diagonal` is H's, `weights` is what a column's own error costs when the
+    later ones make up for it, `V_jj²`.
     """
 
     def __init__(self, moment: Float64, factor: Float64, kind: Any) -> None:

@@ -188,6 +188,19 @@ def search_sub(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def compensate_block(base: Tile, target: Tile, feedback: Tile) -> None:
+    """Turn each column's target from what the columns before the block made of it into the weights to fit.
+
+    There every earlier column of the block takes its own target as it is: the block's optimum unquantized.
+    """
+    for j in range(base.shape[0]):
+        for k in range(j + 1, base.shape[0]):
+            factor = feedback[j, k]
+            for lane in range(LANES):
+                target[k, lane] += factor * (base[j, lane] - target[j, lane])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def feed_block(
     base: Tile, target: Tile, feedback: Tile, weights: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile,
     moves: Int, limits: Int, low: np.float32, high: np.float32, table: Float32, levels: Tile, errors: Tile,

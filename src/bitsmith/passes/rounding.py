@@ -128,9 +128,13 @@ class _Rows:
             at, end = block * size, (block + 1) * size
             target = self.base[at:end].copy()
             kernels.add_products(self.group.feedback, at, 0, self.errors, 0, at, target)
-            self._fit(block, target)
+            own = self._square(self.group.feedback, block)
+            moved = target.copy()
+            if block:
+                kernels.compensate_block(self.base[at:end], moved, own)
+            self._fit(block, moved)
             kernels.feed_block(
-                self.base[at:end], target, self._square(self.group.feedback, block), weights[at:end],
+                self.base[at:end], target, own, weights[at:end],
                 self.d[block], self.m[block], self.scales[block], self.mins[block], self.moves, self.limits,
                 self.low, self.high, self.form.level_table, self.levels[at:end], self.errors[at:end],
             )  # fmt: skip
