@@ -195,6 +195,9 @@ def test_an_output_is_not_overwritten_unasked(
     with pytest.raises(OutputError, match="is the input"):
         calibrate(tiny_qwen3_5, text, tiny_qwen3_5, ctx_tokens=CTX, chunks=1, overwrite=True)
     assert imatrix.read_bytes() == b"mine" and contents(calibrated) == before
+    for name in ("stats", "i.dat"):
+        with pytest.raises(OutputError, match="not in a folder that exists"):
+            calibrate(tiny_qwen3_5, text, tmp_path / "nowhere" / name, ctx_tokens=CTX, chunks=1)
     out = tmp_path / "stats"
     for chunks in (2, 1):
         calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=chunks, overwrite=True)
@@ -207,7 +210,8 @@ def test_the_imatrix_counts_all_chunks_however_it_is_made(
 ) -> None:
     direct, converted = tmp_path / "direct.gguf", tmp_path / "converted.dat"
     calibrate(tiny_qwen3_5, text, direct, ctx_tokens=CTX, chunks=CHUNKS)
-    assert export_imatrix(tiny_qwen3_5, calibrated, converted) == len(read_imatrix(direct).entries)
+    exported = export_imatrix(tiny_qwen3_5, calibrated, converted)
+    assert exported.entries == len(read_imatrix(direct).entries)
     one, other = opened(direct, tiny_qwen3_5), opened(converted, tiny_qwen3_5)
     stats = opened(calibrated, tiny_qwen3_5)
     assert read_imatrix(direct).entries["blk.0.ssm_out.weight"][1] == CHUNKS * CTX
@@ -278,6 +282,17 @@ def test_the_held_out_sample_is_bounded(
         held[rows] = {row.tobytes() for row in found.held}
     assert len(held[2048]) == 2 * CTX and len(held[50]) == 50
     assert held[50] < held[2048]
+
+
+def test_a_single_short_chunk_will_do(tiny_qwen3_5: Path, text: Path, tmp_path: Path) -> None:
+    calibrate(tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=4, chunks=1)
+    statistics = opened(tmp_path / "stats", tiny_qwen3_5)
+    with open_checkpoint(tiny_qwen3_5) as checkpoint:
+        found = [statistics.of(spec) for spec in model_specs(checkpoint) if spec.site]
+    assert {site.tokens for site in found} == {4, 3}  # an MTP layer has a token less
+    for site in found:
+        assert site.held is None and site.held_diagonal is None
+        assert np.isfinite(site.moment).all() and np.isfinite(site.mean).all()
 
 
 def test_states_that_are_not_finite_are_refused(tiny_qwen3: Path, text: Path, tmp_path: Path) -> None:

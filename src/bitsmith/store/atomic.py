@@ -33,7 +33,7 @@ def atomic_file(
     with _claimed(target, _open_file) as (part, descriptor):
         refuse_taken(target, overwrite, sources, folder=False)
         os.ftruncate(descriptor, 0)
-        _refuse_full(target, expect_bytes)
+        refuse_full(target, expect_bytes)
         with open(descriptor, "wb", buffering=BUFFER_BYTES, closefd=False) as stream:
             yield stream
             stream.flush()
@@ -63,7 +63,7 @@ def atomic_folder(
         refuse_taken(target, overwrite, sources, folder=True)
         for left_over in part.iterdir():
             _remove(left_over)
-        _refuse_full(target, expect_bytes)
+        refuse_full(target, expect_bytes)
         yield part
         for path in part.iterdir():
             sync_path(path)
@@ -164,7 +164,8 @@ def refuse_taken(target: Path, overwrite: bool, sources: Iterable[Path], *, fold
         raise OutputError("exists; pass --overwrite", path=target)
 
 
-def _refuse_full(target: Path, expect_bytes: int) -> None:
+def refuse_full(target: Path, expect_bytes: int) -> None:
+    """Raise OutputError if the disk under `target` has less than `expect_bytes` free."""
     free = shutil.disk_usage(target.parent).free
     if expect_bytes > free:
         raise OutputError(f"needs {expect_bytes} bytes, the disk has {free} free", path=target)

@@ -1,0 +1,85 @@
+"""Second moments, means and a held-out sample of what enters one activation site."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bitsmith.errors import BitsmithError
+from bitsmith.store.statistics import SiteStatistics
+
+Float32 = NDArray[np.float32]
+
+_STRIPE = 512
+
+
+class SiteSums:
+    """Σ x xᵀ in diagonal blocks of `block` (none if 0), Σ x² and Σ x in float64, and a held-out sample.
+
+    Products of a batch are taken in float32 over at most some hundred tokens, their sums in float64.
+    """
+
+    def __init__(self, columns: int, block: int) -> None:
+        self._block = block
+        shape = (columns // block, block, block) if block else (0, 0, 0)
+        self._moment = torch.zeros(shape, dtype=torch.float64)
+        self._squares, self._sum, self._held_squares = torch.zeros((3, columns), dtype=torch.float64)
+        self._tokens = self._held_tokens = 0
+        self._held: list[Float32] = []
+
+    def fit(self, rows: torch.Tensor) -> None:
+        """Add `rows` (`N in`); only the upper triangle of the moment is summed, in stripes."""
+        if not len(rows):
+            return
+        self._tokens += len(rows)
+        self._squares += (rows * rows).sum(0, dtype=torch.float64)
+        self._sum += rows.sum(0, dtype=torch.float64)
+        for number, moment in enumerate(self._moment):
+            part = rows[:, number * self._block : (number + 1) * self._block]
+            for start in range(0, self._block, _STRIPE):
+                stop = start + _STRIPE
+                moment[start:stop, start:] += part[:, start:stop].T @ part[:, start:]
+
+    def hold(self, rows: torch.Tensor, positions: NDArray[np.int64]) -> None:
+        """Add a held-out chunk's `rows` (`T in`), those at `positions` to the sample."""
+        self._held_tokens += len(rows)
+        self._held_squares += (rows * rows).sum(0, dtype=torch.float64)
+        self._held.append(rows[torch.from_numpy(positions)].numpy().copy())
+
+    def result(self, site: str) -> SiteStatistics:
+        """Return the means over the tokens."""
+        if self._tokens == 0:
+            raise BitsmithError(f"nothing entered {site}: the forward does not reach it")
+        diagonal, mean = _float32(self._squares / self._tokens), _float32(self._sum / self._tokens)
+        found = SiteStatistics(site, self._tokens, diagonal, mean, self._moments())
+        if not self._held_tokens:
+            return found
+        return replace(
+            found,
+            held=np.concatenate(self._held),
+            held_tokens=self._held_tokens,
+            held_diagonal=_float32(self._held_squares / self._held_tokens),
+        )
+
+    def _moments(self) -> Float32 | None:
+        if not self._block:
+            return None
+        self._moment /= self._tokens
+        moment = _float32(self._moment)
+        self._moment = torch.zeros((0, 0, 0), dtype=torch.float64)
+        for block in moment:
+            for start in range(0, len(block), _STRIPE):
+                stop = start + _STRIPE
+                block[stop:, start:stop] = block[start:stop, stop:].T
+                square = block[start:stop, start:stop]
+                square[...] = np.triu(square) + np.triu(square, 1).T
+        return moment[0] if len(moment) == 1 else moment
+
+
+def _float32(sums: torch.Tensor) -> Float32:
+    with np.errstate(over="ignore"):
+        narrow: Float32 = sums.to(torch.float32).numpy()
+    return narrow
