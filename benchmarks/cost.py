@@ -111,7 +111,7 @@ def projection(small: Json, large: Json, tokens: int) -> Json:
     gap = large["work"]["largest_layer_bytes"] - small["work"]["largest_layer_bytes"]
 
     def peak(of: Any) -> float:
-        slope = max(0.0, (of(large) - of(small)) / gap)
+        slope = max(0.0, (of(large) - of(small)) / gap) if gap > 0 else 1.0
         further = full["largest_layer_bytes"] - large["work"]["largest_layer_bytes"]
         return float(of(large) + slope * further)
 

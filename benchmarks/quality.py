@@ -151,7 +151,7 @@ class Bench:
         """Return the kept file, or make it where it is missing or has another `key` (empty: any)."""
         path, note = self.folder / name, self.folder / f"{name}.json"
         known = json.loads(note.read_text()) if note.exists() and path.exists() else None
-        if known is None or (key and known["key"] != key):
+        if known is None or (key and known.get("key") != key):
             print(f"{self.model.name}: {name}", file=sys.stderr, flush=True)
             note.unlink(missing_ok=True)
             ran = make(path)
