@@ -45,7 +45,6 @@ from bitsmith.store.statistics import (
     write_tokens,
 )
 
-
 HELD_EVERY = 8
 """Every so many chunks one is held out; of two to seven chunks the last."""
 HELD_ROWS = 2048
