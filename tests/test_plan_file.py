@@ -123,7 +123,7 @@ def test_a_missing_tensor_is_named(tmp_path: Path, source: Source, plan: Plan) -
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\xfe", b"[1]", b"words", b"{" * 30000, b"a: \x00", b"- " * 20000, b"x" * (17 << 20)],
+    [b"", b"\xff\xfe", b"[1]", b"words", b"{" * 3000, b"a: \x00", b"- " * 3000, b"x" * (17 << 20)],
 )
 def test_any_other_file_is_one_error(tmp_path: Path, source: Source, content: bytes) -> None:
     path = tmp_path / "plan.yaml"

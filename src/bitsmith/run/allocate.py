@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,8 +36,12 @@ from bitsmith.run.sensitivity import (
 from bitsmith.store import TensorInfo, open_checkpoint
 from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
 
+NEAR = 1.15
+"""How many times the optimum's predicted KLD a plan of another kind may have to be a candidate."""
+BENDS = {"flatter": 1.15, "bolder": 0.87}
+"""Exponents put on the sensitivities for further candidates: coarse types cost more than measured, or less."""
 PERTURBATION = 0.3
-"""Standard deviation of the logarithm by which sensitivities are shaken for a further candidate."""
+"""Standard deviation of the logarithm by which sensitivities are shaken for still further candidates."""
 
 _SHAKES = 32
 
@@ -53,9 +57,8 @@ class HeldOutStatistics(Moments, Protocol):
 class Candidate:
     """A plan to try; `predicted_nats` is its mean KLD by the additive model.
 
-    `gap_nats` certifies that no allocation within the limit, of the types the candidate was allowed, is
-    predicted to be better by more; None for a plan that does not come out of the knapsack. `tensor_nats`
-    shares each group's KLD out over its tensors by size.
+    `gap_nats` certifies of the optimum that no allocation within the limit is predicted to be better by more;
+    None for the others. `tensor_nats` shares each group's KLD out over its tensors by size.
     """
 
     name: str
@@ -156,23 +159,26 @@ def plans_within(
 ) -> Allocation:
     """Return different plans that keep `limit`, best predicted first: the optimum and what may beat it.
 
+    In this order, until there are `count`:
+
     - `optimum`: the least summed KLD, with the certificate of the knapsack;
-    - the best of the plans that store every group in one of two neighbouring types;
-    - the best predicted of the plans that follow a stock mix of llama.cpp, protected tensors kept;
-    - `shaken`: optima after every sensitivity is multiplied by `exp(0.3 z)`, z seeded normal, until there are
-      `count` plans.
+    - the best plan that follows a stock mix of llama.cpp (protected tensors kept), and the best that stores
+      every group in one of two neighbouring types, where predicted to be within 15 % of the optimum;
+    - `flatter` and `bolder`: optima of sensitivities raised to 1.15 and 0.87, as if coarse types cost more
+      than was measured, or less;
+    - `shaken`: optima after every sensitivity is multiplied by `exp(0.3 z)`, z seeded normal.
 
     Raises BitsmithError where not even the smallest formats fit.
     """
     chooser = _Chooser(source, groups, sensitivities, limit)
-    best = chooser.best("optimum")
-    found = [best, *chooser.two_types(), *chooser.stock(has_imatrix)]
+    best = chooser.best()
+    others = [*chooser.stock(has_imatrix), *chooser.two_types()]
+    found = [best, *(other for other in others if other.predicted_nats <= NEAR * best.predicted_nats)]
     rng = np.random.default_rng(seed)
-    for _ in range(_SHAKES):
-        if len(_different(found)) >= count:
-            break
-        found.append(chooser.shaken(rng))
-    kept = _different(found)
+    further = chain(map(chooser.bent, BENDS), (chooser.shaken(rng) for _ in range(_SHAKES)))
+    while len(_different(found)) < count and (candidate := next(further, None)) is not None:
+        found.append(candidate)
+    kept = _different(found)[: max(1, count)]
     return Allocation(limit, tuple(sorted(kept, key=lambda c: c.predicted_nats)), sensitivities)
 
 
@@ -235,13 +241,18 @@ class _Chooser:
         self._costs.refuse_too_small()
         self._nats = [dict(entry.nats) for entry in sensitivities.groups]
 
-    def best(self, name: str, allowed: Sequence[Sequence[str]] | None = None) -> Candidate:
-        """Return the plan of the least summed KLD, of each group's `allowed` formats."""
-        formats, bound = self._packed(self._nats, allowed)
-        total = self._sensitivities.total
-        chosen = self._candidate(name, formats)
+    def best(self) -> Candidate:
+        """Return the plan of the least summed KLD."""
+        formats, bound = self._packed(self._nats)
+        chosen = self._candidate("optimum", formats)
         summed = sum(nats[form] for nats, form in zip(self._nats, formats, strict=True))
+        total = self._sensitivities.total
         return replace(chosen, gap_nats=total(summed) - total(min(summed, bound)))
+
+    def bent(self, name: str) -> Candidate:
+        """Return the optimum of sensitivities raised to a power of `BENDS`."""
+        nats = [{form: value ** BENDS[name] for form, value in row.items()} for row in self._nats]
+        return self._candidate(name, self._packed(nats)[0])
 
     def shaken(self, rng: np.random.Generator) -> Candidate:
         """Return the optimum of sensitivities that are off by a random factor per group."""
@@ -250,7 +261,7 @@ class _Chooser:
             {form: value * factor for form, value in row.items()}
             for row, factor in zip(self._nats, factors, strict=True)
         ]
-        return self._candidate("shaken", self._packed(nats, None)[0])
+        return self._candidate("shaken", self._packed(nats)[0])
 
     def two_types(self) -> list[Candidate]:
         """Return the best plan that stores all groups in two neighbouring types, if there is one.
@@ -262,7 +273,8 @@ class _Chooser:
         for pair in pairwise(ladder):
             allowed = [[f for f in g.formats if f in pair] or list(g.formats) for g in self._groups]
             if sum(self._least(allowed)) <= self._costs.left:
-                found.append(self.best(f"{pair[0]} and {pair[1]}", allowed))
+                formats = self._packed(self._nats, allowed)[0]
+                found.append(self._candidate(f"{pair[0]} and {pair[1]}", formats))
         return sorted(found, key=lambda candidate: candidate.predicted_nats)[:1]
 
     def stock(self, has_imatrix: bool) -> list[Candidate]:
@@ -293,7 +305,7 @@ class _Chooser:
         ]
 
     def _packed(
-        self, nats: Sequence[Mapping[str, float]], allowed: Sequence[Sequence[str]] | None
+        self, nats: Sequence[Mapping[str, float]], allowed: Sequence[Sequence[str]] | None = None
     ) -> tuple[list[str], float]:
         names = [list(group.formats) for group in self._groups] if allowed is None else allowed
         options = [

@@ -14,8 +14,11 @@ FORMATS = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0", "BF16", "F1
 """Formats offered by default."""
 SMALL_BLOCKS = ("Q4_0", "IQ4_NL", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16")
 """Formats offered where rows are not whole blocks of 256."""
-PROTECTED = ("Q8_0", "BF16", "F16", "F32")
-"""Formats offered for `ssm_alpha` and `ssm_beta`, which set how fast the state forgets."""
+PROTECTED = ("Q8_0", "F16", "F32")
+"""Formats offered for `ssm_alpha` and `ssm_beta`, which set how fast the state forgets.
+
+Not BF16: llama.cpp rounds the inputs of a BF16 matrix to BF16 too, which a float32 forward does not see.
+"""
 
 _KINDS = {
     "attn.q": "attn.q+k",
@@ -47,16 +50,16 @@ class Group:
     formats: tuple[str, ...]
 
     def anchors(self, count: int) -> tuple[str, ...]:
-        """Return the formats to measure."""
+        """Return the formats to measure, fewest bits first: well-spread ones, else what is offered."""
         if self.formats == PROTECTED:
             return ("Q8_0",)
-        wanted = next(
-            (table[count] for table in (_ANCHORS, _SMALL_ANCHORS) if self._offers(table[count])), ()
-        )
-        return wanted or self.formats[:1]
-
-    def _offers(self, names: Iterable[str]) -> bool:
-        return set(names) <= set(self.formats)
+        for table in (_ANCHORS, _SMALL_ANCHORS):
+            if set(table[count]) <= set(self.formats):
+                return table[count]
+        coarse = [name for name in self.formats if format_named(name).bpw < 16] or list(self.formats)
+        coarse.sort(key=lambda name: format_named(name).bpw)
+        places = {round(k * (len(coarse) - 1) / max(1, count - 1)) for k in range(count)}
+        return tuple(coarse[place] for place in sorted(places))
 
 
 def groups_of(source: Source, formats: Sequence[str] = FORMATS) -> tuple[Group, ...]:

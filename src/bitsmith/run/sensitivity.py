@@ -192,12 +192,11 @@ class Prober:
         first = tokens.shape[1] // 2
         self._tokens, self._scored = tokens, slice(first, tokens.shape[1] - 1)
         self._targets = tokens[:, first + 1 :].reshape(-1)
-        self._entering = [self._steps.embedded(tokens)]
+        self._entering = self._steps.room((self.n_layers + 1, *tokens.shape))
+        self._entering[0] = self._steps.embedded(tokens)
         for layer in range(self.n_layers):
-            states = self._steps.room(tokens.shape)
-            states[...] = self._entering[-1]
-            self._steps.advance(layer, states)
-            self._entering.append(states)
+            self._entering[layer + 1] = self._entering[layer]
+            self._steps.advance(layer, self._entering[layer + 1])
             progress("original", layer + 1, self.n_layers)
         self._reference = self._final(self._entering[-1])
 
@@ -403,7 +402,11 @@ def _lenders(group: Group, groups: Sequence[Group], curves: Mapping[str, _Curve]
 
 
 def _mean_curve(curves: Sequence[_Curve]) -> Callable[[float], float]:
-    return lambda noise: float(np.exp(np.mean([np.log(max(curve(noise), _LEAST_NATS)) for curve in curves])))
+    def mean(noise: float) -> float:
+        found = [curve(noise) for curve in curves]
+        return float(np.exp(np.mean(np.log(found)))) if min(found) > 0 else 0.0
+
+    return mean
 
 
 class _Curve:
