@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +87,10 @@ def test_a_latent_code_starts_in_its_cell_beside_the_original(name: str) -> None
     assert (np.sign(places - at) * moved >= 0)[np.abs(places - at) > 1e-3].mean() > 0.999
 
 
-def test_gradient_of_the_block_scales_is_the_slope(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_gradient_of_the_block_scales_is_the_slope(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitsmith.run.free_weights._half", lambda values: values)  # its steps hide the slope
     coded = tmp_path / "q.gguf"
     compress(tiny_qwen3, coded, "Q4_K", pure=True)
     with open_model(tiny_qwen3) as original, open_model(coded) as candidate:
@@ -106,12 +108,12 @@ def test_gradient_of_the_block_scales_is_the_slope(tiny_qwen3: Path, tmp_path: P
     loss().backward()
     slope = float(leaf.grad.sum())
     moved = []
-    for change in (0.02, -0.02):  # far beyond a float16 step, which the forward rounds to
+    for change in (0.002, -0.002):
         with torch.no_grad():
             leaf += change
             moved.append(float(loss()))
             leaf -= change
-    assert slope == pytest.approx((moved[0] - moved[1]) / 0.04, rel=0.05)
+    assert slope == pytest.approx((moved[0] - moved[1]) / 0.004, rel=0.02)
 
 
 def test_the_student_is_the_reference_forward(tiny_qwen3_5: Path) -> None:
@@ -160,9 +162,11 @@ def test_tuning_lowers_the_measured_divergence_in_the_same_bytes(
     coded, out = tmp_path / "q.gguf", tmp_path / "tuned.gguf"
     compress(tiny_qwen3, coded, "Q2_K", pure=True)
     fit, held = random_tokens(200, 16, 64, seed=0), random_tokens(200, 4, 64, seed=1)
-    record = tune(tiny_qwen3, coded, out, fit, held, short(codes=codes))
+    costs: list[float] = []
+    record = tune(tiny_qwen3, coded, out, fit, held, short(codes=codes), say_cost=costs.append)
     assert record.kept
-    assert record.held_kld_after_nats < 0.95 * record.held_kld_before_nats
+    assert costs == [record.estimated_seconds]
+    assert record.held_kld_after_nats < (0.97 if codes else 0.999) * record.held_kld_before_nats
     assert out.stat().st_size == coded.stat().st_size
     with open_gguf(coded) as before, open_gguf(out) as after:
         assert after.typed_metadata() == before.typed_metadata()
@@ -170,7 +174,7 @@ def test_tuning_lowers_the_measured_divergence_in_the_same_bytes(
             (n, r.dtype, r.shape) for n, r in before.items()
         ]
     with open_model(tiny_qwen3) as original, open_model(out) as candidate:
-        states = [final_hidden_states(m, held, 32).reshape(-1, 128) for m in (original, candidate)]
+        states = [final_hidden_states(m, held, 32).reshape(-1, 256) for m in (original, candidate)]
         scores = compare(original, candidate, (states[0], states[1]), held[:, 33:].reshape(-1))
     assert scores.kld.mean() == pytest.approx(record.held_kld_after_nats, rel=1e-3)
     assert not list(tmp_path.glob(".*"))
@@ -222,8 +226,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_qwen3: Path, tmp_path: Path
     assert whole.communicate("")[0].splitlines()[0] == "1"
     killed = start(tmp_path / "killed.gguf", 13)
     assert killed.stdout is not None
-    while killed.stdout.readline().strip() != "13":
-        time.sleep(0)
+    assert "13" in iter(lambda: killed.stdout.readline().strip() or None, None)
     killed.send_signal(signal.SIGKILL)
     killed.communicate()
     assert not (tmp_path / "killed.gguf").exists()

@@ -20,6 +20,7 @@ from bitsmith.progress import Progress
 
 _SAVED_EVERY_SECONDS = 60.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TIMED_STEPS = 2
 _WARM_UP = 0.05
 _LAST_RATE = 0.02
 _DIVERGED = 1.1  # times the starting divergence
@@ -61,6 +62,7 @@ class Facts:
     first_nats: float = math.inf
     damping: float = 1.0
     seconds: float = 0.0
+    estimated_seconds: float = 0.0
     log: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -87,16 +89,24 @@ class Descent:
         if state.exists():
             self._resume()
 
-    def run(self, progress: Progress, stopped: Callable[[Facts], bool] = lambda _: False) -> Facts:
-        """Step to the end of the schedule, then put the best parameters in place; return what happened."""
+    def run(self, progress: Progress, say_cost: Callable[[float], None]) -> Facts:
+        """Step to the end of the schedule, then put the best parameters in place; return what happened.
+
+        `say_cost` is told the seconds of the whole, judged from a look and the first two steps, once they are
+        known.
+        """
         facts, steps = self.facts, self._schedule.steps
-        started = saved = time.monotonic()
-        before = facts.seconds
+        started = saved = time.monotonic() - facts.seconds
         if facts.step == 0:
             self._look()
-        while facts.step < steps and not stopped(facts):
+        looked = time.monotonic() - started
+        while facts.step < steps:
             self._advance()
-            facts.seconds = before + time.monotonic() - started
+            facts.seconds = time.monotonic() - started
+            if facts.step == _TIMED_STEPS:
+                looks = 1 + steps / self._schedule.every
+                facts.estimated_seconds = (facts.seconds - looked) * steps / _TIMED_STEPS + looks * looked
+                say_cost(facts.estimated_seconds)
             if facts.step % self._schedule.every == 0 or facts.step == steps:
                 self._look()
             if time.monotonic() - saved > _SAVED_EVERY_SECONDS:

@@ -73,12 +73,11 @@ class Distillation:
         return torch.cat(found).numpy().astype(np.float64)
 
 
-def noisy(tokens: Tokens, share: float, vocab: int, seed: int) -> Tokens:
+def noisy(tokens: Tokens, share: float, seed: int) -> Tokens:
     """Return `tokens` (`n T`) with a share of all replaced by tokens drawn from the same text.
 
     The original labels any input; odd ones show how the candidate differs away from the calibration text.
     """
-    del vocab
     random = np.random.default_rng((seed, 1))
     drawn = random.choice(tokens.reshape(-1), tokens.shape)
     changed: Tokens = np.where(random.random(tokens.shape) < share, drawn, tokens)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,8 +194,7 @@ def _columns(step: PermuteColumns, weights: torch.Tensor) -> torch.Tensor:
     return weights.index_select(-1, torch.from_numpy(step.inverse))
 
 
-_UNDO: Mapping[type[Step], object] = {}
-_UNDO = {
+_UNDO: Mapping[type[Step], Callable[[Any, torch.Tensor], torch.Tensor]] = {
     PermuteRows: _rows,
     PermuteColumns: _columns,
     AddOne: lambda _, weights: weights - 1,

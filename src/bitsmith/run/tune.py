@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ from bitsmith.store import GgufCheckpoint, TensorInfo, write_gguf
 Tokens = NDArray[np.int64]
 
 _SELECTION_TOKENS = 8192
-_RATE_OF_COARSENESS = 0.016
+_RATE = 4e-3  # of block scales whose codes lie one root mean square weight apart, as in Q2_K
+_RATE_POWER = 1.6  # a tenth of that at 4 bits
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class TuneOptions:
 
     `batch_tokens` are scored in a step, in windows of `window_tokens`; `learning_rate` is the relative change
     of block scales per Adam step at the peak of a cosine, None: chosen from the measured error of the codes.
-    F32 values move at half of it, codes (in gaps between levels) at `code_rate` times it. A share
-    `noise` of the windows has a share of their tokens replaced at random: the original labels any text.
+    F32 values move at half of it, codes at `code_rate` gaps between levels. With `noise`, every window comes
+    a second time with that share of its tokens replaced at random: the original labels any text.
     """
 
     codes: bool = False
@@ -46,7 +48,7 @@ class TuneOptions:
     batch_tokens: int = 2048
     window_tokens: int = 256
     learning_rate: float | None = None
-    code_rate: float = 5.0
+    code_rate: float = 0.02
     noise: float = 0.0
     seed: int = 0
 
@@ -89,6 +91,7 @@ def tune(
     *,
     overwrite: bool = False,
     progress: Progress = silent,
+    say_cost: Callable[[float], None] = lambda _: None,
 ) -> TuneRecord:
     """Write `candidate` (a GGUF of `model`) to `out` with the same types and bytes and a lower divergence.
 
@@ -96,7 +99,7 @@ def tune(
     through the whole model in float32; stops at the state that is best on `held` (`chunks ctx`). Holds both
     models, gradients and moments in memory: about 24 bytes per weight, 36 with codes. The result is a
     function of the inputs, the options and the number of threads. A state file `.OUT.tuning` lets a killed
-    run go on.
+    run go on. `say_cost` is told after two steps how many seconds all of them will take.
 
     Raises BitsmithError where the two are not the same model, OutputError as `write_gguf` does.
     """
@@ -107,7 +110,7 @@ def tune(
         run = _Run(teacher, student, fit, held, options, progress)
         state = out.with_name(f".{out.name}.tuning")
         with _quiet_transformers():
-            run.descend(state, progress)
+            run.descend(state, progress, say_cost)
         packed = run.packed()
         stored = run.stored
         write_gguf(
@@ -143,7 +146,7 @@ class _Run:
         windows = fit[:, : fit.shape[1] // options.window_tokens * options.window_tokens]
         windows = windows.reshape(-1, options.window_tokens)
         if options.noise:
-            windows = np.concatenate([windows, noisy(windows, options.noise, 0, options.seed)])
+            windows = np.concatenate([windows, noisy(windows, options.noise, options.seed)])
         self.fit_tokens = windows.size
         lessons = (Lesson(teacher, windows, 0, progress), Lesson(teacher, held, held.shape[1] // 2, progress))
         chosen = max(1, _SELECTION_TOKENS // held.shape[1])
@@ -156,22 +159,23 @@ class _Run:
             np.arange(len(held))[:: max(1, -(-len(held) // chosen))],
             options.seed,
         )
-        self.rate = options.learning_rate or _RATE_OF_COARSENESS * self.free.coarseness()
+        self.rate = options.learning_rate or _RATE * self.free.coarseness() ** _RATE_POWER
         self._key = _key(teacher, student, fit, held, options)
         self.before = float(self.task.held_klds(self.free.decoded()).mean())
         self.after, self.kept = self.before, False
         self.facts = Facts()
 
-    def descend(self, state: Path, progress: Progress) -> None:
+    def descend(self, state: Path, progress: Progress, say_cost: Callable[[float], None]) -> None:
         """Walk, then measure what the packed blocks decode to on all held-out text."""
         rates = {
             "scale": self.rate,
             "min": self.rate,
             "value": self.rate / 2,
-            "code": self.rate * self.options.code_rate,
+            "code": self.options.code_rate,
         }
         schedule = Schedule(self.options.steps, rates)
-        self.facts = Descent(self.task, self.free.parameters, schedule, state, self._key).run(progress)
+        descent = Descent(self.task, self.free.parameters, schedule, state, self._key)
+        self.facts = descent.run(progress, say_cost)
         self.after = float(self.task.held_klds(self.free.decoded()).mean())
         self.kept = self.facts.best_step > 0 and self.after < self.before
 
@@ -193,7 +197,7 @@ class _Run:
             fit_tokens=self.fit_tokens,
             learning_rate=self.rate * facts.damping,
             free_parameters=sum(leaf.numel() for leaf in self.free.parameters.values()),
-            estimated_seconds=0.0,
+            estimated_seconds=facts.estimated_seconds,
             seconds=seconds,
             options=self.options,
             log=tuple(facts.log),
