@@ -129,7 +129,8 @@ def test_what_was_measured_and_what_not_is_said(measured: Sensitivities, late: t
             assert entry.nats[name] == nats
         by_noise = sorted(group.formats, key=lambda form: entry.noise[form])
         assert [entry.nats[form] for form in by_noise] == sorted(entry.nats.values())
-        assert entry.noise["BF16"] == entry.nats["BF16"] == 0  # the source is BF16
+        exact = group.formats[-1]  # BF16, as the source is, or F32
+        assert entry.noise[exact] == entry.nats[exact] == 0
     assert measured.forwards <= 18
     assert len(measured.uniform) == 3
     assert measured.scored_tokens == 4 * (CTX // 2 - 1)

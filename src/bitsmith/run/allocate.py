@@ -39,7 +39,7 @@ from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
 NEAR = 1.15
 """How many times the optimum's predicted KLD a plan of another kind may have to be a candidate."""
 BENDS = {"flatter": 1.15, "bolder": 0.87}
-"""Exponents put on the sensitivities for further candidates: coarse types cost more than measured, or less."""
+"""Exponents on the sensitivities for further candidates: coarse types cost more than measured, or less."""
 PERTURBATION = 0.3
 """Standard deviation of the logarithm by which sensitivities are shaken for still further candidates."""
 
@@ -321,6 +321,16 @@ class _Chooser:
         found = pack(options, self._costs.left)
         return [offered[pick] for offered, pick in zip(names, found.picks, strict=True)], found.bound
 
+    def _reasons(self, formats: Sequence[str]) -> dict[str, str]:
+        """Return per tensor how its KLD is known."""
+        reasons = {}
+        for entry, form in zip(self._sensitivities.groups, formats, strict=True):
+            known = "measured" if form in entry.measured else "interpolated"
+            if entry.borrowed:
+                known = f"guessed from {', '.join(entry.borrowed[:2])}"
+            reasons.update(dict.fromkeys(entry.tensors, f"allocated, KLD {known}"))
+        return reasons
+
     def _candidate(self, name: str, formats: Sequence[str]) -> Candidate:
         types = dict.fromkeys((tensor.gguf_name for tensor in self._source.tensors), "F32")
         nats: dict[str, float] = {}
@@ -328,7 +338,7 @@ class _Chooser:
             weights = sum(tensor.ref.size for tensor in group.tensors)
             types |= dict.fromkeys((tensor.gguf_name for tensor in group.tensors), form)
             nats.update((t.gguf_name, row[form] * t.ref.size / weights) for t in group.tensors)
-        reasons = dict.fromkeys(nats, f"allocated: {name}")
+        reasons = self._reasons(formats)
         plan = plan_of_types(self._source, types, mix=_mix_name(self._source, types), reasons=reasons)
         return Candidate(name, plan, self._sensitivities.total(sum(nats.values())), None, nats)
 
