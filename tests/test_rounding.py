@@ -11,7 +11,7 @@ from bitsmith.errors import BitsmithError
 from bitsmith.formats import FORMATS, format_named
 from bitsmith.formats.blocks import BlockFormat
 from bitsmith.numerics.input_metric import InputMetric, corrected_target
-from bitsmith.passes.choice import choose
+from bitsmith.passes.choice import choose, noise_share
 from bitsmith.passes.rounding import output_error, round_rows
 
 BLOCKED = [name for name, form in FORMATS.items() if isinstance(form, BlockFormat)]
@@ -127,6 +127,27 @@ def test_choice_drops_feedback_that_overfits() -> None:
     chosen = choose(form, rows, inputs_of(tokens(6, 512, 2), white), "gptq", dampings=(1e-4,))
     assert chosen.rounder == "weighted"
     assert chosen.held_errors["weighted"] < chosen.held_errors["gptq 0.0001"]
+
+
+def test_noise_share_grows_with_the_error_of_the_type() -> None:
+    rows, fit, held = weights(32, 512), tokens(4000, 512, 2), tokens(500, 512, 3)
+    shares = [
+        choose(format_named(name), rows, inputs_of(fit, held), "gptq", dampings=(0.01,)).shrink
+        for name in ("Q2_K", "Q4_K", "Q8_0")
+    ]
+    assert shares[0] >= 4 * shares[1] > 0
+    assert shares[2] == 0
+    assert noise_share(0.04) == 0.125
+    assert noise_share(5.0) == 1.0
+    assert noise_share(0.0) == 0.0
+
+
+def test_shrinking_ends_at_the_diagonal() -> None:
+    moment = inputs_of(tokens(4000, 512, 2), None).moment
+    assert moment is not None
+    (group,) = InputMetric(moment, shrink=1e9).groups(256)
+    assert np.abs(group.feedback).max() < 1e-6
+    np.testing.assert_allclose(group.diagonal, group.weights, rtol=1e-5)
 
 
 def test_choice_without_statistics() -> None:

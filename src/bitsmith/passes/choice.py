@@ -16,6 +16,9 @@ from bitsmith.passes.rounding import output_error, round_rows
 DAMPINGS = (0.003, 0.03, 0.3)
 """Tried by `choose`, in units of the mean variance."""
 
+NOISE_GROWTH = 3.0
+"""How much noise a matrix's inputs carry, in units of the relative error its own outputs get (`shrink`)."""
+
 SAMPLE_ROWS = 256
 """Rows of a tensor that `choose` decides by."""
 
@@ -38,7 +41,7 @@ class SiteInputs(Protocol):
 
 @dataclass(frozen=True)
 class Choice:
-    """The rounder of one tensor: `gptq` with a damping, `weighted` or `nearest`, and why.
+    """The rounder of one tensor: `gptq` with a damping and a shrinkage, `weighted` or `nearest`, and why.
 
     `held_errors` are the relative held-out output errors `sum |E x|² / sum |W x|²` of what was tried, by
     `weighted`, `nearest` or `gptq <damping>`; empty where nothing was held out.
@@ -47,6 +50,7 @@ class Choice:
     rounder: str
     damping: float | None = None
     held_errors: Mapping[str, float] = field(default_factory=dict)
+    shrink: float = 0.0
 
 
 def sample_rows(rows: int, count: int = SAMPLE_ROWS) -> slice:
@@ -60,7 +64,7 @@ def choose(
     inputs: SiteInputs | None,
     rounder: str = "auto",
     *,
-    metric_for: Callable[[float], InputMetric] | None = None,
+    metric_for: Callable[[float, float], InputMetric] | None = None,
     dampings: Sequence[float] = DAMPINGS,
 ) -> Choice:
     """Choose the rounder for a tensor by a sample of its `rows` (`out in`, GGUF layout).
@@ -69,7 +73,12 @@ def choose(
     of blocks; without them `weighted` is left, and without any statistics `nearest`. Under `gptq` and `auto`
     the damping is the one of least held-out output error, and the feedback is kept only where that falls
     below the weighted search's; `auto` also weighs `nearest`. Without held-out inputs `gptq` takes the
-    default damping and `auto` takes `weighted`. `metric_for` shares metrics between the tensors of a site.
+    default damping and `auto` takes `weighted`. `metric_for(damping, shrink)` shares metrics between the
+    tensors of a site.
+
+    The moments come from the original model; in the compressed one a matrix's inputs carry the errors of the
+    layers before it, about as large, relative to the inputs, as the errors this matrix adds to its outputs,
+    and summed up over layers. The metric is shrunk towards its diagonal by that much (see `noise_share`).
     """
     if rounder == "nearest" or inputs is None or not isinstance(form, BlockFormat):
         return Choice("nearest")
@@ -84,12 +93,24 @@ def choose(
         left = output_error(rows - form.decode(blocks), held)
         return left / whole if whole > 0 else left
 
-    build = metric_for or (lambda damping: InputMetric(moment, damping))
+    build = metric_for or (lambda damping, shrink: InputMetric(moment, damping, shrink=shrink))
     errors = {"weighted": error(form.encode(rows, inputs.diagonal))}
     if rounder == "auto":
         errors["nearest"] = error(form.encode(rows))
+    shrink = noise_share(errors["weighted"])
     tried = {f"gptq {damping:g}": damping for damping in dampings}
     for name, damping in tried.items():
-        errors[name] = error(round_rows(form, rows, build(damping)))
+        errors[name] = error(round_rows(form, rows, build(damping, shrink)))
     best = min(errors, key=lambda name: (errors[name], name != "weighted"))
-    return Choice(best.split()[0], tried.get(best), errors)
+    return Choice(best.split()[0], tried.get(best), errors, shrink if best in tried else 0.0)
+
+
+def noise_share(relative_error: float) -> float:
+    """Return the shrinkage for a relative output error: `NOISE_GROWTH` times it, in powers of two.
+
+    The powers let tensors of one site share a metric. At most 1; below 1/1024 it is 0.
+    """
+    share = NOISE_GROWTH * relative_error
+    if not share >= 2.0**-10:
+        return 0.0
+    return float(min(1.0, 2.0 ** np.rint(np.log2(share))))

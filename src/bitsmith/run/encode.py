@@ -75,7 +75,7 @@ class TensorEncoder:
         self._path = path
         self._site = ""
         self._moment: Float32 | None = None
-        self._metrics: dict[float, InputMetric] = {}
+        self._metrics: dict[tuple[float, float], InputMetric] = {}
 
     def is_guided(self, tensor: SourceTensor, row: PlanRow) -> bool:
         """Tell whether statistics decide how the tensor is encoded."""
@@ -144,7 +144,7 @@ class TensorEncoder:
 
     def _encoded(self, form: Format, weights: Float32, inputs: SiteStatistics, choice: Choice) -> Bytes:
         if choice.rounder == "gptq" and choice.damping is not None:
-            return round_rows(form, weights, self._metric(choice.damping))
+            return round_rows(form, weights, self._metric(choice.damping, choice.shrink))
         return form.encode(weights, inputs.diagonal if choice.rounder == "weighted" else None)
 
     def _inputs(self, tensor: SourceTensor) -> SiteStatistics:
@@ -158,12 +158,13 @@ class TensorEncoder:
         self._moment = inputs.moment
         return inputs
 
-    def _metric(self, damping: float) -> InputMetric:
+    def _metric(self, damping: float, shrink: float) -> InputMetric:
         if self._moment is None:
             raise BitsmithError("error feedback needs second moments", path=self._path)
-        if damping not in self._metrics:
-            self._metrics[damping] = InputMetric(self._moment, damping)
-        return self._metrics[damping]
+        key = damping, shrink
+        if key not in self._metrics:
+            self._metrics[key] = InputMetric(self._moment, damping, shrink=shrink)
+        return self._metrics[key]
 
     def _sample(self, tensor: SourceTensor, row: PlanRow) -> Float32:
         """Return runs of rows spread evenly over the tensor, `SAMPLE_ROWS` at most."""
