@@ -38,7 +38,8 @@ class Rounding:
 
     `held_errors` are `sum |E x|² / sum |W x|²` over the held-out inputs x of the tensor's site, for the
     rounder that was kept and for the plain weighted search it had to beat; empty where nothing was held out.
-    `tried` has the same on the sample of rows that the choice was made by.
+    `tried` has the same on the sample of rows that the choice was made by. `damping` and `shrink` are those of
+    the metric (`InputMetric`).
     """
 
     rounder: str
@@ -46,6 +47,7 @@ class Rounding:
     held_errors: dict[str, float] = field(default_factory=dict)
     held_tokens: int = 0
     tried: dict[str, float] = field(default_factory=dict)
+    shrink: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,8 @@ class TensorEncoder:
             choice = Choice("weighted", None, choice.held_errors)
             total, _ = self._attempt(tensor, row, inputs, choice, write)
         held = 0 if inputs.held is None else len(inputs.held)
-        rounding = Rounding(choice.rounder, choice.damping, errors, held, dict(choice.held_errors))
+        tried = dict(choice.held_errors)
+        rounding = Rounding(choice.rounder, choice.damping, errors, held, tried, choice.shrink)
         return total.written(row, time.monotonic() - started, rounding)
 
     def _attempt(
