@@ -300,3 +300,15 @@ def test_formats_per_group_come_out_of_a_plan(source: Source, groups: tuple[Grou
     )
     record = found.to_json()
     assert record["candidates"][0]["types"]["output_norm.weight"] == "F32"
+
+
+def test_a_tied_embedding_is_changed_as_the_head_too(tiny_qwen3_5_tied: Path, tmp_path: Path) -> None:
+    ids = np.random.default_rng(0).integers(0, 200, (2, 16))
+    with open_checkpoint(tiny_qwen3_5_tied) as checkpoint, open_model(tiny_qwen3_5_tied) as model:
+        groups = [group for group in groups_of(open_source(checkpoint)) if group.kind == "embed"]
+        (entry,) = measure_sensitivities(model, groups, ids).groups
+    form, nats = next(iter(entry.measured.items()))
+    overrides = [("token_embd", form)]
+    file = compress(tiny_qwen3_5_tied, tmp_path / "tied.gguf", "BF16", tensor_types=overrides).out
+    (scores,) = held_out_scores(tiny_qwen3_5_tied, [file], ids)
+    assert scores["mean_kld"].value == pytest.approx(nats, rel=1e-3)
