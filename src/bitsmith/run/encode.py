@@ -38,8 +38,8 @@ class Rounding:
 
     `held_errors` are `sum |E x|² / sum |W x|²` over the held-out inputs x of the tensor's site, for the
     rounder that was kept and for the plain weighted search it had to beat; empty where nothing was held out.
-    `tried` has the same on the sample of rows that the choice was made by. `damping` and `shrink` are those of
-    the metric (`InputMetric`).
+    `tried` has the same on the sample of rows that the choice was made by. `damping` and `shrink` are the
+    metric's (`InputMetric`).
     """
 
     rounder: str
