@@ -27,7 +27,13 @@ SWEEPS = 3
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard `round_rows` tries: each part of the search by itself, for measuring what it brings."""
+    """How hard `round_rows` tries: each part of the search by itself, for measuring what it brings.
+
+    `sweeps` follow the error feedback (they end early where nothing changes); in them `descent` moves single
+    codes, `refit` the float16 factors, and `scales` the whole scales and mins, in the feedback too.
+    `importance` weighs the columns where a block's fields are fitted: by `schur` complements, H's `diagonal`
+    or `none`. `FEEDBACK_ONLY` is GPTQ as in the literature.
+    """
 
     sweeps: int = SWEEPS
     descent: bool = True
