@@ -114,7 +114,7 @@ def allocate(
     tokens: Tokens | None = None,
     progress: Progress = silent,
 ) -> Allocation:
-    """Measure sensitivities of `model` and return `candidates` plans, if there are as many, that keep `target`.
+    """Measure sensitivities of `model` and return up to `candidates` plans that keep `target`.
 
     They are measured on `tokens` (`chunks T`), else on the statistics' held-out ones. The choice is exact to
     the byte of the file: header and padding are counted. See `plans_within` for the candidates.
