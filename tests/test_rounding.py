@@ -23,6 +23,10 @@ class Inputs:
     moment: np.ndarray | None
     held: np.ndarray | None
 
+    @property
+    def importance(self) -> np.ndarray:
+        return self.diagonal
+
 
 def tokens(count: int, width: int, seed: int) -> np.ndarray:
     mixing = np.random.default_rng(99).standard_normal((width // 4, width))
@@ -137,7 +141,7 @@ def test_noise_share_grows_with_the_error_of_the_type() -> None:
     ]
     assert shares[0] >= 4 * shares[1] > 0
     assert shares[2] == 0
-    assert noise_share(0.04) == 0.125
+    assert noise_share(0.04) == 0.25
     assert noise_share(5.0) == 1.0
     assert noise_share(0.0) == 0.0
 

@@ -16,7 +16,7 @@ from bitsmith.passes.rounding import output_error, round_rows
 DAMPINGS = (0.003, 0.03, 0.3)
 """Tried by `choose`, in units of the mean variance."""
 
-NOISE_GROWTH = 3.0
+NOISE_GROWTH = 5.0
 """How much noise a matrix's inputs carry, in units of the relative error its own outputs get (`shrink`)."""
 
 SAMPLE_ROWS = 256
