@@ -251,4 +251,8 @@ def test_inputs_that_do_not_go_together_are_refused(
     shutil.copy(coded, out)
     with pytest.raises(OutputError, match="exists"):
         tune(tiny_qwen3_5, coded, out, tokens, tokens, short())
+    with pytest.raises(OutputError, match="input"):
+        tune(tiny_qwen3_5, out, out, tokens, tokens, short(), overwrite=True)
+    with pytest.raises(OutputError, match="folder"):
+        tune(tiny_qwen3_5, coded, tmp_path / "absent" / "out.gguf", tokens, tokens, short())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf"]

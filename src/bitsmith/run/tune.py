@@ -104,8 +104,7 @@ def tune(
     Raises BitsmithError where the two are not the same model, OutputError as `write_gguf` does.
     """
     started = time.monotonic()
-    if out.exists() and not overwrite:
-        raise OutputError("exists; pass --overwrite", path=out)
+    _check_output(out, candidate, overwrite)
     with open_model(model) as teacher, open_model(candidate) as student:
         run = _Run(teacher, student, fit, held, options, progress)
         state = out.with_name(f".{out.name}.tuning")
@@ -202,6 +201,16 @@ class _Run:
             options=self.options,
             log=tuple(facts.log),
         )
+
+
+def _check_output(out: Path, candidate: Path, overwrite: bool) -> None:
+    """Refuse before the minutes are spent what `write_gguf` would refuse after them."""
+    if not out.parent.is_dir():
+        raise OutputError("is not in a folder that exists", path=out)
+    if out.exists() and candidate.exists() and out.samefile(candidate):
+        raise OutputError("is the input; choose another output", path=out)
+    if out.exists() and not overwrite:
+        raise OutputError("exists; pass --overwrite", path=out)
 
 
 def _check_tokens(fit: Tokens, held: Tokens, window_tokens: int, vocab: int) -> None:
