@@ -36,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def calibrated(tiny_qwen3_5: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("calibrated") / "stats"
-    calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=CHUNKS)
+    calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
     return out
 
 
@@ -122,7 +122,7 @@ def test_bytes_do_not_depend_on_threads(
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(5 - min(threads, 4))
-        calibrate(tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=CTX, chunks=CHUNKS)
+        calibrate(tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
     finally:
         torch.set_num_threads(threads)
     assert contents(tmp_path / "stats") == contents(calibrated)
@@ -144,7 +144,7 @@ def progress(stage, done, total):
     if calls == int(sys.argv[4]):
         os.kill(os.getpid(), signal.SIGKILL)
 
-calibrate(*map(Path, sys.argv[1:4]), ctx_tokens=70, chunks=9, progress=progress)
+calibrate(*map(Path, sys.argv[1:4]), ctx_tokens=70, saliency=False, chunks=9, progress=progress)
 """
 
 
@@ -158,9 +158,17 @@ def test_a_killed_run_goes_on_at_its_layer_with_the_same_bytes(
     assert died.returncode == -signal.SIGKILL, died.stderr
     assert not out.exists()
     with pytest.raises(KeyboardInterrupt):  # in the last step
-        calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=CHUNKS, progress=interrupt_at_the_end)
+        calibrate(
+            tiny_qwen3_5,
+            text,
+            out,
+            ctx_tokens=CTX,
+            saliency=False,
+            chunks=CHUNKS,
+            progress=interrupt_at_the_end,
+        )
     assert not out.exists()
-    result = calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=CHUNKS)
+    result = calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
     assert result.resumed_layers == 4
     assert contents(out) == contents(calibrated)
     assert [path.name for path in tmp_path.iterdir()] == ["stats"]
@@ -176,9 +184,17 @@ def test_what_another_run_left_behind_is_not_taken_over(
 ) -> None:
     out = tmp_path / "stats"
     with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=CHUNKS - 1, progress=interrupt_at_the_end)
+        calibrate(
+            tiny_qwen3_5,
+            text,
+            out,
+            ctx_tokens=CTX,
+            saliency=False,
+            chunks=CHUNKS - 1,
+            progress=interrupt_at_the_end,
+        )
     assert (tmp_path / ".stats.calibration").is_dir()
-    result = calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=CHUNKS)
+    result = calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
     assert result.resumed_layers == 0 and contents(out) == contents(calibrated)
 
 
@@ -187,20 +203,22 @@ def test_an_output_is_not_overwritten_unasked(
 ) -> None:
     before = contents(calibrated)
     with pytest.raises(OutputError, match="--overwrite"):
-        calibrate(tiny_qwen3_5, text, calibrated, ctx_tokens=CTX, chunks=1)
+        calibrate(tiny_qwen3_5, text, calibrated, ctx_tokens=CTX, saliency=False, chunks=1)
     imatrix = tmp_path / "i.gguf"
     imatrix.write_bytes(b"mine")
     with pytest.raises(OutputError, match="--overwrite"):
-        calibrate(tiny_qwen3_5, text, imatrix, ctx_tokens=CTX, chunks=1)
+        calibrate(tiny_qwen3_5, text, imatrix, ctx_tokens=CTX, saliency=False, chunks=1)
     with pytest.raises(OutputError, match="is the input"):
-        calibrate(tiny_qwen3_5, text, tiny_qwen3_5, ctx_tokens=CTX, chunks=1, overwrite=True)
+        calibrate(tiny_qwen3_5, text, tiny_qwen3_5, ctx_tokens=CTX, saliency=False, chunks=1, overwrite=True)
     assert imatrix.read_bytes() == b"mine" and contents(calibrated) == before
     for name in ("stats", "i.dat"):
         with pytest.raises(OutputError, match="not in a folder that exists"):
-            calibrate(tiny_qwen3_5, text, tmp_path / "nowhere" / name, ctx_tokens=CTX, chunks=1)
+            calibrate(
+                tiny_qwen3_5, text, tmp_path / "nowhere" / name, ctx_tokens=CTX, saliency=False, chunks=1
+            )
     out = tmp_path / "stats"
     for chunks in (2, 1):
-        calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, chunks=chunks, overwrite=True)
+        calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, saliency=False, chunks=chunks, overwrite=True)
         fit, held = opened(out, tiny_qwen3_5).tokens()
         assert (len(fit), len(held)) == (1, chunks - 1)
 
@@ -209,7 +227,7 @@ def test_the_imatrix_counts_all_chunks_however_it_is_made(
     calibrated: Path, tiny_qwen3_5: Path, text: Path, tmp_path: Path
 ) -> None:
     direct, converted = tmp_path / "direct.gguf", tmp_path / "converted.dat"
-    calibrate(tiny_qwen3_5, text, direct, ctx_tokens=CTX, chunks=CHUNKS)
+    calibrate(tiny_qwen3_5, text, direct, ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
     exported = export_imatrix(tiny_qwen3_5, calibrated, converted)
     assert exported.entries == len(read_imatrix(direct).entries)
     one, other = opened(direct, tiny_qwen3_5), opened(converted, tiny_qwen3_5)
@@ -234,7 +252,7 @@ def test_a_gguf_gives_the_statistics_of_the_folder_it_came_from(
 ) -> None:
     compress(tiny_qwen3_5_tied, tmp_path / "m.gguf", "F32")
     for name, model in (("hf", tiny_qwen3_5_tied), ("gguf", tmp_path / "m.gguf")):
-        calibrate(model, text, tmp_path / name, ctx_tokens=CTX, chunks=2)
+        calibrate(model, text, tmp_path / name, ctx_tokens=CTX, saliency=False, chunks=2)
     folder, gguf = (opened(tmp_path / name, tiny_qwen3_5_tied) for name in ("hf", "gguf"))
     with open_model(tiny_qwen3_5_tied) as model:
         specs = {spec.name: spec for spec in model.arch.specs()}
@@ -246,7 +264,9 @@ def test_a_gguf_gives_the_statistics_of_the_folder_it_came_from(
 def test_blocks_are_those_of_the_whole_moment(
     calibrated: Path, tiny_qwen3_5: Path, text: Path, tmp_path: Path
 ) -> None:
-    calibrate(tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=CTX, chunks=CHUNKS, block=128)
+    calibrate(
+        tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=CTX, saliency=False, chunks=CHUNKS, block=128
+    )
     whole, blocks = opened(calibrated, tiny_qwen3_5), opened(tmp_path / "stats", tiny_qwen3_5)
     with open_checkpoint(tiny_qwen3_5) as checkpoint:
         [spec] = [s for s in model_specs(checkpoint) if s.name.endswith("layers.1.mlp.down_proj.weight")]
@@ -256,7 +276,7 @@ def test_blocks_are_those_of_the_whole_moment(
         at = slice(128 * n, 128 * (n + 1))
         np.testing.assert_allclose(part, full[at, at], atol=1e-6 * np.abs(full).max())
     with pytest.raises(BitsmithError, match="blocks of 200 do not divide 256"):
-        calibrate(tiny_qwen3_5, text, tmp_path / "other", ctx_tokens=CTX, block=200)
+        calibrate(tiny_qwen3_5, text, tmp_path / "other", ctx_tokens=CTX, saliency=False, block=200)
 
 
 def test_default_blocks_of_published_widths() -> None:
@@ -276,7 +296,7 @@ def test_the_held_out_sample_is_bounded(
     held = {}
     for rows in (2048, 50):
         monkeypatch.setattr(module, "HELD_ROWS", rows)
-        calibrate(tiny_qwen3, text, tmp_path / f"{rows}", ctx_tokens=CTX, chunks=16)
+        calibrate(tiny_qwen3, text, tmp_path / f"{rows}", ctx_tokens=CTX, saliency=False, chunks=16)
         found = opened(tmp_path / f"{rows}", tiny_qwen3).of(spec)
         assert found.held_tokens == 2 * CTX
         held[rows] = {row.tobytes() for row in found.held}
@@ -285,7 +305,7 @@ def test_the_held_out_sample_is_bounded(
 
 
 def test_a_single_short_chunk_will_do(tiny_qwen3_5: Path, text: Path, tmp_path: Path) -> None:
-    calibrate(tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=4, chunks=1)
+    calibrate(tiny_qwen3_5, text, tmp_path / "stats", ctx_tokens=4, saliency=False, chunks=1)
     statistics = opened(tmp_path / "stats", tiny_qwen3_5)
     with open_checkpoint(tiny_qwen3_5) as checkpoint:
         found = [statistics.of(spec) for spec in model_specs(checkpoint) if spec.site]
@@ -305,7 +325,7 @@ def test_states_that_are_not_finite_are_refused(tiny_qwen3: Path, text: Path, tm
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(BitsmithError, match="layer 1 makes NaN"):
-        calibrate(folder, text, tmp_path / "stats", ctx_tokens=CTX, chunks=2)
+        calibrate(folder, text, tmp_path / "stats", ctx_tokens=CTX, saliency=False, chunks=2)
     assert not (tmp_path / "stats").exists()
 
 
@@ -319,7 +339,7 @@ def test_squares_beyond_float32_are_refused(tiny_qwen3: Path, text: Path, tmp_pa
     weights["model.layers.0.input_layernorm.weight"][:] = 1e25
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(BitsmithError, match=r"layers\.0\.mixer\.in is not finite|NaN"):
-        calibrate(folder, text, tmp_path / "stats", ctx_tokens=CTX, chunks=2)
+        calibrate(folder, text, tmp_path / "stats", ctx_tokens=CTX, saliency=False, chunks=2)
 
 
 def test_more_mtp_layers_than_one_are_refused(tiny_qwen3_5: Path, text: Path, tmp_path: Path) -> None:

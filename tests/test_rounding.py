@@ -19,13 +19,9 @@ BLOCKED = [name for name, form in FORMATS.items() if isinstance(form, BlockForma
 
 @dataclass(frozen=True)
 class Inputs:
-    diagonal: np.ndarray
+    importance: np.ndarray
     moment: np.ndarray | None
     held: np.ndarray | None
-
-    @property
-    def importance(self) -> np.ndarray:
-        return self.diagonal
 
 
 def tokens(count: int, width: int, seed: int) -> np.ndarray:
@@ -50,7 +46,7 @@ def test_beats_the_weighted_search_on_held_out_inputs(name: str) -> None:
     form, rows = FORMATS[name], weights(48, 512)
     inputs, held = inputs_of(tokens(4000, 512, 2), None), tokens(1000, 512, 3)
     assert inputs.moment is not None
-    plain = output_error(rows - form.decode(form.encode(rows, inputs.diagonal)), held)
+    plain = output_error(rows - form.decode(form.encode(rows, inputs.importance)), held)
     ours = output_error(rows - form.decode(round_rows(form, rows, InputMetric(inputs.moment))), held)
     assert ours < 0.6 * plain
 
@@ -158,7 +154,7 @@ def test_choice_without_statistics() -> None:
     rows, form = weights(8, 512), format_named("Q4_K")
     fit = inputs_of(tokens(1000, 512, 2), None)
     assert choose(form, rows, None, "gptq").rounder == "nearest"
-    assert choose(form, rows, Inputs(fit.diagonal, None, None), "gptq").rounder == "weighted"
+    assert choose(form, rows, Inputs(fit.importance, None, None), "gptq").rounder == "weighted"
     assert choose(form, rows, fit, "gptq").rounder == "gptq"
     assert choose(form, rows, fit, "auto").rounder == "weighted"
     assert choose(format_named("F16"), rows, fit, "auto").rounder == "nearest"

@@ -93,7 +93,7 @@ def assay(
     ] = None,
     stats: Annotated[
         Path | None,
-        typer.Option("--stats", help="llama.cpp imatrix (.gguf): also judge by what the outputs see."),
+        typer.Option("--stats", help="Statistics or imatrix: also judge by what the outputs see."),
     ] = None,
     text: Annotated[
         Path | None, typer.Option("--text", help="UTF-8 text: also the spectra of K, V and residual states.")
@@ -148,6 +148,10 @@ def calibrate(
         int | None,
         typer.Option("--block", min=1, help="Keep moments in diagonal blocks of this many columns."),
     ] = None,
+    saliency: Annotated[
+        bool,
+        typer.Option(help="Weigh each token by what its errors cost the predictions; takes a backward pass."),
+    ] = True,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -164,6 +168,7 @@ def calibrate(
             ctx_tokens=ctx,
             chunks=chunks,
             block=block,
+            saliency=saliency,
             overwrite=overwrite,
             progress=progress,
         )

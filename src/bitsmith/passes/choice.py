@@ -27,8 +27,8 @@ class SiteInputs(Protocol):
     """What is known of a matrix's inputs, columns in GGUF order; see `store.statistics.SiteStatistics`."""
 
     @property
-    def diagonal(self) -> Float32:
-        """E[x²] (`in`)."""
+    def importance(self) -> Float32:
+        """What rounding a column costs: the moment's diagonal, or E[x²] (`in`)."""
 
     @property
     def moment(self) -> Float32 | None:
@@ -94,7 +94,7 @@ def choose(
         return left / whole if whole > 0 else left
 
     build = metric_for or (lambda damping, shrink: InputMetric(moment, damping, shrink=shrink))
-    errors = {"weighted": error(form.encode(rows, inputs.diagonal))}
+    errors = {"weighted": error(form.encode(rows, inputs.importance))}
     if rounder == "auto":
         errors["nearest"] = error(form.encode(rows))
     shrink = noise_share(errors["weighted"])

@@ -175,7 +175,8 @@ def print_calibration(calibration: Calibration | Exported) -> None:
         c = calibration
         line = (
             f"wrote {c.path}: {c.sites} activation sites, {bytes_text(c.size_bytes)}; "
-            f"text {printable(c.text)} (SHA-256 {c.text_sha256[:12]}…), {c.chunks} chunks of {c.ctx_tokens} tokens, "
+            f"text {printable(c.text)} (SHA-256 {c.text_sha256[:12]}…), "
+            f"{c.chunks} chunks of {c.ctx_tokens} tokens, "
             f"{c.held_chunks} of them held out"
         )
     console.print(escape(line), highlight=False, soft_wrap=True)

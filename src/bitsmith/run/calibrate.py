@@ -17,6 +17,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
@@ -25,6 +26,7 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import Protocol, open_model, text_chunks
 from bitsmith.run.forward import TextModel, Tokens
 from bitsmith.run.moments import Exported, export_imatrix
+from bitsmith.run.saliency import Saliency, token_saliency
 from bitsmith.run.site_sums import SiteSums
 from bitsmith.run.sites import SiteForward, States
 from bitsmith.store.atomic import atomic_folder, refuse_full, refuse_taken, sync_path
@@ -82,6 +84,7 @@ def calibrate(
     ctx_tokens: int = 512,
     chunks: int | None = None,
     block: int | None = None,
+    saliency: bool = True,
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress = silent,
@@ -92,7 +95,9 @@ def calibrate(
     every eighth is held out. Of each activation site x the folder `out` gets E[x xᵀ], E[x²] and E[x] over the
     others, and up to 2048 held-out inputs drawn by `seed`. Moments of more than `block` columns are kept as
     diagonal blocks of that size (`n b b`); by default, of more than 4096 columns as blocks of their largest
-    divisor up to 4096 that is a multiple of 256. MTP layers and the head are run too. Where `out` ends in
+    divisor up to 4096 that is a multiple of 256. MTP layers and the head are run too. With
+    `saliency` second moments and held-out inputs weigh each token by what its errors cost the predictions
+    (see `token_saliency`), which takes a backward pass, about four times the forward. Where `out` ends in
     `.gguf` or `.dat` it gets llama.cpp's imatrix instead: E[x²] over all chunks.
 
     One layer's weights and moments are in memory; states and finished layers lie in `.NAME.calibration`
@@ -105,7 +110,8 @@ def calibrate(
     """
     with open_model(model) as opened:
         tokens, protocol = text_chunks(opened, text, ctx_tokens, chunks)
-        run = _Run(opened, tokens, protocol, block, seed, moments=not is_imatrix_name(out))
+        full = not is_imatrix_name(out)
+        run = _Run(opened, tokens, protocol, block, seed, moments=full, saliency=full and saliency)
         sources = [*opened.source.files, text]
         if is_imatrix_name(out):
             return run.to_imatrix(out, overwrite, sources, progress)
@@ -166,7 +172,9 @@ class _Run:
         seed: int,
         *,
         moments: bool,
+        saliency: bool,
     ) -> None:
+        self.saliency = saliency
         self.model, self.tokens, self.protocol, self.seed = model, tokens, protocol, seed
         self.specs: list[TensorSpec] = [s for s in model.arch.specs() if s.component != "vision"]
         self.forward = SiteForward(model, self.specs)
@@ -189,6 +197,7 @@ class _Run:
             self.protocol.text_sha256,
             self.blocks,
             self.seed,
+            self.saliency,
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -261,6 +270,7 @@ class _Run:
             fit_tokens=(chunks - len(self.held)) * ctx,
             seed=self.seed,
             tied=self.model.arch.tied,
+            saliency=self.saliency,
             tokens=tokens,
             sites=sites,
         )
@@ -296,9 +306,10 @@ class _Work:
         self._journal = Journal(self.folder / "journal", self._run.key)
         entries = self._journal.entries
         kept = {value["file"] for value in entries.values()} | {self._states(len(entries) - 1).path.name}
+        kept.add(self._saliency_file.name)
         for path in self.folder.iterdir():
             if path != self._journal.path and path.name not in kept:
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         return self
 
     def __exit__(
@@ -315,6 +326,7 @@ class _Work:
         forward, entries = self._run.forward, self._journal.entries
         names = ["embed", *(f"layers.{n}" for n in range(forward.n_layers)), "head"]
         names += ["mtp"] if forward.mtp_layers else []
+        self._weigh(progress)
         self.resumed = max(0, min(len(entries) - 1, forward.n_layers))
         per_step = self._run.tokens.size
         done, total = max(0, len(entries) - 1) * per_step, (len(names) - 1) * per_step
@@ -328,6 +340,26 @@ class _Work:
         for value in entries.values():
             sites |= entries_from_json(value["sites"])
         return sites
+
+    @property
+    def _saliency_file(self) -> Path:
+        return self.folder / f"saliency-{self._run.key[:16]}.safetensors"
+
+    def _weigh(self, progress: Progress) -> None:
+        """Find the tokens' weights, or read what a killed run found."""
+        self.saliency: Saliency = {}
+        if not self._run.saliency:
+            return
+        run, path = self._run, self._saliency_file
+        if not path.exists():
+            found = token_saliency(
+                run.model, run.specs, run.tokens, self.folder / "backward", seed=run.seed, progress=progress
+            )
+            part = path.with_suffix(".part")
+            save_file({site: np.ascontiguousarray(weights) for site, weights in found.items()}, part)
+            sync_path(part)
+            part.replace(path)
+        self.saliency = load_file(path)
 
     def _states(self, number: int) -> States:
         return States(self.folder / f"states.{number}", self._shape())
@@ -343,7 +375,7 @@ class _Work:
             target = States(target.path, self._shape(fewer=1))
         target.create()
         sites = [site for site in run.blocks if site.startswith(f"{name}.")]
-        gather = _Gather(run, sites)
+        gather = _Gather(run, sites, self.saliency)
         if name == "embed":
             run.forward.embed(run.tokens, target)
         elif name == "head":
@@ -366,8 +398,9 @@ class _Work:
 class _Gather:
     """Sums over the tokens of one step's sites."""
 
-    def __init__(self, run: _Run, sites: Sequence[str]) -> None:
+    def __init__(self, run: _Run, sites: Sequence[str], saliency: Saliency) -> None:
         self._run = run
+        self._saliency = {site: torch.from_numpy(found) for site, found in saliency.items()}
         widths = site_widths(run.specs)
         self._sums = {site: SiteSums(widths[site], run.blocks[site]) for site in sites}
         self._is_held = np.zeros(len(run.tokens), bool)
@@ -377,11 +410,14 @@ class _Gather:
         """Add `inputs` (`B T in`) of the chunks from `first` on."""
         sums = self._sums[site]
         held = self._is_held[first : first + len(inputs)]
-        fit = inputs if not held.any() else inputs[torch.from_numpy(~held)]
-        sums.fit(fit.reshape(-1, fit.shape[-1]))
+        weights = self._saliency.get(site)
+        weights = None if weights is None else weights[first : first + len(inputs)]
+        fit = torch.from_numpy(~held)
+        sums.fit(inputs[fit].flatten(0, 1), None if weights is None else weights[fit].flatten())
         for chunk in np.flatnonzero(held):
             positions = self._run.sample.get(first + int(chunk), np.empty(0, np.int64))
-            sums.hold(inputs[chunk], positions[positions < inputs.shape[1]])
+            positions = positions[positions < inputs.shape[1]]
+            sums.hold(inputs[chunk], positions, None if weights is None else weights[chunk])
 
     def results(self) -> Iterator[SiteStatistics]:
         """Yield what was gathered, site by site.

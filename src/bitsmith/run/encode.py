@@ -139,7 +139,7 @@ class TensorEncoder:
                 encoded = self._encoded(form, weights, inputs, choice)
                 total.add(weights, encoded)
                 if plain is not None:
-                    plain.add(weights, form.encode(weights, inputs.diagonal))
+                    plain.add(weights, form.encode(weights, inputs.importance))
                 yield encoded
 
         write(blocks())
@@ -148,7 +148,7 @@ class TensorEncoder:
     def _encoded(self, form: Format, weights: Float32, inputs: SiteStatistics, choice: Choice) -> Bytes:
         if choice.rounder == "gptq" and choice.damping is not None:
             return round_rows(form, weights, self._metric(choice.damping, choice.shrink))
-        return form.encode(weights, inputs.diagonal if choice.rounder == "weighted" else None)
+        return form.encode(weights, inputs.importance if choice.rounder == "weighted" else None)
 
     def _inputs(self, tensor: SourceTensor) -> SiteStatistics:
         inputs = None if self._statistics is None else self._statistics.of(tensor.spec)

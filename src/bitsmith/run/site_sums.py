@@ -17,9 +17,11 @@ _STRIPE = 512
 
 
 class SiteSums:
-    """Σ x xᵀ in diagonal blocks of `block` (none if 0), Σ x² and Σ x in float64, and a held-out sample.
+    """Σ s x xᵀ in diagonal blocks of `block` (none if 0), Σ x² and Σ x in float64, and a held-out sample.
 
-    Products of a batch are taken in float32 over at most some hundred tokens, their sums in float64.
+    s is a token's saliency, 1 where none is given; held-out inputs are kept as √s x, so that `|E x|²` weighs
+    them the same. Products of a batch are taken in float32 over at most some hundred tokens, their sums in
+    float64.
     """
 
     def __init__(self, columns: int, block: int) -> None:
@@ -28,26 +30,31 @@ class SiteSums:
         self._moment = torch.zeros(shape, dtype=torch.float64)
         self._squares, self._sum, self._held_squares = torch.zeros((3, columns), dtype=torch.float64)
         self._tokens = self._held_tokens = 0
+        self._weight = 0.0
         self._held: list[Float32] = []
 
-    def fit(self, rows: torch.Tensor) -> None:
-        """Add `rows` (`N in`); only the upper triangle of the moment is summed, in stripes."""
+    def fit(self, rows: torch.Tensor, saliency: torch.Tensor | None = None) -> None:
+        """Add `rows` (`N in`) of `saliency` (`N`); of the moment the upper triangle is summed, in stripes."""
         if not len(rows):
             return
         self._tokens += len(rows)
         self._squares += (rows * rows).sum(0, dtype=torch.float64)
         self._sum += rows.sum(0, dtype=torch.float64)
+        self._weight += len(rows) if saliency is None else float(saliency.sum(dtype=torch.float64))
+        rows = _scaled(rows, saliency)
         for number, moment in enumerate(self._moment):
             part = rows[:, number * self._block : (number + 1) * self._block]
             for start in range(0, self._block, _STRIPE):
                 stop = start + _STRIPE
                 moment[start:stop, start:] += part[:, start:stop].T @ part[:, start:]
 
-    def hold(self, rows: torch.Tensor, positions: NDArray[np.int64]) -> None:
-        """Add a held-out chunk's `rows` (`T in`), those at `positions` to the sample."""
+    def hold(
+        self, rows: torch.Tensor, positions: NDArray[np.int64], saliency: torch.Tensor | None = None
+    ) -> None:
+        """Add a held-out chunk's `rows` (`T in`) of `saliency` (`T`), those at `positions` to the sample."""
         self._held_tokens += len(rows)
         self._held_squares += (rows * rows).sum(0, dtype=torch.float64)
-        self._held.append(rows[torch.from_numpy(positions)].numpy().copy())
+        self._held.append(_scaled(rows, saliency)[torch.from_numpy(positions)].numpy().copy())
 
     def result(self, site: str) -> SiteStatistics:
         """Return the means over the tokens."""
@@ -67,7 +74,7 @@ class SiteSums:
     def _moments(self) -> Float32 | None:
         if not self._block:
             return None
-        self._moment /= self._tokens
+        self._moment /= self._weight or 1.0
         moment = _float32(self._moment)
         self._moment = torch.zeros((0, 0, 0), dtype=torch.float64)
         for block in moment:
@@ -77,6 +84,10 @@ class SiteSums:
                 square = block[start:stop, start:stop]
                 square[...] = np.triu(square) + np.triu(square, 1).T
         return moment[0] if len(moment) == 1 else moment
+
+
+def _scaled(rows: torch.Tensor, saliency: torch.Tensor | None) -> torch.Tensor:
+    return rows if saliency is None else rows * saliency.sqrt()[:, None]
 
 
 def _float32(sums: torch.Tensor) -> Float32:

@@ -56,9 +56,10 @@ class SiteSpec(Protocol):
 class SiteStatistics:
     """What entered one activation site, x (`in`), over `tokens` tokens of the fit split.
 
-    `diagonal` is E[x²] and `mean` E[x] (`in` each); `moment` is E[x xᵀ] (`in in`), or its diagonal blocks
-    (`n b b`). `held` is a seeded sample of the held-out chunks' inputs (`rows in`), `held_diagonal` E[x²]
-    over all `held_tokens` of them. None where it was not collected; an imatrix has the diagonal alone.
+    `diagonal` is E[x²] and `mean` E[x] (`in` each); `moment` is E[s x xᵀ] (`in in`), or its diagonal blocks
+    (`n b b`), s the token's saliency (1 on average; 1 where it was not asked for). `held` is a seeded sample
+    of the held-out chunks' inputs as √s x (`rows in`), `held_diagonal` E[x²] over all `held_tokens` of them.
+    None where it was not collected; an imatrix has the diagonal alone.
     """
 
     site: str
@@ -69,6 +70,14 @@ class SiteStatistics:
     held: Float32 | None = None
     held_tokens: int = 0
     held_diagonal: Float32 | None = None
+
+    @property
+    def importance(self) -> Float32:
+        """The moment's diagonal (`in`), which weighs what rounding a column costs; E[x²] without a moment."""
+        if self.moment is None:
+            return self.diagonal
+        found: Float32 = np.diagonal(self.moment, axis1=-2, axis2=-1).reshape(-1).copy()
+        return found
 
     def permuted(self, order: NDArray[np.intp]) -> SiteStatistics:
         """Return the statistics with column `j` taken from column `order[j]`.
@@ -122,6 +131,7 @@ class Manifest:
     fit_tokens: int
     seed: int
     tied: bool
+    saliency: bool
     tokens: dict[str, str]
     sites: dict[str, SiteEntry]
     kind: str = "statistics"
