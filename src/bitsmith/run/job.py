@@ -15,6 +15,7 @@ from bitsmith.run.execute import Record, compress, plan_for
 from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
 from bitsmith.store import open_checkpoint
+from bitsmith.store.atomic import refuse_taken
 
 if TYPE_CHECKING:  # these load torch, which a plain compression must not
     from bitsmith.run.allocate import Allocation, Tried
@@ -64,6 +65,7 @@ class Job:
     statistics: Path | None = None
     text: Path | None = None
     rounder: str = "auto"
+    sequential: bool = False
     tune: bool = False
     tune_steps: int | None = None
     plan_file: Path | None = None
@@ -91,10 +93,26 @@ class Job:
     @property
     def destination(self) -> Path:
         """The file to write: `out`, or a name made of the model's and the type's in the current folder."""
+        model = self.model.resolve()
         size = self.target or self.fit
         what = f"auto-{size}" if size else (self.type_name or "Q4_K_M").upper()
         what = self.plan_file.stem if self.plan_file else what
-        return self.out or Path(f"{self.model.resolve().stem}-{what}.gguf")
+        return self.out or Path(f"{model.name if model.is_dir() else model.stem}-{what}.gguf")
+
+    @property
+    def needs_forward(self) -> bool:
+        """Whether something beside a target asks for the model's forward, and so for torch."""
+        learns = self.text is not None and self.statistics is None
+        return self.tune or self.sequential or self.recipe is not None or learns
+
+    def check(self) -> None:
+        """Raise BitsmithError for options that contradict each other, OutputError for a plan in the way."""
+        if self.tune_steps is not None and not self.tune:
+            raise BitsmithError("--tune-steps is for --tune")
+        if self.text is not None and self.statistics is not None:
+            raise BitsmithError("--text and --stats exclude each other")
+        if self.plan_out is not None:
+            refuse_taken(self.plan_out, self.overwrite, [self.model], folder=False)
 
 
 def run(job: Job, progress: Progress = silent) -> Record:
@@ -102,10 +120,9 @@ def run(job: Job, progress: Progress = silent) -> Record:
 
     Raises as `run.execute.compress` and `run.recipe.make` do.
     """
+    job.check()
     goal = job.goal()
-    if job.tune_steps is not None and not job.tune:
-        raise BitsmithError("--tune-steps is for --tune")
-    if goal is not None or job.tune or job.recipe or (job.text is not None and job.statistics is None):
+    if goal is not None or job.needs_forward:
         from bitsmith.run.recipe import make  # noqa: PLC0415 (loads torch)
 
         record: Record = make(job, goal, progress)
@@ -133,6 +150,7 @@ def run_dry(job: Job, progress: Progress = silent) -> Plan:
     A target is allocated by measuring, which takes time; its candidates are not written, so the one predicted
     to be best is returned. Raises as `run` does.
     """
+    job.check()
     goal = job.goal()
     if goal is not None:
         from bitsmith.run.recipe import plan_target  # noqa: PLC0415 (loads torch)
