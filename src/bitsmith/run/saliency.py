@@ -15,7 +15,7 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
 from bitsmith.progress import Progress, silent
 from bitsmith.run.forward import TextModel, Tokens, _quiet_transformers
-from bitsmith.run.sites import SiteForward, States, _workers
+from bitsmith.run.sites import SiteForward, States, _aligned, _workers
 from bitsmith.store.statistics import HEAD_SITE
 
 Float32 = NDArray[np.float32]
@@ -23,6 +23,7 @@ Saliency = Mapping[str, Float32]
 """By activation site: a weight of each token (`chunks T`), 1 on average."""
 
 _HEAD_SLICE_BYTES = 32 << 20
+_LOGIT_COST = 48  # bytes of a logit, its noise, and what softmax takes in float64
 _BACKWARD_COST = 6  # memory of a layer's graph over that of its forward, measured, rounded up
 
 
@@ -104,21 +105,25 @@ class _Backward:
     def _through_head(self, gradients: States) -> None:
         """Write the gradient of log p(y) by the last layer's output, through the head and the final norm."""
         states = self._states(self._forward.n_layers)
-        norm = self._forward._norm(f"{self._model.arch.text_prefix}norm.")
+        norm = self._forward._norm(f"{self._model.arch.text_prefix}norm.").requires_grad_(False)
         weights = self._found[HEAD_SITE] = np.zeros(self._tokens.shape, np.float32)
         head = _Head(self._model)
-        for chunk in range(self._shape[0]):
+
+        def task(chunk: int) -> None:
             hidden = torch.from_numpy(states.read(chunk, chunk + 1)[0]).requires_grad_()
             normed = norm(hidden)
             by_normed, weights[chunk] = head.gradient(normed.detach(), (self._seed, chunk))
             normed.backward(by_normed)
             gradients.write(chunk, _grad(hidden)[None])
 
+        with _workers(head.token_bytes * self._shape[1]) as pool:
+            list(pool.map(task, range(self._shape[0])))
+
     def _through_layer(self, index: int, gradients: States) -> None:
         """Replace the gradient by a layer's output with that by its input; note what its matrices' get."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
         network = self._forward._network
-        layer = network._layer(index).requires_grad_(False)
+        layer = _aligned(network._layer(index)).requires_grad_(False)
         watch = _Watch(layer, self._modules(prefix))
         for site in watch.sites:
             self._found[site] = np.zeros(self._tokens.shape, np.float32)
@@ -195,6 +200,7 @@ class _Head:
     def __init__(self, model: TextModel) -> None:
         self._head = model.head
         self._rows = max(1, _HEAD_SLICE_BYTES // (4 * self._head.shape[1]))
+        self.token_bytes = _LOGIT_COST * min(self._rows, self._head.n_rows)
 
     def gradient(self, normed: torch.Tensor, seed: tuple[int, int]) -> tuple[torch.Tensor, Float32]:
         """Return the gradient of Σ log p(y) by `normed` (`T hidden`), and |∂ log p(y)/∂ logits|² (`T`).
