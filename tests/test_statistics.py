@@ -14,18 +14,15 @@ from bitsmith.run.assay import assay
 from bitsmith.run.moments import stored_moments
 from bitsmith.store import open_checkpoint
 from bitsmith.store.statistics import (
-    MANIFEST_NAME,
-    TOKENS_NAME,
-    Manifest,
     SiteStatistics,
     dense_moment,
     gguf_columns,
     open_statistics,
     site_widths,
-    write_manifest,
     write_sites,
     write_tokens,
 )
+from bitsmith.store.statistics_manifest import MANIFEST_NAME, TOKENS_NAME, Manifest, write_manifest
 
 RNG = np.random.default_rng(0)
 OUT_PROJ = "layers.1.linear_attn.out_proj.weight"
@@ -51,7 +48,7 @@ def write(folder: Path, specs: list[TensorSpec], block: int | None = None) -> Pa
     for name, columns in site_widths(specs).items():
         entries |= write_sites(folder / f"{name}.safetensors", [site(name, columns, block)])
     tokens = write_tokens(folder / TOKENS_NAME, np.arange(48).reshape(3, 16), np.arange(16).reshape(1, 16))
-    manifest = Manifest("1", "m", "a", "t.txt", "b", 16, 4, 1, 48, 0, tied, tokens, entries)
+    manifest = Manifest("1", "m", "a", "t.txt", "b", 16, 4, 1, 48, 0, tied, False, tokens, entries)
     write_manifest(folder / MANIFEST_NAME, manifest)
     return folder
 

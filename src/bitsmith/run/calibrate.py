@@ -9,7 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -33,18 +33,22 @@ from bitsmith.store.atomic import atomic_folder, refuse_full, refuse_taken, sync
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
 from bitsmith.store.journal import Journal
 from bitsmith.store.statistics import (
-    MANIFEST_NAME,
-    TOKENS_NAME,
-    Manifest,
-    SiteEntry,
     SiteStatistics,
-    entries_from_json,
     imatrix_of,
     open_statistics,
     site_widths,
-    write_manifest,
+    write_saliency,
     write_sites,
     write_tokens,
+)
+from bitsmith.store.statistics_manifest import (
+    MANIFEST_NAME,
+    SALIENCY_NAME,
+    TOKENS_NAME,
+    Manifest,
+    SiteEntry,
+    entries_from_json,
+    write_manifest,
 )
 
 HELD_EVERY = 8
@@ -230,8 +234,12 @@ class _Run:
                 sites = work.run(progress)
                 for name in sorted({entry.file for entry in sites.values()}):
                     _link(work.folder / name, part / name)
-            tokens = write_tokens(part / TOKENS_NAME, *self._splits())
-            write_manifest(part / MANIFEST_NAME, self._manifest(sites, tokens))
+            tokens = write_tokens(part / TOKENS_NAME, *self._split(self.tokens))
+            manifest = self._manifest(sites, tokens)
+            if work.saliency:
+                kept = {site: np.concatenate(self._split(found)) for site, found in work.saliency.items()}
+                manifest = replace(manifest, saliency_sha256=write_saliency(part / SALIENCY_NAME, kept))
+            write_manifest(part / MANIFEST_NAME, manifest)
         work.remove()
         return self._result(out, sites, work.resumed)
 
@@ -245,16 +253,16 @@ class _Run:
         refuse_full(out, self.expect_bytes)
         with _named_errors(out), _Work(self, out) as work:
             sites = work.run(progress)
-            tokens = write_tokens(work.folder / TOKENS_NAME, *self._splits())
+            tokens = write_tokens(work.folder / TOKENS_NAME, *self._split(self.tokens))
             write_manifest(work.folder / MANIFEST_NAME, self._manifest(sites, tokens))
             statistics = open_statistics(work.folder, self.specs)
             write_imatrix(out, imatrix_of(statistics, self.specs), overwrite=overwrite, sources=sources)
         work.remove()
         return self._result(out, sites, work.resumed)
 
-    def _splits(self) -> tuple[Tokens, Tokens]:
-        fit = np.setdiff1d(np.arange(len(self.tokens)), self.held)
-        return self.tokens[fit], self.tokens[self.held]
+    def _split(self, chunks: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+        fit = np.setdiff1d(np.arange(len(chunks)), self.held)
+        return chunks[fit], chunks[self.held]
 
     def _manifest(self, sites: dict[str, SiteEntry], tokens: dict[str, str]) -> Manifest:
         chunks, ctx = self.tokens.shape
@@ -452,7 +460,7 @@ def _sample(held: Sequence[int], ctx: int, seed: int) -> dict[int, NDArray[np.in
 
 
 def _is_ours(name: str) -> bool:
-    return name in (MANIFEST_NAME, TOKENS_NAME) or _OURS.fullmatch(name) is not None
+    return name in (MANIFEST_NAME, TOKENS_NAME, SALIENCY_NAME) or _OURS.fullmatch(name) is not None
 
 
 def _link(source: Path, target: Path) -> None:

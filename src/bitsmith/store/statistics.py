@@ -1,36 +1,39 @@
 """What a model's matrices see on a text, site by site: kept in a folder, or read from llama.cpp's imatrix.
 
-A folder holds `statistics.json`, written last, `tokens.safetensors` with the token ids, and one safetensors
-file for each layer, whose tensors are `SITE.diagonal`, `SITE.mean`, `SITE.moment`, `SITE.held` and
-`SITE.held_diagonal`, columns in Hugging Face order.
+A folder holds `statistics.json`, written last, `tokens.safetensors` with the token ids, where they were
+weighed `saliency.safetensors` with their weights, and one safetensors file for each layer, whose tensors are
+`SITE.diagonal`, `SITE.mean`, `SITE.moment`, `SITE.held` and `SITE.held_diagonal`, columns in Hugging Face
+order.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import threading
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import TypeAdapter, ValidationError
 
-from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError, printable
-from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.errors import BitsmithError, DamagedFileError, printable
+from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.imatrix import Imatrix, read_imatrix
-from bitsmith.store.safetensors import load_json, open_safetensors
+from bitsmith.store.safetensors import open_safetensors
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors_file
+from bitsmith.store.statistics_manifest import (
+    MANIFEST_NAME,
+    SALIENCY_NAME,
+    TOKENS_NAME,
+    SiteEntry,
+    parse_manifest,
+)
 
 Float32 = NDArray[np.float32]
 Int64 = NDArray[np.int64]
 
-MANIFEST_NAME = "statistics.json"
-TOKENS_NAME = "tokens.safetensors"
-SCHEMA = 1
 HEAD_SITE = "head.in"
 _KINDS = ("diagonal", "mean", "moment", "held", "held_diagonal")
 
@@ -105,39 +108,6 @@ class SiteStatistics:
         return (sums / total).astype(np.float32), total
 
 
-@dataclass(frozen=True)
-class SiteEntry:
-    """One site in the manifest: its file, sizes, and the SHA-256 of each tensor's bytes by kind."""
-
-    file: str
-    columns: int
-    tokens: int
-    held_tokens: int
-    tensors: dict[str, str]
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The content of `statistics.json`: what was run, and what was kept of it."""
-
-    bitsmith: str
-    model: str
-    model_sha256: str
-    text: str
-    text_sha256: str
-    ctx_tokens: int
-    chunks: int
-    held_chunks: int
-    fit_tokens: int
-    seed: int
-    tied: bool
-    saliency: bool
-    tokens: dict[str, str]
-    sites: dict[str, SiteEntry]
-    kind: str = "statistics"
-    schema: int = SCHEMA
-
-
 class Statistics:
     """Statistics of a model's activation sites, looked up tensor by tensor; one site is in memory at a time.
 
@@ -190,6 +160,22 @@ class Statistics:
     def tokens(self) -> tuple[Int64, Int64] | None:
         """Return the token ids of the fit and of the held-out chunks (`chunks ctx` each); None if unknown."""
         return None
+
+    def saliency(self, site: str) -> Float32 | None:
+        """Return the weight of each token at `site` (`chunks ctx`), the fit chunks first, as in `tokens`.
+
+        None where tokens were not weighed, or their weights not kept.
+        """
+        del site
+        return None
+
+    def place(self, spec: SiteSpec) -> int:
+        """Return where in the order of encoding `spec` stands; tensors of one place keep the file's order."""
+        del spec
+        return 0
+
+    def encoded(self, spec: SiteSpec, ref: TensorRef) -> None:
+        """Take note of `spec`'s tensor as the output holds it (GGUF layout); see `run.sequential`."""
 
     def _site(self, spec: SiteSpec) -> str | None:
         return head_site_for(spec) if self._tied else spec.site
@@ -261,14 +247,10 @@ def write_tokens(path: Path, fit: Int64, held: Int64) -> dict[str, str]:
     return {name: _sha256(ids) for name, ids in splits.items()}
 
 
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Write `statistics.json`, not atomically."""
-    path.write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n")
-
-
-def entries_from_json(value: object) -> dict[str, SiteEntry]:
-    """Return manifest entries from what `asdict` and JSON made of them."""
-    return TypeAdapter(dict[str, SiteEntry]).validate_python(value)
+def write_saliency(path: Path, weights: Mapping[str, Float32]) -> dict[str, str]:
+    """Write tokens' weights by site (`chunks ctx`, fit chunks first), not atomically; return the SHA-256s."""
+    write_safetensors_file(path, [_tensor_data(site, array) for site, array in weights.items()])
+    return {site: _sha256(array) for site, array in weights.items()}
 
 
 class _FolderStatistics(Statistics):
@@ -281,7 +263,7 @@ class _FolderStatistics(Statistics):
             raise BitsmithError(f"holds no {MANIFEST_NAME}: no finished calibration", path=path)
         raw = manifest_path.read_bytes()
         self.digest = hashlib.sha256(raw).hexdigest()
-        self._manifest = _parsed(raw, manifest_path)
+        self._manifest = parse_manifest(raw, manifest_path)
         self._tied = self._manifest.tied if partial else self._tied
         for name in (
             "model",
@@ -302,6 +284,7 @@ class _FolderStatistics(Statistics):
 
     def _file_names(self) -> list[str]:
         names = {entry.file for entry in self._manifest.sites.values()} | {TOKENS_NAME}
+        names |= {SALIENCY_NAME} if self._manifest.saliency_sha256 else set()
         for name in names:
             if Path(name).name != name or not (self.path / name).is_file():
                 raise DamagedFileError(f"lacks its file {printable(name)}", path=self.path)
@@ -325,7 +308,9 @@ class _FolderStatistics(Statistics):
         if not any(site in widths for site in self._manifest.sites):
             raise BitsmithError("holds no statistics of this model's matrices", path=self.path)
         for name, wanted in expected.items():
-            if name != TOKENS_NAME and (extra := sorted(set(self._files[name]) - wanted)):
+            if name not in (TOKENS_NAME, SALIENCY_NAME) and (
+                extra := sorted(set(self._files[name]) - wanted)
+            ):
                 raise DamagedFileError("is not in the manifest", path=self.path / name, tensor=extra[0])
 
     def _check_tokens(self) -> None:
@@ -335,6 +320,16 @@ class _FolderStatistics(Statistics):
             shape = (count, manifest.ctx_tokens)
             if name not in file or file[name].shape != shape or name not in manifest.tokens:
                 raise DamagedFileError(f"is not there as {shape}", path=file.path, tensor=name)
+        shape = manifest.chunks, manifest.ctx_tokens
+        for site in manifest.saliency_sha256:
+            file = self._files[SALIENCY_NAME]
+            if site not in file or file[site].shape != shape or file[site].dtype != "F32":
+                raise DamagedFileError(f"is not there as F32 {shape}", path=file.path, tensor=site)
+
+    def saliency(self, site: str) -> Float32 | None:
+        """Return the weight of each token at `site`."""
+        expected = self._manifest.saliency_sha256.get(site)
+        return None if expected is None else _verified(self._files[SALIENCY_NAME], site, expected)
 
     def tokens(self) -> tuple[Int64, Int64] | None:
         """Return the token ids of both splits."""
@@ -451,22 +446,6 @@ def _tensor_data(name: str, array: NDArray[np.float32] | Int64) -> TensorData:
 
 def _sha256(array: NDArray[np.float32] | Int64) -> str:
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def _parsed(raw: bytes, path: Path) -> Manifest:
-    value = load_json(raw, path, "manifest")
-    if value.get("kind") != "statistics":
-        raise DamagedFileError("is no manifest of statistics", path=path)
-    if value.get("schema") != SCHEMA:
-        raise UnsupportedError(
-            f"has schema {printable(str(value.get('schema')), 40)}, expected {SCHEMA}", path=path
-        )
-    try:
-        return TypeAdapter(Manifest).validate_python(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise DamagedFileError(f"{printable(where)}: {printable(first['msg'])}", path=path) from error
 
 
 def _check_tensors(file: Checkpoint, site: str, entry: SiteEntry) -> None:
