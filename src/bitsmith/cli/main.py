@@ -207,6 +207,12 @@ def compress(
         Literal["nearest", "weighted", "gptq", "auto"],
         typer.Option("--rounder", help="How codes are found; auto takes what does best on held-out text."),
     ] = "auto",
+    sequential: Annotated[
+        bool,
+        typer.Option(
+            "--sequential", help="Take every layer's statistics behind the compressed layers before it."
+        ),
+    ] = False,
     tune: Annotated[
         bool, typer.Option("--tune", help="Fit scales, F32 tensors and codes by KL to the original; slow.")
     ] = False,
@@ -250,6 +256,7 @@ def compress(
         statistics=stats,
         text=text,
         rounder=rounder,
+        sequential=sequential,
         tune=tune,
         tune_steps=tune_steps,
         plan_file=plan,

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +18,9 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from bitsmith import __version__
+from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.formats import Format, format_named
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, TensorEncoder, Written, check_rounder
 from bitsmith.run.mixes import mix_named
@@ -26,7 +28,7 @@ from bitsmith.run.plan import Plan, PlanRow, Source, open_source, plan_source
 from bitsmith.run.plan_file import read_plan
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
 from bitsmith.store.atomic import atomic_file, refuse_taken
-from bitsmith.store.checkpoint import Bytes
+from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.journal import Journal
 from bitsmith.store.statistics import Statistics, open_statistics
 
@@ -100,6 +102,7 @@ def compress(
     plan_file: Path | None = None,
     statistics: Path | None = None,
     rounder: str = "auto",
+    follow: Callable[[Statistics, Sequence[TensorSpec]], Statistics] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Record:
@@ -107,8 +110,10 @@ def compress(
 
     Types come from a stock mix, `type_name` (default Q4_K_M), or from `plan_file`, a YAML plan. `statistics`
     (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run that has them goes on
-    with the tensor it was at. Memory holds one slice of one tensor and one site's statistics at a time. The
-    bytes depend on the source (and its folder's name, which becomes `general.name`) and the options alone.
+    with the tensor it was at. `follow` may put other statistics in the place of those opened: they are told
+    of every tensor as it is encoded, in their own order. Memory holds one slice of one tensor and one site's
+    statistics at a time. The bytes depend on the source (and its folder's name, which becomes `general.name`)
+    and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
     disk; DamagedFileError for a weight that is not finite; else as `plan`, `read_plan`, `open_statistics` and
@@ -120,8 +125,11 @@ def compress(
         source = open_source(checkpoint)
         opened = _statistics(source, statistics)
         kept = check_rounder(rounder, opened, statistics)
+        if opened is not None and follow is not None:
+            opened = follow(opened, [tensor.spec for tensor in source.tensors])
         todo = _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
-        refuse_taken(out, overwrite, checkpoint.files, folder=False)
+        inputs = [*checkpoint.files, *(path for path in (statistics, plan_file) if path is not None)]
+        refuse_taken(out, overwrite, inputs, folder=False)
         job = _Job(source, todo, out, opened, kept, progress)
         written = job.write(overwrite)
     return Record(
@@ -211,11 +219,23 @@ class _Job:
         else:
             with _Parts(self._out, self._key()) as parts:
                 self.resumed = len(parts.written)
-                for row in guided:
+                for row in self._ordered(guided):
                     self._part(parts, row)
                 self._write_file(parts, overwrite)
             parts.remove()
         return tuple(self._written[row.gguf_name] for row in self._plan.rows)
+
+    def _ordered(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
+        """Return `guided` in the statistics' order, and tell them of the tensors that nothing guides."""
+        if self._statistics is None:
+            return list(guided)
+        named = {row.gguf_name for row in guided}
+        for row in self._plan.rows:
+            tensor = self._tensors[row.gguf_name]
+            if row.gguf_name not in named and row.type != "F32":
+                self._statistics.encoded(tensor.spec, _rounded(tensor.ref, format_named(row.type)))
+        place = self._statistics.place
+        return sorted(guided, key=lambda row: place(self._tensors[row.gguf_name].spec))
 
     def _is_guided(self, row: PlanRow) -> bool:
         return self._encoder.is_guided(self._tensors[row.gguf_name], row)
@@ -236,6 +256,8 @@ class _Job:
             )
             parts.add(name, written)
         self._written[name] = parts.written[name]
+        if self._statistics is not None:
+            self._statistics.encoded(self._tensors[name].spec, parts.tensor(row))
         self._report(0)
 
     def _counted(self, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
@@ -330,12 +352,35 @@ class _Parts:
             while chunk := stream.read(_COPIED_BYTES):
                 yield np.frombuffer(chunk, np.uint8)
 
+    def tensor(self, row: PlanRow) -> TensorRef:
+        """Return a finished tensor, decoded on read."""
+        form, path = format_named(row.type), self._path(row.gguf_name)
+        row_bytes = form.row_bytes(row.shape[-1])
+
+        def read(start: int, stop: int) -> Rows:
+            count = max(0, stop - start) * row_bytes
+            blocks = np.fromfile(path, np.uint8, count, offset=start * row_bytes)
+            return form.decode(blocks.reshape(-1, row_bytes))
+
+        return ComputedTensor(row.gguf_name, row.shape, row.type, read)
+
     def remove(self) -> None:
         """Delete the folder: the file is whole, or nothing was finished."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _path(self, name: str) -> Path:
         return self._folder / f"{name}.blocks"
+
+
+def _rounded(ref: TensorRef, form: Format) -> TensorRef:
+    """Return `ref` as `form` holds it by the plain search, computed on read."""
+
+    def read(start: int, stop: int) -> Rows:
+        rows = np.ascontiguousarray(ref.read(start, stop), np.float32)
+        flat = rows.reshape(-1, rows.shape[-1])
+        return form.decode(form.encode(flat)).reshape(rows.shape)
+
+    return ComputedTensor(ref.name, ref.shape, form.name, read)
 
 
 def write_manifest(out: Path) -> str:

@@ -8,7 +8,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,21 @@ class SiteForward:
 
         yield from self._through(run, watch, source, target, f"layer {index}")
 
+    def inputs(self, index: int, site: str, source: States, take: Take) -> Iterator[int]:
+        """Run layer `index` from `source` as far as `site`, and no further; yield the chunks of each task."""
+        prefix = f"{self._model.arch.text_prefix}layers.{index}."
+        with _quiet_transformers():
+            layer = _aligned(self._network._layer(index))
+        modules = {path: found for path, found in self._modules(prefix).items() if found == site}
+        watch = _Watch(layer, modules, take, last=True)
+
+        def run(part: Float32) -> bool:
+            with suppress(_ReachedError):
+                self._network._run(layer, part, None)
+            return bool(np.isfinite(part).all())
+
+        yield from self._through(run, watch, source, None, f"layer {index}")
+
     def head(self, source: States, target: States, take: Take) -> Iterator[int]:
         """Write the final norm of `source` to `target`, which is what the head reads."""
         norm = self._norm(f"{self._model.arch.text_prefix}norm.")
@@ -176,7 +191,12 @@ class SiteForward:
         return _aligned(network._filled(torch.nn.ModuleDict({**parts, **norms}), "mtp."))
 
     def _through(
-        self, run: Callable[[Float32], bool], watch: _Watch, source: States, target: States, what: str
+        self,
+        run: Callable[[Float32], bool],
+        watch: _Watch,
+        source: States,
+        target: States | None,
+        what: str,
     ) -> Iterator[int]:
         chunks, tokens = source.shape[:2]
         batch = max(1, _TASK_TOKENS // tokens)
@@ -187,7 +207,8 @@ class SiteForward:
             with watch.task(number, start):
                 part = source.read(start, min(start + batch, chunks))
                 finite = run(part)
-                target.write(start, part)
+                if target is not None:
+                    target.write(start, part)
             return len(part), finite
 
         with _quiet_transformers(), _workers(self._network.bytes_per_token * tokens * batch) as pool:
@@ -199,11 +220,17 @@ class SiteForward:
                 yield done
 
 
+class _ReachedError(Exception):
+    """Ends a layer's forward at the site that was wanted."""
+
+
 class _Watch:
     """Shows inputs of a module's matrices, site by site in the order of the tasks, whoever runs them."""
 
-    def __init__(self, module: torch.nn.Module, sites: Mapping[str, str], take: Take) -> None:
-        self._take = take
+    def __init__(
+        self, module: torch.nn.Module, sites: Mapping[str, str], take: Take, *, last: bool = False
+    ) -> None:
+        self._take, self._last = take, last
         self._here = threading.local()
         self._changed = threading.Condition()
         self._next: defaultdict[str, int] = defaultdict(int)
@@ -241,6 +268,8 @@ class _Watch:
         with self._changed:
             self._next[site] = number + 1
             self._changed.notify_all()
+        if self._last:
+            raise _ReachedError
 
 
 def _aligned(module: torch.nn.Module) -> torch.nn.Module:
