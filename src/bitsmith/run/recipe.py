@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from bitsmith import __version__
+from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.progress import Progress, silent
-from bitsmith.run.allocate import Allocation, Tried, allocate, held_out_kld, held_out_tokens, pick
-from bitsmith.run.budget import Target
+from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_kld, held_out_tokens, pick
+from bitsmith.run.budget import Target, limit_of
 from bitsmith.run.calibrate import Calibration, calibrate
 from bitsmith.run.corpus import write_default_text
 from bitsmith.run.evaluate import INTERVAL, PROTOCOL
 from bitsmith.run.execute import Record, check_output, compress, peak_memory_bytes, write_manifest
+from bitsmith.run.groups import groups_of
 from bitsmith.run.job import Job, Made
 from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
+from bitsmith.run.sequential import sequential
 from bitsmith.run.tune import TuneOptions, TuneRecord, tune
 from bitsmith.store import open_checkpoint
-from bitsmith.store.statistics import MANIFEST_NAME, Statistics, open_statistics
+from bitsmith.store.atomic import refuse_taken
+from bitsmith.store.journal import Journal
+from bitsmith.store.statistics import Statistics, open_statistics
 
 PLAN_SUFFIX = ".plan.yaml"
+_LEARNED = "statistics"
 
 
 def make(job: Job, goal: Target | None, progress: Progress = silent) -> Made:
@@ -32,20 +41,22 @@ def make(job: Job, goal: Target | None, progress: Progress = silent) -> Made:
     Without statistics they are collected on the job's text first, else on `default_text`. With a `goal` the
     types are allocated: several plans near the optimum are written and measured on held-out tokens, and the
     best is kept; its plan lies in `OUT.plan.yaml`, to be edited and passed back. With `tune` the values that
-    cost no bytes are fitted by KL to the original. A killed run goes on from its work folder `.OUT.recipe`.
+    cost no bytes are fitted by KL to the original. A killed run, or one that the disk stopped, keeps its
+    statistics and finished tensors in the work folder `.OUT.recipe` for the next.
 
     Raises BitsmithError for types beside a goal, else as `calibrate`, `allocate`, `compress` and `tune` do.
     """
     started = time.monotonic()
-    check_output(job.destination, job.overwrite)
-    run = _Recipe(job, progress)
-    if goal is not None:
-        run.allocate(goal)
-    else:
-        run.write()
-    if job.tune:
-        run.tune()
-    return run.finish(started)
+    _check_files(job, goal)
+    _check_goal(job, goal)
+    with _opened(job, progress) as run:
+        if goal is not None:
+            run.allocate(goal)
+        else:
+            run.write()
+        if job.tune:
+            run.tune()
+        return run.finish(started)
 
 
 def plan_target(job: Job, goal: Target, progress: Progress = silent) -> Plan:
@@ -53,23 +64,73 @@ def plan_target(job: Job, goal: Target, progress: Progress = silent) -> Plan:
 
     Raises as `make` does.
     """
-    run = _Recipe(job, progress)
-    planned = run.allocation(goal).plans[0]
-    run.clean()
-    return planned
+    _check_goal(job, goal)
+    with _opened(job, progress) as run:
+        return run.allocation(goal).plans[0]
+
+
+def _plan_file(job: Job) -> Path:
+    return job.destination.with_name(job.destination.name + PLAN_SUFFIX)
+
+
+def _check_files(job: Job, goal: Target | None) -> None:
+    """Refuse outputs that cannot be written, before minutes are spent."""
+    check_output(job.destination, job.overwrite)
+    given = [path for path in (job.statistics, job.text, job.plan_file) if path is not None]
+    with open_checkpoint(job.model) as checkpoint:
+        refuse_taken(job.destination, job.overwrite, [*checkpoint.files, *given], folder=False)
+    if goal is not None:
+        refuse_taken(_plan_file(job), job.overwrite, given, folder=False)
+
+
+def _check_goal(job: Job, goal: Target | None) -> None:
+    """Refuse a goal that cannot be met, before minutes are spent."""
+    if goal is None:
+        return
+    if job.type_name or job.plan_file or job.pure or job.tensor_types:
+        raise BitsmithError("a target chooses the types itself; pass it without types, a plan or overrides")
+    with open_checkpoint(job.model) as checkpoint:
+        source = open_source(checkpoint)
+        Costs(source, groups_of(source), limit_of(source, goal)).refuse_too_small()
+
+
+@contextmanager
+def _opened(job: Job, progress: Progress) -> Iterator[_Recipe]:
+    """Run in the folder `.OUT.recipe`, locked; it outlives a killed run and a disk that is full."""
+    work = job.destination.absolute().with_name(f".{job.destination.name}.recipe")
+    try:
+        work.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror or error}", path=work) from error
+    with Journal(work / "journal", _key(job)) as journal:
+        try:
+            yield _Recipe(job, work, journal, progress)
+        except OutputError:
+            if set(work.iterdir()) == {journal.path}:
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+        except BitsmithError:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _key(job: Job) -> str:
+    """Digest of what the statistics of a killed run must agree on to be taken over."""
+    with open_checkpoint(job.model) as checkpoint:
+        facts = [__version__, checkpoint.source_digest]
+    if job.text is not None:
+        with suppress(OSError):  # calibrate tells what is wrong
+            facts.append(hashlib.sha256(job.text.read_bytes()).hexdigest())
+    return hashlib.sha256(" ".join(facts).encode()).hexdigest()
 
 
 class _Recipe:
     """One run: what has been made so far lies in the work folder."""
 
-    def __init__(self, job: Job, progress: Progress) -> None:
-        self._job, self._progress = job, progress
+    def __init__(self, job: Job, work: Path, journal: Journal, progress: Progress) -> None:
+        self._job, self._work, self._journal, self._progress = job, work, journal, progress
         self._out = job.destination
-        self._work = self._out.absolute().with_name(f".{self._out.name}.recipe")
-        try:
-            self._work.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot be made: {error.strerror or error}", path=self._work) from error
         self._calibration: Calibration | None = None
         self._allocation: Allocation | None = None
         self._tried: tuple[Tried, ...] = ()
@@ -85,18 +146,16 @@ class _Recipe:
         statistics, text = self._work / "statistics", self._job.text
         if text is None:
             text = write_default_text(self._work / "python-standard-library.txt")
-        if not (statistics / MANIFEST_NAME).exists():
-            self._calibration = calibrate(self._job.model, text, statistics, progress=self._progress)
+        if _LEARNED not in self._journal.entries:
+            self._calibration = calibrate(
+                self._job.model, text, statistics, overwrite=True, progress=self._progress
+            )
+            self._journal.add(_LEARNED, self._calibration.text_sha256)
         return statistics
 
     def allocation(self, goal: Target) -> Allocation:
         """Return plans for the goal."""
-        job = self._job
-        if job.type_name or job.plan_file or job.pure or job.tensor_types:
-            raise BitsmithError(
-                "a target chooses the types itself; pass it without types, a plan or overrides"
-            )
-        return allocate(job.model, self._statistics, goal, progress=self._progress)
+        return allocate(self._job.model, self._statistics, goal, progress=self._progress)
 
     def allocate(self, goal: Target) -> None:
         """Choose the types: write and measure the candidates, keep the best."""
@@ -148,15 +207,13 @@ class _Recipe:
         self._file = tuned
 
     def finish(self, started: float) -> Made:
-        """Measure the file, move it to its place and drop the work folder."""
+        """Measure the file and move it to its place."""
         measured = held_out_kld(self._job.model, self._file, self._tokens, self._progress)
+        check_output(self._out, self._job.overwrite)
         if self._allocation is not None:
             nats = {one.plan.digest: one.tensor_nats for one in self._allocation.candidates}
-            plan_file = self._out.with_name(self._out.name + PLAN_SUFFIX)
-            self._write_plan(self._record.plan, plan_file, nats.get(self._record.plan.digest))
-        check_output(self._out, self._job.overwrite)
+            self._write_plan(self._record.plan, _plan_file(self._job), nats.get(self._record.plan.digest))
         self._file.replace(self._out)
-        self.clean()
         chunks, ctx = self._tokens.shape
         facts = vars(self._record) | {
             "out": self._out,
@@ -176,20 +233,23 @@ class _Recipe:
             f"context {ctx} tokens, {chunks} chunks; {INTERVAL}",
         )
 
-    def clean(self) -> None:
-        """Delete the work folder."""
-        shutil.rmtree(self._work, ignore_errors=True)
-
     def _compress(self, file: Path, **types: Any) -> Record:
-        return compress(
-            self._job.model,
-            file,
-            statistics=self._path,
-            rounder=self._job.rounder,
-            overwrite=True,
-            progress=self._progress,
-            **types,
-        )
+        with ExitStack() as stack:
+
+            def follow(statistics: Statistics, specs: Sequence[TensorSpec]) -> Statistics:
+                folder = self._work / "sequential"
+                return stack.enter_context(sequential(self._job.model, statistics, specs, folder))
+
+            return compress(
+                self._job.model,
+                file,
+                statistics=self._path,
+                rounder=self._job.rounder,
+                follow=follow if self._job.sequential else None,
+                overwrite=True,
+                progress=self._progress,
+                **types,
+            )
 
     def _write_plan(self, plan: Plan, path: Path, nats: Mapping[str, float] | None) -> None:
         with open_checkpoint(self._job.model) as checkpoint:
