@@ -26,9 +26,9 @@ from bitsmith.store import TensorData, open_checkpoint, open_gguf, write_safeten
 from bitsmith.store.statistics import SiteStatistics, Statistics, open_statistics
 
 CTX = 40
-SOME = r"blk\.1\.(ffn_down|ssm_out|attn_qkv)\."
+SOME = r"blk\.1\.(ffn_down|ssm_out)\."
 Q3 = [(SOME, "Q3_K"), (r"blk\.3\.attn_k\.", "Q4_0")]
-"""Four matrices to round among tensors that stay BF16 or F32: error feedback takes its time."""
+"""Three matrices to round among tensors that stay BF16 or F32: error feedback takes its time."""
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_held_out_errors_of_the_record_are_those_of_the_file(
 ) -> None:
     record = by_rounder[rounder]
     found = held_errors_of(record.out, tiny_qwen3_5, stats)
-    assert (record.rounder, len(quantized(record))) == (rounder, 4)
+    assert (record.rounder, len(quantized(record))) == (rounder, 3)
     for name, written in quantized(record).items():
         told = written.rounding
         assert told.held_errors[told.rounder] == pytest.approx(found[name], rel=1e-3)
@@ -119,7 +119,7 @@ def test_what_a_rounder_is_shows_in_the_record_and_in_the_bytes(by_rounder: dict
     assert all(not one.rounding.held_errors and one.rounding.damping is None for one in nearest.values())
     assert {one.rounding.rounder for one in weighted.values()} == {"weighted"}
     for name, one in nearest.items():  # the plain search minimises what it is measured by here
-        assert one.relative_error <= weighted[name].relative_error
+        assert one.type != "Q3_K" or one.relative_error < weighted[name].relative_error
     assert {record.statistics for record in by_rounder.values()} == {by_rounder["auto"].statistics}
     others = [one for one in by_rounder["gptq"].tensors if one.type in ("BF16", "F32")]
     assert {one.rounding.rounder for one in others} == {"nearest"}
@@ -238,7 +238,7 @@ compress(*map(Path, sys.argv[1:3]), "BF16", tensor_types=types, statistics=Path(
 """
 
 
-@pytest.mark.parametrize(("how", "calls"), [("SIGKILL", 4), ("SIGINT", 6)])
+@pytest.mark.parametrize(("how", "calls"), [("SIGKILL", 2), ("SIGINT", 3)])
 def test_a_killed_run_goes_on_with_the_same_bytes(
     by_rounder: dict[str, Record], tiny_qwen3_5: Path, stats: Path, tmp_path: Path, how: str, calls: int
 ) -> None:
@@ -249,7 +249,7 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     assert died.returncode == -getattr(signal, how), died.stderr
     assert (tmp_path / ".out.gguf.parts").is_dir() and not out.exists()
     record = rounded(tiny_qwen3_5, out, stats, rounder="weighted")
-    assert 0 < record.resumed < 4
+    assert record.resumed == 1
     assert record.sha256 == by_rounder["weighted"].sha256
     assert replace_times(record) == replace_times(by_rounder["weighted"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
@@ -264,7 +264,7 @@ def test_parts_of_other_options_are_not_taken_over(
 ) -> None:
     out = tmp_path / "out.gguf"
     code = KILLED.format(types=Q3)
-    command = [sys.executable, "-c", code, tiny_qwen3_5, out, stats, "SIGKILL", "6"]
+    command = [sys.executable, "-c", code, tiny_qwen3_5, out, stats, "SIGKILL", "4"]
     subprocess.run(command, capture_output=True, check=False)
     assert list((tmp_path / ".out.gguf.parts").glob("*.blocks"))
     record = rounded(tiny_qwen3_5, out, stats, rounder="gptq")
