@@ -192,17 +192,27 @@ def corrected_target(
     """
     width = rows.shape[-1]
     for matrix in (cross, moment):
-        if matrix.shape != (width, width) or not np.isfinite(matrix).all():
-            raise BitsmithError(f"moments have shape {matrix.shape}, expected finite {(width, width)}")
+        if matrix.shape != (width, width):
+            raise BitsmithError(f"moments have shape {matrix.shape}, expected {(width, width)}")
+    target: Float32 = (rows + rows @ target_change(cross, moment, damping)).astype(np.float32)
+    return target
+
+
+def target_change(cross: NDArray[Any], moment: NDArray[Any], damping: float = DAMPING) -> Float64:
+    """Return D (`in in`) with `W' = W + W D` the target of `corrected_target`: `(C - M) (M + λI)⁻¹`.
+
+    Exactly zero where nothing changed, and for a moment of zeros. Raises BitsmithError for moments that are
+    not finite.
+    """
+    if not (np.isfinite(cross).all() and np.isfinite(moment).all()):
+        raise BitsmithError("moments hold values that are not finite")
     exact = moment.astype(np.float64)
     exact = (exact + exact.T) / 2
     unit = float(np.diagonal(exact).mean())
     if not unit > 0:
-        return rows
+        return np.zeros_like(exact)
     ridge = max(damping, _LEAST_DAMPING) * unit
     values, vectors = linalg.eigh(exact)
     inverse = (vectors / (np.maximum(values, 0.0) + ridge)) @ vectors.T
-    # W' - W = W (C - M) (M + λI)⁻¹: exactly W where nothing changed
-    change = rows @ ((cross.astype(np.float64) - exact) @ inverse)
-    target: Float32 = (rows + change).astype(np.float32)
-    return target
+    change: Float64 = (cross.astype(np.float64) - exact) @ inverse
+    return change

@@ -17,6 +17,7 @@ from bitsmith.formats.blocks import BlockFormat
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
 from bitsmith.passes.choice import SAMPLE_ROWS, Choice, choose
+from bitsmith.passes.correction import Correction, paired_error
 from bitsmith.passes.rounding import output_error, round_rows
 from bitsmith.run.plan import PlanRow, SourceTensor
 from bitsmith.store.checkpoint import Bytes, TensorRef
@@ -39,7 +40,9 @@ class Rounding:
     `held_errors` are `sum |E x|² / sum |W x|²` over the held-out inputs x of the tensor's site, for the
     rounder that was kept and for the plain weighted search it had to beat; empty where nothing was held out.
     `tried` has the same on the sample of rows that the choice was made by. `damping` and `shrink` are the
-    metric's (`InputMetric`).
+    metric's (`InputMetric`). Behind compressed layers x̂ enters instead of x: `held_errors` are then those of
+    `W x - Q x̂`, `correction` says how far the weights were moved to make up for it (`Correction`), and
+    `tried` is about the moved weights.
     """
 
     rounder: str
@@ -48,6 +51,7 @@ class Rounding:
     held_tokens: int = 0
     tried: dict[str, float] = field(default_factory=dict)
     shrink: float = 0.0
+    correction: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ class TensorEncoder:
         self._site = ""
         self._moment: Float32 | None = None
         self._metrics: dict[tuple[float, float], InputMetric] = {}
+        self._correction: Correction | None = None
 
     def is_guided(self, tensor: SourceTensor, row: PlanRow) -> bool:
         """Tell whether statistics decide how the tensor is encoded."""
@@ -108,15 +113,18 @@ class TensorEncoder:
         """
         started = time.monotonic()
         form, inputs = format_named(row.type), self._inputs(tensor)
-        choice = choose(form, self._sample(tensor, row), inputs, self._rounder, metric_for=self._metric)
-        total, plain = self._attempt(tensor, row, inputs, choice, write)
+        sample = self._sample(tensor, row)
+        strength = self._strength(sample, inputs)
+        sample = self._target(sample, strength)
+        choice = choose(form, sample, inputs, self._rounder, metric_for=self._metric)
+        total, plain = self._attempt(tensor, row, inputs, choice, strength, write)
         errors = _errors(choice.rounder, total, plain)
         if plain is not None and choice.rounder != "weighted" and errors[choice.rounder] > errors["weighted"]:
-            choice = Choice("weighted", None, choice.held_errors)
-            total, _ = self._attempt(tensor, row, inputs, choice, write)
+            choice, strength = Choice("weighted", None, choice.held_errors), 0.0
+            total, _ = self._attempt(tensor, row, inputs, choice, strength, write)
         held = 0 if inputs.held is None else len(inputs.held)
         tried = dict(choice.held_errors)
-        rounding = Rounding(choice.rounder, choice.damping, errors, held, tried, choice.shrink)
+        rounding = Rounding(choice.rounder, choice.damping, errors, held, tried, choice.shrink, strength)
         return total.written(row, time.monotonic() - started, rounding)
 
     def _attempt(
@@ -125,18 +133,17 @@ class TensorEncoder:
         row: PlanRow,
         inputs: SiteStatistics,
         choice: Choice,
+        strength: float,
         write: Callable[[Iterable[Bytes]], None],
     ) -> tuple[_Total, _Total | None]:
         """Encode as chosen; return its errors and, to compare, those of the weighted search."""
         form = format_named(row.type)
-        held = inputs.held if inputs.held is not None and len(inputs.held) else None
-        total = _Total(form, held)
-        compared = held is not None and choice.rounder != "weighted"
-        plain = _Total(form, held) if compared else None
+        total = _Total(form, inputs)
+        plain = _Total(form, inputs) if total.measures and choice.rounder != "weighted" else None
 
         def blocks() -> Iterator[Bytes]:
             for weights in self._slices(tensor, row):
-                encoded = self._encoded(form, weights, inputs, choice)
+                encoded = self._encoded(form, self._target(weights, strength), inputs, choice)
                 total.add(weights, encoded)
                 if plain is not None:
                     plain.add(weights, form.encode(weights, inputs.importance))
@@ -150,6 +157,15 @@ class TensorEncoder:
             return round_rows(form, weights, self._metric(choice.damping, choice.shrink))
         return form.encode(weights, inputs.importance if choice.rounder == "weighted" else None)
 
+    def _strength(self, sample: Float32, inputs: SiteStatistics) -> float:
+        """Return how much correction helps most on held-out inputs."""
+        if self._correction is None or inputs.held is None or inputs.held_original is None:
+            return 0.0
+        return self._correction.best(sample, inputs.held, inputs.held_original)
+
+    def _target(self, weights: Float32, strength: float) -> Float32:
+        return weights if self._correction is None else self._correction.target(weights, strength)
+
     def _inputs(self, tensor: SourceTensor) -> SiteStatistics:
         inputs = None if self._statistics is None else self._statistics.of(tensor.spec)
         if inputs is None:
@@ -157,7 +173,9 @@ class TensorEncoder:
         order = tensor.spec.importance_to_gguf(np.arange(tensor.spec.shape[-1], dtype=np.float32))
         site = f"{inputs.site} {hash(order.tobytes())}"
         if site != self._site:
-            self._site, self._metrics = site, {}
+            self._site, self._metrics, self._correction = site, {}, None
+            if inputs.cross is not None and inputs.moment is not None and self._rounder != "weighted":
+                self._correction = Correction(inputs.cross, inputs.moment)
         self._moment = inputs.moment
         return inputs
 
@@ -192,9 +210,11 @@ class TensorEncoder:
 class _Total:
     """Sums over a tensor's slices: weights, errors and, with held-out inputs, what both produce."""
 
-    def __init__(self, form: Format, held: Float32 | None) -> None:
+    def __init__(self, form: Format, inputs: SiteStatistics | None) -> None:
         self.form = form
-        self._held = held
+        held = None if inputs is None else inputs.held
+        self._held = held if held is not None and len(held) else None
+        self._original = None if inputs is None else inputs.held_original
         self._error = self._energy = self._held_error = self._held_energy = 0.0
 
     def add(self, weights: Float32, blocks: Bytes) -> None:
@@ -202,12 +222,22 @@ class _Total:
         self._energy += _squares(weights)
         if self.form.name == "F32":
             return
-        errors = self.form.decode(blocks)
-        np.subtract(errors, weights, out=errors)
+        coded = self.form.decode(blocks)
+        errors = coded - weights
         self._error += _squares(errors)
-        if self._held is not None:
+        if self._held is None:
+            return
+        if self._original is None:
             self._held_error += output_error(errors, self._held)
             self._held_energy += output_error(weights, self._held)
+        else:
+            self._held_error += paired_error(weights, coded, self._original, self._held)
+            self._held_energy += output_error(weights, self._original)
+
+    @property
+    def measures(self) -> bool:
+        """Whether there are held-out inputs."""
+        return self._held is not None
 
     @property
     def held_error(self) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import TextModel, Tokens
-from bitsmith.run.site_sums import SiteSums
+from bitsmith.run.site_sums import CrossSums, SiteSums
 from bitsmith.run.sites import SiteForward, States
 from bitsmith.store.checkpoint import TensorRef, View
 from bitsmith.store.statistics import HEAD_SITE, SiteSpec, SiteStatistics, Statistics
@@ -58,10 +58,10 @@ class SequentialStatistics(Statistics):
     """What enters a matrix once all before it are compressed, computed when it is first asked for.
 
     The tokens, their split, their weights and the size of diagonal blocks are those of the statistics
-    underneath; inputs are those of the layers as `encoded` so far, with original weights for the rest. One
-    layer's weights are in memory, the hidden states before it on the disk. Sites must be asked for in the
-    order of `place`. Two sites are not what the compressed model reads: a tied embedding is encoded before
-    all else, so it keeps the original model's statistics, and MTP layers have no weights of tokens.
+    underneath; inputs are those of the layers as `encoded` so far, with original weights for the rest, and
+    the original model's run beside them. One layer's weights are in memory; both models' hidden states before
+    it, and the original's inputs of one site, are on the disk. Sites must be asked for in the order of
+    `place`. A tied embedding is encoded before all else, so it keeps the original model's statistics.
     """
 
     def __init__(
@@ -81,9 +81,10 @@ class SequentialStatistics(Statistics):
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._tied = model.arch.tied
         self._view = _Encoded(model.checkpoint, model.checkpoint)
-        self._forward = SiteForward(TextModel(self._view, model.arch, model.source), specs)
         self._tokens: Tokens = np.concatenate(tokens)
-        self._at: int | None = None
+        coded = TextModel(self._view, model.arch, model.source)
+        self._coded = _Stream(coded, specs, self._tokens, folder / "compressed")
+        self._plain = _Stream(model, specs, self._tokens, folder / "original")
 
     def tokens(self) -> tuple[Tokens, Tokens]:
         """Return the token ids of the fit and of the held-out chunks."""
@@ -103,7 +104,7 @@ class SequentialStatistics(Statistics):
 
     def place(self, spec: SiteSpec) -> int:
         """Return the forward's order: the embedding, layer by layer site by site, the head, MTP layers."""
-        site, last = spec.site, 1 + len(_ORDER) * self._forward.n_layers
+        site, last = spec.site, 1 + len(_ORDER) * self._coded.n_layers
         if site is None or spec.role == "embed":
             return 0
         if site == HEAD_SITE:
@@ -124,53 +125,73 @@ class SequentialStatistics(Statistics):
         if known is None:
             return None
         block = 0 if known.moment is None else known.moment.shape[-1]
-        gather = _Gather(site, SiteSums(len(known.diagonal), block), self._split, self.saliency(site))
+        columns = len(known.diagonal)
         del known
-        for _ in self._run(site, gather):
-            pass
-        return gather.result(self.path)
+        chunks, ctx = self._tokens.shape
+        shape = chunks, ctx - (not site.startswith("layers.") and site != HEAD_SITE), columns
+        original = States(self._folder / "inputs", shape)
+        original.create()
+        self._plain.show(site, lambda first, inputs: original.write(first, inputs.numpy()))
+        gather = _Gather(columns, block, original, self._split, self.saliency(site))
+        self._coded.show(site, gather.take)
+        original.path.unlink()
+        return gather.result(site, self.path)
 
-    def _run(self, site: str, gather: _Gather) -> Iterator[int]:
-        forward, layers = self._forward, self._forward.n_layers
+
+class _Stream:
+    """Hidden states of all tokens on their way through one model, in a folder."""
+
+    def __init__(self, model: TextModel, specs: list[TensorSpec], tokens: Tokens, folder: Path) -> None:
+        self._forward = SiteForward(model, specs)
+        self._tokens, self._folder, self._path = tokens, folder, model.checkpoint.path
+        self._at: int | None = None
+        self.n_layers = self._forward.n_layers
+        folder.mkdir()
+
+    def show(self, site: str, take: Callable[[int, torch.Tensor], None]) -> None:
+        """Give `take` what enters `site` (first chunk, inputs `B T in`) as the weights are now."""
+
+        def wanted(found: str, first: int, inputs: torch.Tensor) -> None:
+            if found == site:
+                take(first, inputs)
+
         if site.startswith("layers."):
             index = int(site.split(".")[1])
             self._advance(index)
-            return forward.inputs(index, site, self._states(index), gather.take)
-        self._advance(layers)
-        normed = self._states(layers + 1)
-        if site == HEAD_SITE:
-            return self._created(normed, forward.head(self._states(layers), normed, gather.take))
-        if not normed.path.exists():
-            normed.create()
-            for _ in forward.head(self._states(layers), normed, lambda *_: None):
-                pass
-        embedded = self._states(layers + 2, fewer=1)
-        return self._created(embedded, forward.mtp(self._tokens, normed, embedded, gather.take))
-
-    @staticmethod
-    def _created(states: States, steps: Iterator[int]) -> Iterator[int]:
-        states.create()
-        return steps
+            _exhaust(self._forward.inputs(index, site, self._states(index), wanted))
+            return
+        self._advance(self.n_layers)
+        normed = self._states(self.n_layers + 1)
+        normed.create()
+        _exhaust(self._forward.head(self._states(self.n_layers), normed, wanted))
+        if site != HEAD_SITE:
+            embedded = self._states(self.n_layers + 2, fewer=1)
+            embedded.create()
+            _exhaust(self._forward.mtp(self._tokens, normed, embedded, wanted))
 
     def _states(self, number: int, fewer: int = 0) -> States:
         chunks, ctx = self._tokens.shape
         return States(self._folder / f"states.{number}", (chunks, ctx - fewer, self._forward.hidden_size))
 
     def _advance(self, layer: int) -> None:
-        """Run the compressed layers before `layer` that have not been run yet."""
+        """Run the layers before `layer` that have not been run yet."""
         if self._at is None:
             self._states(0).create()
             self._forward.embed(self._tokens, self._states(0))
             self._at = 0
         if layer < self._at:
-            raise BitsmithError(f"layer {layer} was asked for behind layer {self._at}", path=self.path)
+            raise BitsmithError(f"layer {layer} was asked for behind layer {self._at}", path=self._path)
         while self._at < layer:
             before, after = self._states(self._at), self._states(self._at + 1)
             after.create()
-            for _ in self._forward.layer(self._at, before, after, lambda *_: None):
-                pass
+            _exhaust(self._forward.layer(self._at, before, after, lambda *_: None))
             before.path.unlink()
             self._at += 1
+
+
+def _exhaust(steps: Iterator[int]) -> None:
+    for _ in steps:
+        pass
 
 
 class _Encoded(View):
@@ -182,12 +203,18 @@ class _Encoded(View):
 
 
 class _Gather:
-    """Sums over one site's inputs, of chunks in the order of the split: fit, then held out."""
+    """Sums over one site's inputs, and the original's, of chunks in the split's order: fit, then held out."""
 
     def __init__(
-        self, site: str, sums: SiteSums, split: tuple[Tokens, Tokens], saliency: NDArray[np.float32] | None
+        self,
+        columns: int,
+        block: int,
+        original: States,
+        split: tuple[Tokens, Tokens],
+        saliency: NDArray[np.float32] | None,
     ) -> None:
-        self._site, self._sums = site, sums
+        self._sums, self._block = SiteSums(columns, block), block
+        self._cross, self._original = CrossSums(columns, block), original
         self._fit = len(split[0])
         self._weights = None if saliency is None else torch.from_numpy(saliency)
         held = split[1]
@@ -195,27 +222,29 @@ class _Gather:
         ctx = held.shape[1]
         self._positions = [np.sort(drawn[drawn // ctx == n] % ctx) for n in range(len(held))]
 
-    def take(self, site: str, first: int, inputs: torch.Tensor) -> None:
-        """Add `inputs` (`B T in`) of the chunks from `first` on, if they are this site's."""
-        if site != self._site:
-            return
+    def take(self, first: int, inputs: torch.Tensor) -> None:
+        """Add `inputs` (`B T in`) of the chunks from `first` on."""
         weights = None if self._weights is None else self._weights[first : first + len(inputs)]
+        original = torch.from_numpy(self._original.read(first, first + len(inputs)))
         fit = max(0, min(self._fit - first, len(inputs)))
-        self._sums.fit(inputs[:fit].flatten(0, 1), None if weights is None else weights[:fit].flatten())
+        rows, kept = inputs[:fit].flatten(0, 1), None if weights is None else weights[:fit].flatten()
+        self._sums.fit(rows, kept)
+        self._cross.fit(original[:fit].flatten(0, 1), rows, kept)
         for chunk in range(fit, len(inputs)):
             positions = self._positions[first + chunk - self._fit]
             positions = positions[positions < inputs.shape[1]]
-            self._sums.hold(inputs[chunk], positions, None if weights is None else weights[chunk])
+            own = None if weights is None else weights[chunk]
+            self._sums.hold(inputs[chunk], positions, own)
+            self._cross.hold(original[chunk], positions, own)
 
-    def result(self, path: Path) -> SiteStatistics:
+    def result(self, site: str, path: Path) -> SiteStatistics:
         """Return the sums' means.
 
         Raises BitsmithError if their squares leave float32.
         """
-        found = self._sums.result(self._site)
-        for part in (found.diagonal, found.moment, found.held_diagonal):
+        found = self._sums.result(site)
+        found = self._cross.added_to(found) if self._block else found
+        for part in (found.diagonal, found.moment, found.held_diagonal, found.cross):
             if part is not None and not np.isfinite(part).all():
-                raise BitsmithError(
-                    "what the compressed model feeds it is beyond float32", path=path, tensor=self._site
-                )
+                raise BitsmithError("gets inputs that are beyond float32", path=path, tensor=site)
         return found

@@ -86,6 +86,39 @@ class SiteSums:
         return moment[0] if len(moment) == 1 else moment
 
 
+class CrossSums:
+    """Σ s x x̂ᵀ in diagonal blocks of `block`, and held-out x; x is the original input, x̂ the compressed."""
+
+    def __init__(self, columns: int, block: int) -> None:
+        self._block = block
+        self._cross = torch.zeros((columns // block, block, block), dtype=torch.float64)
+        self._weight = 0.0
+        self._held: list[Float32] = []
+
+    def fit(self, original: torch.Tensor, rows: torch.Tensor, saliency: torch.Tensor | None = None) -> None:
+        """Add pairs (`N in` each) of `saliency` (`N`)."""
+        if not len(rows):
+            return
+        self._weight += len(rows) if saliency is None else float(saliency.sum(dtype=torch.float64))
+        left, right = _scaled(original, saliency), _scaled(rows, saliency)
+        for number, cross in enumerate(self._cross):
+            part = slice(number * self._block, (number + 1) * self._block)
+            for start in range(0, self._block, _STRIPE):
+                cross[start : start + _STRIPE] += left[:, part][:, start : start + _STRIPE].T @ right[:, part]
+
+    def hold(
+        self, original: torch.Tensor, positions: NDArray[np.int64], saliency: torch.Tensor | None = None
+    ) -> None:
+        """Add a held-out chunk's `original` (`T in`) at `positions` to the sample."""
+        self._held.append(_scaled(original, saliency)[torch.from_numpy(positions)].numpy().copy())
+
+    def added_to(self, found: SiteStatistics) -> SiteStatistics:
+        """Return `found`, the compressed inputs' statistics, with the means over the pairs."""
+        cross = _float32(self._cross / (self._weight or 1.0))
+        held = np.concatenate(self._held) if self._held else None
+        return replace(found, cross=cross[0] if len(cross) == 1 else cross, held_original=held)
+
+
 def _scaled(rows: torch.Tensor, saliency: torch.Tensor | None) -> torch.Tensor:
     return rows if saliency is None else rows * saliency.sqrt()[:, None]
 

@@ -63,6 +63,10 @@ class SiteStatistics:
     (`n b b`), s the token's saliency (1 on average; 1 where it was not asked for). `held` is a seeded sample
     of the held-out chunks' inputs as √s x (`rows in`), `held_diagonal` E[x²] over all `held_tokens` of them.
     None where it was not collected; an imatrix has the diagonal alone.
+
+    In a compressed model x̂ enters where x did in the original. `moment`, `diagonal` and `held` are then x̂'s;
+    `cross` is E[s x x̂ᵀ], shaped as `moment`, and `held_original` has the x of `held`'s tokens (`rows in`).
+    Both are None for the original model, and neither is ever stored.
     """
 
     site: str
@@ -73,6 +77,8 @@ class SiteStatistics:
     held: Float32 | None = None
     held_tokens: int = 0
     held_diagonal: Float32 | None = None
+    cross: Float32 | None = None
+    held_original: Float32 | None = None
 
     @property
     def importance(self) -> Float32:
@@ -96,6 +102,8 @@ class SiteStatistics:
             moment=None if self.moment is None else _permuted(self.moment, order),
             held=None if self.held is None else self.held[:, order],
             held_diagonal=None if self.held_diagonal is None else self.held_diagonal[order],
+            cross=None if self.cross is None else _permuted(self.cross, order),
+            held_original=None if self.held_original is None else self.held_original[:, order],
         )
 
     def all_tokens(self) -> tuple[Float32, int]:
