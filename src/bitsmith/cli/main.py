@@ -340,6 +340,7 @@ def lab_train(
     tied: Annotated[bool, typer.Option("--tied/--untied", help="Tie the head to the embedding.")] = False,
     minutes: Annotated[float, typer.Option(min=0.01, help="Stop after this many minutes.")] = 60.0,
     steps: Annotated[int, typer.Option(min=1, help="Stop after this many steps.")] = 100_000,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of 256 tokens per step.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of weights and batches.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile/--no-compile", help="Use torch.compile.")] = True,
 ) -> None:
@@ -355,6 +356,7 @@ def lab_train(
         tie_word_embeddings=tied,
         minutes=minutes,
         steps=steps,
+        batch_size=batch,
         seed=seed,
         compile=compiled,
     )

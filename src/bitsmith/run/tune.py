@@ -31,6 +31,8 @@ Tokens = NDArray[np.int64]
 _SELECTION_TOKENS = 8192
 _RATE = 4e-3  # of block scales whose codes lie one root mean square weight apart, as in Q2_K
 _RATE_POWER = 1.6  # a tenth of that at 4 bits
+_CODE_RATE = 7e-3  # gaps between levels; three times as much diverges at first in Q2_K
+_CODE_RATE_POWER = 0.6
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ class TuneOptions:
 
     `batch_tokens` are scored in a step, in windows of `window_tokens`; `learning_rate` is the relative change
     of block scales per Adam step at the peak of a cosine, None: chosen from the measured error of the codes.
-    F32 values move at half of it, codes at `code_rate` gaps between levels. With `noise`, every window comes
+    F32 values move at half of it, codes at `code_rate` gaps between levels (None: likewise chosen). With `noise`, every window comes
     a second time with that share of its tokens replaced at random: the original labels any text.
     """
 
-    codes: bool = False
+    codes: bool = True
     steps: int = 160
     batch_tokens: int = 2048
     window_tokens: int = 256
     learning_rate: float | None = None
-    code_rate: float = 0.02
+    code_rate: float | None = None
     noise: float = 0.0
     seed: int = 0
 
@@ -158,7 +160,9 @@ class _Run:
             np.arange(len(held))[:: max(1, -(-len(held) // chosen))],
             options.seed,
         )
-        self.rate = options.learning_rate or _RATE * self.free.coarseness() ** _RATE_POWER
+        coarseness = self.free.coarseness()
+        self.rate = options.learning_rate or _RATE * coarseness**_RATE_POWER
+        self.code_rate = options.code_rate or _CODE_RATE * coarseness**_CODE_RATE_POWER
         self._key = _key(teacher, student, fit, held, options)
         self.before = float(self.task.held_klds(self.free.decoded()).mean())
         self.after, self.kept = self.before, False
@@ -170,7 +174,7 @@ class _Run:
             "scale": self.rate,
             "min": self.rate,
             "value": self.rate / 2,
-            "code": self.options.code_rate,
+            "code": self.code_rate,
         }
         schedule = Schedule(self.options.steps, rates)
         descent = Descent(self.task, self.free.parameters, schedule, state, self._key)
