@@ -231,7 +231,8 @@ class _Run:
 def train(out: Path, spec: TrainSpec, progress: Progress = silent) -> Path:
     """Train `spec` and write a Hugging Face folder with its tokenizer and `training_log.jsonl`.
 
-    Cosine schedule over the steps or minutes, AdamW, bf16 autocast where that is faster; losses are in nats per token.
+    Cosine schedule over the steps or minutes, AdamW, bf16 autocast where that is faster; losses are in
+    nats per token.
     Weights are BF16 except `A_log` and `linear_attn.norm`, which stay F32 as in Qwen's own files.
     A state file `.OUT.training` beside `out`, saved every five minutes, lets a killed run go on.
 

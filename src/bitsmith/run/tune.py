@@ -41,8 +41,9 @@ class TuneOptions:
 
     `batch_tokens` are scored in a step, in windows of `window_tokens`; `learning_rate` is the relative change
     of block scales per Adam step at the peak of a cosine, None: chosen from the measured error of the codes.
-    F32 values move at half of it, codes at `code_rate` gaps between levels (None: likewise chosen). With `noise`, every window comes
-    a second time with that share of its tokens replaced at random: the original labels any text.
+    F32 values move at half of it, codes at `code_rate` gaps between levels (None: likewise chosen). With
+    `noise`, every window comes a second time with that share of its tokens replaced at random: the original
+    labels any text.
     """
 
     codes: bool = True
