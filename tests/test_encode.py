@@ -220,6 +220,22 @@ def test_the_bytes_depend_neither_on_slices_nor_on_threads(
         assert done.stdout.strip() == by_rounder["auto"].sha256
 
 
+def test_compressing_with_statistics_does_not_load_torch(
+    tiny_qwen3_5: Path, stats: Path, tmp_path: Path
+) -> None:
+    code = (
+        "import sys; from bitsmith.cli.main import app\n"
+        "app(sys.argv[1:], standalone_mode=False)\n"
+        "found = [name for name in ('torch', 'transformers') if name in sys.modules]\n"
+        "sys.exit(f'loaded: {found}' if found else 0)"
+    )
+    options = ["--stats", stats, "--type", "BF16", "--tensor-type", "blk.1.ssm_out=Q4_0"]
+    command = [sys.executable, "-c", code, "compress", tiny_qwen3_5, "-o", tmp_path / "out.gguf", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (0, "")
+    assert (tmp_path / "out.gguf").exists()
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,8 @@ class _Recipe:
         self._path = job.statistics or self._learned()
         self._statistics: Statistics = open_statistics(self._path, specs)
         self._tokens = held_out_tokens(job.model, self._statistics)
+        if job.tune and (self._statistics.held_chunks or 0) < 1:
+            raise BitsmithError("tuning needs held-out chunks, and these have none", path=self._path)
 
     def _learned(self) -> Path:
         """Return statistics of the job's text, collected now or by a killed run."""
@@ -194,7 +197,12 @@ class _Recipe:
                 path=self._path,
             )
         tuned, steps = self._work / "tuned.gguf", self._job.tune_steps
-        options = TuneOptions() if steps is None else TuneOptions(steps=steps)
+        defaults = TuneOptions()
+        options = replace(
+            defaults,
+            steps=defaults.steps if steps is None else steps,
+            window_tokens=min(defaults.window_tokens, tokens[0].shape[1]),
+        )
         self._tuning = tune(
             self._job.model,
             self._file,
