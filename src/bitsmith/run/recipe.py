@@ -211,6 +211,7 @@ class _Recipe:
             options,
             overwrite=True,
             progress=self._progress,
+            say_cost=lambda seconds: self._progress(f"tuning takes about {seconds:,.0f} s", 0, 1),
         )
         self._file = tuned
 
