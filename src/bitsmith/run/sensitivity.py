@@ -226,7 +226,8 @@ class Prober:
     @property
     def _at_once(self) -> int:
         """Changes carried through a layer together, so that its weights are read once for all."""
-        return max(1, (1 << 28) // self._entering[0].nbytes)
+        entering_bytes: int = self._entering[0].nbytes
+        return max(1, (1 << 28) // entering_bytes)
 
     def _batch(self, changes: Sequence[Change]) -> Iterator[float]:
         """Measure changes that begin in the same layer and lie in it alone, or one that goes through all."""
