@@ -212,11 +212,12 @@ class _Run:
 
     @property
     def expect_bytes(self) -> int:
-        """What the run needs on the disk, nearly: statistics and two or three layers' states."""
+        """What the run needs on the disk, nearly: statistics and a few layers' states, or all in a backward."""
         held = min(HELD_ROWS, len(self.held) * self.tokens.shape[1])
         widths = site_widths(self.specs)
         kept: int = sum(4 * width * (self.blocks[site] + held + 3) for site, width in widths.items())
-        return kept + (2 + bool(self.forward.mtp_layers)) * self.states_bytes
+        backward = (self.forward.n_layers + 2) * self.states_bytes if self.saliency else 0
+        return max(kept + (2 + bool(self.forward.mtp_layers)) * self.states_bytes, backward)
 
     def to_folder(
         self, out: Path, overwrite: bool, sources: Sequence[Path], progress: Progress
