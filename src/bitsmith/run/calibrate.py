@@ -212,7 +212,7 @@ class _Run:
 
     @property
     def expect_bytes(self) -> int:
-        """What the run needs on the disk, nearly: statistics and some layers' states, all of them in a backward."""
+        """What the run needs on the disk, nearly: statistics and states, all layers' in a backward."""
         held = min(HELD_ROWS, len(self.held) * self.tokens.shape[1])
         widths = site_widths(self.specs)
         kept: int = sum(4 * width * (self.blocks[site] + held + 3) for site, width in widths.items())
