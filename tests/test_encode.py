@@ -26,7 +26,7 @@ from bitsmith.store import TensorData, open_checkpoint, open_gguf, write_safeten
 from bitsmith.store.statistics import SiteStatistics, Statistics, open_statistics
 
 CTX = 40
-SOME = r"blk\.1\.(ffn_down|ssm_out)\."
+SOME = r"blk\.1\.(attn_qkv|ssm_out)\."
 Q3 = [(SOME, "Q3_K"), (r"blk\.3\.attn_k\.", "Q4_0")]
 """Three matrices to round among tensors that stay BF16 or F32: error feedback takes its time."""
 
