@@ -208,11 +208,11 @@ def compress(
         typer.Option("--rounder", help="How codes are found; auto takes what does best on held-out text."),
     ] = "auto",
     sequential: Annotated[
-        bool,
+        bool | None,
         typer.Option(
-            "--sequential", help="Take every layer's statistics behind the compressed layers before it."
+            help="Statistics behind the compressed layers before; default where that takes minutes at most."
         ),
-    ] = False,
+    ] = None,
     tune: Annotated[
         bool, typer.Option("--tune", help="Fit scales, F32 tensors and codes by KL to the original; slow.")
     ] = False,

@@ -16,6 +16,7 @@ from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
+from bitsmith.store.statistics import open_statistics
 
 if TYPE_CHECKING:  # these load torch, which a plain compression must not
     from bitsmith.run.allocate import Allocation, Tried
@@ -51,6 +52,10 @@ class Made(Record):
         }
 
 
+SEQUENTIAL_WORK = 6e12
+"""Weights times tokens up to which sequential statistics are the default: about 15 minutes on two cores."""
+
+
 @dataclass(frozen=True)
 class Job:
     """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each."""
@@ -65,7 +70,7 @@ class Job:
     statistics: Path | None = None
     text: Path | None = None
     rounder: str = "auto"
-    sequential: bool = False
+    sequential: bool | None = None
     tune: bool = False
     tune_steps: int | None = None
     plan_file: Path | None = None
@@ -103,7 +108,20 @@ class Job:
     def needs_forward(self) -> bool:
         """Whether something beside a target asks for the model's forward, and so for torch."""
         learns = self.text is not None and self.statistics is None
-        return self.tune or self.sequential or self.recipe is not None or learns
+        return self.tune or self.recipe is not None or learns or self.follows(self.statistics)
+
+    def follows(self, statistics: Path | None) -> bool:
+        """Tell whether statistics are taken behind the compressed layers: as asked, else where that is cheap.
+
+        Cheap is up to `SEQUENTIAL_WORK` weights times tokens, and only rounder `auto`, whose guard compares.
+        """
+        if self.sequential is not None or statistics is None or self.rounder != "auto":
+            return bool(self.sequential)
+        with open_checkpoint(self.model) as checkpoint:
+            tensors = open_source(checkpoint).tensors
+            tokens = open_statistics(statistics, [tensor.spec for tensor in tensors]).tokens()
+        weights = sum(tensor.ref.size for tensor in tensors)
+        return tokens is not None and weights * sum(part.size for part in tokens) <= SEQUENTIAL_WORK
 
     def check(self) -> None:
         """Raise BitsmithError for options that contradict each other, OutputError for a plan in the way."""

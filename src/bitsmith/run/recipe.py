@@ -139,6 +139,7 @@ class _Recipe:
         with open_checkpoint(job.model) as checkpoint:
             specs = [tensor.spec for tensor in open_source(checkpoint).tensors]
         self._path = job.statistics or self._learned()
+        self._follows = job.follows(self._path)
         self._statistics: Statistics = open_statistics(self._path, specs)
         self._tokens = held_out_tokens(job.model, self._statistics)
         if job.tune and (self._statistics.held_chunks or 0) < 1:
@@ -174,6 +175,18 @@ class _Recipe:
         self._tried = pick(self._job.model, self._allocation, write, self._tokens, self._progress)
         best = self._tried[0]
         self._file, self._record = best.file, records[best.file]
+        if self._follows:
+            self._follow(best)
+
+    def _follow(self, best: Tried) -> None:
+        """Write the best plan once more with sequential statistics; keep that where it measures better."""
+        file = self._work / "sequential.gguf"
+        record = self._compress(file, follows=True, plan_file=best.file.with_suffix(".yaml"))
+        found = held_out_kld(self._job.model, file, self._tokens, self._progress)
+        name = f"{best.name}, sequential"
+        self._tried = (*self._tried, replace(best, name=name, file=file, measures=found))
+        if found["mean_kld"].value < best.mean_nats:
+            self._file, self._record = file, record
 
     def write(self) -> None:
         """Write the types that were asked for."""
@@ -181,6 +194,7 @@ class _Recipe:
         self._file = self._work / "plain.gguf"
         self._record = self._compress(
             self._file,
+            follows=self._follows,
             type_name=job.type_name,
             plan_file=job.plan_file,
             pure=job.pure,
@@ -242,7 +256,7 @@ class _Recipe:
             f"context {ctx} tokens, {chunks} chunks; {INTERVAL}",
         )
 
-    def _compress(self, file: Path, **types: Any) -> Record:
+    def _compress(self, file: Path, *, follows: bool = False, **types: Any) -> Record:
         with ExitStack() as stack:
 
             def follow(statistics: Statistics, specs: Sequence[TensorSpec]) -> Statistics:
@@ -254,7 +268,7 @@ class _Recipe:
                 file,
                 statistics=self._path,
                 rounder=self._job.rounder,
-                follow=follow if self._job.sequential else None,
+                follow=follow if follows else None,
                 overwrite=True,
                 progress=self._progress,
                 **types,
