@@ -15,6 +15,7 @@ import torch
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import format_named
 from bitsmith.formats.blocks import BlockFormat
+from bitsmith.run.allocate import held_out_kld
 from bitsmith.run.descent import batches
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.execute import compress
@@ -24,6 +25,7 @@ from bitsmith.run.free_weights import latent_places
 from bitsmith.run.student import Student, divergence
 from bitsmith.run.tune import TuneOptions, tune
 from bitsmith.store import open_gguf
+from bitsmith.store.journal import Journal
 
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 
@@ -233,6 +235,62 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_qwen3: Path, tmp_path: Path
     again = start(tmp_path / "killed.gguf", -1)
     assert again.communicate("")[0].splitlines()[0] == "14"
     assert (tmp_path / "killed.gguf").read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+
+
+def test_layer_by_layer_lowers_the_divergence_where_memory_is_short(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coded = tmp_path / "q.gguf"
+    compress(tiny_qwen3, coded, "Q2_K", pure=True)
+    fit, held = random_tokens(200, 8, 64, seed=0), random_tokens(200, 3, 64, seed=1)
+    monkeypatch.setattr("bitsmith.run.tune.memory_bytes", lambda: 1 << 20)
+    out, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
+    record = tune(tiny_qwen3, coded, out, fit, held, short(steps=10))
+    assert record.options.layerwise
+    assert [layer["layer"] for layer in record.layers] == [0, 1, 2]
+    assert all(layer["error_after"] < layer["error_before"] for layer in record.layers)
+    assert record.kept
+    assert record.held_kld_after_nats < 0.995 * record.held_kld_before_nats
+    assert held_out_kld(tiny_qwen3, out, held)["mean_kld"].value == pytest.approx(
+        record.held_kld_after_nats, rel=1e-6
+    )
+    with open_gguf(coded) as before, open_gguf(out) as after:
+        assert [(n, r.dtype, r.shape) for n, r in after.items()] == [
+            (n, r.dtype, r.shape) for n, r in before.items()
+        ]
+        changed = {n for n in before if not np.array_equal(before[n].raw(), after[n].raw())}
+    assert {name.split(".")[1] for name in changed} == {"0", "1", "2"}
+    assert {"blk.0.attn_q.weight", "blk.1.ffn_norm.weight", "blk.2.ffn_down.weight"} <= changed
+
+    done: list[int] = []
+
+    def stop(stage: str, at: int, total: int) -> None:
+        if stage == "tune":
+            assert total == 30
+            done.append(at)
+            if len(done) == 13:
+                raise BitsmithError("the disk is gone")
+
+    with pytest.raises(BitsmithError, match="disk"):
+        tune(tiny_qwen3, coded, broken, fit, held, short(steps=10), progress=stop)
+    assert not broken.exists()
+    tune(tiny_qwen3, coded, broken, fit, held, short(steps=10), progress=stop)
+    assert done[:13] == list(range(1, 14))
+    assert done[13] == 11
+    assert broken.read_bytes() == out.read_bytes()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_runs_do_not_share_a_state(tiny_qwen3: Path, tmp_path: Path) -> None:
+    coded, out = tmp_path / "q.gguf", tmp_path / "out.gguf"
+    compress(tiny_qwen3, coded, "Q4_K", pure=True)
+    tokens = random_tokens(200, 2, 64, seed=0)
+    with (
+        Journal(tmp_path / ".out.gguf.tuning.lock", "other"),
+        pytest.raises(OutputError, match="another run"),
+    ):
+        tune(tiny_qwen3, coded, out, tokens, tokens, short())
+    assert not out.exists()
 
 
 def test_inputs_that_do_not_go_together_are_refused(

@@ -21,12 +21,15 @@ class FreeModel:
     """The text tensors of the GGUF `stored`, seen through `view`, by Hugging Face name without prefix.
 
     F32 tensors and block formats are free, other types fixed. With `codes`, `original` tells where in its
-    cell each weight lies. MTP tensors take no part in the forward and stay as they are.
+    cell each weight lies. MTP tensors take no part in the forward and stay as they are. `only` restricts it
+    all to names that begin so.
 
     Raises BitsmithError if `original` lacks a tensor or has it in another shape.
     """
 
-    def __init__(self, stored: Checkpoint, view: ImportedView, original: TextModel, *, codes: bool) -> None:
+    def __init__(
+        self, stored: Checkpoint, view: ImportedView, original: TextModel, *, codes: bool, only: str = ""
+    ) -> None:
         self._tied = view.arch.tied
         self._free: dict[str, FreeWeight] = {}
         self._fixed: dict[str, torch.Tensor] = {}
@@ -34,6 +37,8 @@ class FreeModel:
             if spec.component != "text" or spec.gguf_name is None:
                 continue
             local = name.removeprefix(view.arch.text_prefix)
+            if not local.startswith(only):
+                continue
             source = original_tensor(original, local, view[name].shape)
             ref = stored[spec.gguf_name]
             form = None if ref.dtype in ("F32", "F16", "BF16", "F64") else format_named(ref.dtype)
@@ -74,7 +79,7 @@ class FreeModel:
         return (sum(steps for steps, _ in found) / energy) ** 0.5 if energy else 0.0
 
     def _with_head(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return weights | {HEAD: weights[EMBEDDING]} if self._tied else weights
+        return weights | {HEAD: weights[EMBEDDING]} if self._tied and EMBEDDING in weights else weights
 
 
 def original_weights(model: TextModel) -> dict[str, torch.Tensor]:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,11 @@ from bitsmith.run.distill import Distillation, Lesson, noisy
 from bitsmith.run.evaluate import MIN_CTX_TOKENS, open_model
 from bitsmith.run.forward import TextModel, _quiet_transformers, check_heads
 from bitsmith.run.free_model import FreeModel, plain
+from bitsmith.run.layerwise import LayerFacts, LayerOptions, Layerwise, streamed_kld
 from bitsmith.run.student import Student
 from bitsmith.store import GgufCheckpoint, TensorInfo, write_gguf
+from bitsmith.store.checkpoint import Bytes
+from bitsmith.store.journal import Journal
 
 Tokens = NDArray[np.int64]
 
@@ -33,6 +39,8 @@ _RATE = 4e-3  # of block scales whose codes lie one root mean square weight apar
 _RATE_POWER = 1.6  # a tenth of that at 4 bits
 _CODE_RATE = 7e-3  # gaps between levels; three times as much diverges at first in Q2_K
 _CODE_RATE_POWER = 0.6
+_WEIGHT_BYTES = {False: 24, True: 36}  # both models, gradients and moments of a weight, by `codes`
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,9 @@ class TuneOptions:
     F32 values move at half of it, codes at `code_rate` gaps between levels (None: likewise chosen). With
     `noise`, every window comes a second time with that share of its tokens replaced at random: the original
     labels any text.
+
+    `layerwise` fits one layer at a time to the original's output of that layer, each for `steps`: the memory
+    is one layer's. Gradients through the whole model find more. None: only where those do not fit.
     """
 
     codes: bool = True
@@ -54,6 +65,7 @@ class TuneOptions:
     code_rate: float | None = None
     noise: float = 0.0
     seed: int = 0
+    layerwise: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,8 @@ class TuneRecord:
 
     They are also what the best step was chosen on. `kept` is whether the tuned file was better there;
     otherwise `out` holds the candidate's bytes. `log` has a row per look at a part of the held-out tokens.
+    Layer by layer, `steps` and `best_step` are sums over layers, `learning_rate` is the mean, and rows of
+    `log` and `layers` hold relative squared errors of layers' outputs on all of the held-out tokens.
     """
 
     out: Path
@@ -78,6 +92,7 @@ class TuneRecord:
     seconds: float
     options: TuneOptions
     log: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -100,86 +115,211 @@ def tune(
 
     Minimises KL(model‖candidate), mean over the positions of `fit` (`chunks ctx`), by Adam with gradients
     through the whole model in float32; stops at the state that is best on `held` (`chunks ctx`). Holds both
-    models, gradients and moments in memory: about 24 bytes per weight, 36 with codes. The result is a
-    function of the inputs, the options and the number of threads. A state file `.OUT.tuning` lets a killed
-    run go on. `say_cost` is told after two steps how many seconds all of them will take.
+    models, gradients and moments in memory: about 24 bytes per weight, 36 with codes; a model for which the
+    machine is too small is tuned layer by layer (`options.layerwise`). The result is a function of the
+    inputs, the options and the number of threads. A state file `.OUT.tuning` (layer by layer the folder
+    `.OUT.layers`) lets a killed run go on; a lock beside it keeps a second run out. `say_cost` is told after
+    two steps how many seconds all of them will take.
 
     Raises BitsmithError where the two are not the same model, OutputError as `write_gguf` does.
     """
     started = time.monotonic()
     _check_output(out, candidate, overwrite)
     with open_model(model) as teacher, open_model(candidate) as student:
-        run = _Run(teacher, student, fit, held, options, progress)
-        state = out.with_name(f".{out.name}.tuning")
-        with _quiet_transformers():
-            run.descend(state, progress, say_cost)
-        packed = run.packed()
-        stored = run.stored
+        whole = _fits(student, options)
+        options = replace(options, layerwise=not whole)
+        _check_inputs(teacher, student, fit, held, options)
+        key = _key(teacher, student, fit, held, options)
+        with Journal(out.with_name(f".{out.name}.tuning.lock"), key) as journal:
+            task = _Task(
+                teacher, student, fit, held, options, out, overwrite, key, journal, progress, say_cost
+            )
+            try:
+                with _quiet_transformers():
+                    record = _whole(task) if whole else _by_layer(task)
+            except BitsmithError:
+                if not journal.entries:
+                    shutil.rmtree(_layers(out), ignore_errors=True)
+                    journal.remove()
+                raise
+            journal.remove()
+    return replace(record, seconds=time.monotonic() - started)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What one tuning is given."""
+
+    teacher: TextModel
+    student: TextModel
+    fit: Tokens
+    held: Tokens
+    options: TuneOptions
+    out: Path
+    overwrite: bool
+    key: str
+    journal: Journal
+    progress: Progress
+    say_cost: Callable[[float], None]
+
+    @property
+    def windows(self) -> Tokens:
+        """The fit tokens as windows, the noisy ones behind the others."""
+        size, noise = self.options.window_tokens, self.options.noise
+        windows = self.fit[:, : self.fit.shape[1] // size * size].reshape(-1, size)
+        return np.concatenate([windows, noisy(windows, noise, self.options.seed)]) if noise else windows
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows of a step."""
+        return max(1, self.options.batch_tokens // self.options.window_tokens)
+
+    def write(self, target: Path, packed: Mapping[str, Bytes], *, overwrite: bool) -> None:
+        """Write the candidate with the tensors `packed` (by GGUF name) in place of its own."""
+        stored, _ = _gguf(self.student)
         write_gguf(
-            out,
+            target,
             stored.typed_metadata(),
             [TensorInfo(name, ref.shape, ref.dtype) for name, ref in stored.items()],
             lambda info: [packed[info.name] if info.name in packed else stored[info.name].raw()],
             overwrite=overwrite,
-            sources=[candidate, *teacher.source.files],
+            sources=[*stored.files, *self.teacher.source.files],
         )
-        state.unlink(missing_ok=True)
-        return run.record(out, time.monotonic() - started)
+
+
+def _whole(task: _Task) -> TuneRecord:
+    """Tune by gradients through the whole model."""
+    run = _Run(task)
+    state = task.out.with_name(f".{task.out.name}.tuning")
+    run.descend(state, task.key, task.progress, task.say_cost)
+    task.write(task.out, run.packed(), overwrite=task.overwrite)
+    state.unlink(missing_ok=True)
+    return run.record(task.out)
+
+
+def _by_layer(task: _Task) -> TuneRecord:
+    """Tune layer by layer, measure the file that makes, and keep it if it is better."""
+    folder = _layers(task.out)
+    folder.mkdir(exist_ok=True)
+    walk = Layerwise(
+        (task.teacher, task.student),
+        _gguf(task.student),
+        (task.windows, task.held),
+        LayerOptions(
+            task.options.codes,
+            task.options.seed,
+            task.batch_windows,
+            lambda free: Schedule(task.options.steps, _rates(free, task.options)),
+        ),
+        folder,
+        (task.journal, task.key),
+    )
+    found = walk.run(task.progress, task.say_cost)
+    tuned = folder / "tuned.gguf"
+    task.write(tuned, walk.packed(), overwrite=True)
+    with open_model(tuned) as changed:
+        before, after = streamed_kld(task.teacher, [task.student, changed], task.held)
+    if after < before:
+        _check_output(task.out, task.student.source.path, task.overwrite)
+        tuned.replace(task.out)
+    else:
+        task.write(task.out, {}, overwrite=task.overwrite)
+    shutil.rmtree(folder, ignore_errors=True)
+    return _layer_record(task, found, walk.estimated_seconds, before, after)
+
+
+def _layers(out: Path) -> Path:
+    return out.with_name(f".{out.name}.layers")
+
+
+def _layer_record(
+    task: _Task, found: list[LayerFacts], estimated_seconds: float, before: float, after: float
+) -> TuneRecord:
+    kept = after < before
+    return TuneRecord(
+        out=task.out,
+        kept=kept,
+        steps=task.options.steps * len(found),
+        best_step=sum(one.best_step for one in found) if kept else 0,
+        held_kld_before_nats=before,
+        held_kld_after_nats=min(before, after),
+        held_tokens=task.held[:, task.held.shape[1] // 2 + 1 :].size,
+        fit_tokens=task.windows.size,
+        learning_rate=float(np.mean([one.learning_rate for one in found])),
+        free_parameters=sum(one.free_parameters for one in found),
+        estimated_seconds=estimated_seconds,
+        seconds=0.0,
+        options=task.options,
+        log=tuple(row for one in found for row in one.log),
+        layers=tuple({name: value for name, value in vars(one).items() if name != "log"} for one in found),
+    )
+
+
+def _fits(student: TextModel, options: TuneOptions) -> bool:
+    """Tell whether to tune the whole model at once: as asked for, else if it fits in the machine's memory."""
+    if options.layerwise is not None:
+        return not options.layerwise
+    weights = sum(ref.size for ref in student.checkpoint.values())
+    return weights * _WEIGHT_BYTES[options.codes] <= memory_bytes()
+
+
+def memory_bytes() -> int:
+    """Return the memory of this machine, or the control group's limit where that is lower.
+
+    Not what is free at the moment: the result of a tuning must not depend on that.
+    """
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):
+        found = min(found, int(_CGROUP_LIMIT.read_text()))
+    return found
+
+
+def _gguf(model: TextModel) -> tuple[GgufCheckpoint, ImportedView]:
+    if not isinstance(model.source, GgufCheckpoint) or not isinstance(model.checkpoint, ImportedView):
+        raise UnsupportedError("is no GGUF; tuning changes one in place", path=model.checkpoint.path)
+    return model.source, model.checkpoint
+
+
+def _rates(free: FreeModel, options: TuneOptions) -> dict[str, float]:
+    """Return the peak step of each kind of parameter, from the options or the measured error of the codes."""
+    coarseness = free.coarseness()
+    rate = options.learning_rate or _RATE * coarseness**_RATE_POWER
+    code_rate = options.code_rate or _CODE_RATE * coarseness**_CODE_RATE_POWER
+    return {"scale": rate, "min": rate, "value": rate / 2, "code": code_rate}
 
 
 class _Run:
     """One tuning: the candidate made free, the lessons, and what came of it."""
 
-    def __init__(
-        self,
-        teacher: TextModel,
-        student: TextModel,
-        fit: Tokens,
-        held: Tokens,
-        options: TuneOptions,
-        progress: Progress,
-    ) -> None:
-        if not isinstance(student.source, GgufCheckpoint) or not isinstance(student.checkpoint, ImportedView):
-            raise UnsupportedError("is no GGUF; tuning changes one in place", path=student.checkpoint.path)
-        check_heads(teacher, student)
-        _check_tokens(fit, held, options.window_tokens, teacher.head.n_rows)
-        self.stored, self.options = student.source, options
-        self.free = FreeModel(student.source, student.checkpoint, teacher, codes=options.codes)
-        windows = fit[:, : fit.shape[1] // options.window_tokens * options.window_tokens]
-        windows = windows.reshape(-1, options.window_tokens)
-        if options.noise:
-            windows = np.concatenate([windows, noisy(windows, options.noise, options.seed)])
+    def __init__(self, task: _Task) -> None:
+        teacher, student, held, options = task.teacher, task.student, task.held, task.options
+        self.options = options
+        self.free = FreeModel(*_gguf(student), teacher, codes=options.codes)
+        windows = task.windows
         self.fit_tokens = windows.size
-        lessons = (Lesson(teacher, windows, 0, progress), Lesson(teacher, held, held.shape[1] // 2, progress))
+        lessons = (
+            Lesson(teacher, windows, 0, task.progress),
+            Lesson(teacher, held, held.shape[1] // 2, task.progress),
+        )
         chosen = max(1, _SELECTION_TOKENS // held.shape[1])
         self.task = Distillation(
             Student(student.arch),
             plain(teacher.head),
             self.free.weights,
             lessons,
-            max(1, options.batch_tokens // options.window_tokens),
+            task.batch_windows,
             np.arange(len(held))[:: max(1, -(-len(held) // chosen))],
             options.seed,
         )
-        coarseness = self.free.coarseness()
-        self.rate = options.learning_rate or _RATE * coarseness**_RATE_POWER
-        self.code_rate = options.code_rate or _CODE_RATE * coarseness**_CODE_RATE_POWER
-        self._key = _key(teacher, student, fit, held, options)
+        self.rates = _rates(self.free, options)
         self.before = float(self.task.held_klds(self.free.decoded()).mean())
         self.after, self.kept = self.before, False
         self.facts = Facts()
 
-    def descend(self, state: Path, progress: Progress, say_cost: Callable[[float], None]) -> None:
+    def descend(self, state: Path, key: str, progress: Progress, say_cost: Callable[[float], None]) -> None:
         """Walk, then measure what the packed blocks decode to on all held-out text."""
-        rates = {
-            "scale": self.rate,
-            "min": self.rate,
-            "value": self.rate / 2,
-            "code": self.code_rate,
-        }
-        schedule = Schedule(self.options.steps, rates)
-        descent = Descent(self.task, self.free.parameters, schedule, state, self._key)
-        self.facts = descent.run(progress, say_cost)
+        schedule = Schedule(self.options.steps, self.rates)
+        self.facts = Descent(self.task, self.free.parameters, schedule, state, key).run(progress, say_cost)
         self.after = float(self.task.held_klds(self.free.decoded()).mean())
         self.kept = self.facts.best_step > 0 and self.after < self.before
 
@@ -187,7 +327,7 @@ class _Run:
         """Return the changed tensors' bytes; none where the candidate was better."""
         return self.free.packed() if self.kept else {}
 
-    def record(self, out: Path, seconds: float) -> TuneRecord:
+    def record(self, out: Path) -> TuneRecord:
         """Return what happened."""
         facts = self.facts
         return TuneRecord(
@@ -199,10 +339,10 @@ class _Run:
             held_kld_after_nats=self.after if self.kept else self.before,
             held_tokens=self.task.held_tokens,
             fit_tokens=self.fit_tokens,
-            learning_rate=self.rate * facts.damping,
+            learning_rate=self.rates["scale"] * facts.damping,
             free_parameters=sum(leaf.numel() for leaf in self.free.parameters.values()),
             estimated_seconds=facts.estimated_seconds,
-            seconds=seconds,
+            seconds=0.0,
             options=self.options,
             log=tuple(facts.log),
         )
@@ -216,6 +356,14 @@ def _check_output(out: Path, candidate: Path, overwrite: bool) -> None:
         raise OutputError("is the input; choose another output", path=out)
     if out.exists() and not overwrite:
         raise OutputError("exists; pass --overwrite", path=out)
+
+
+def _check_inputs(
+    teacher: TextModel, student: TextModel, fit: Tokens, held: Tokens, options: TuneOptions
+) -> None:
+    _gguf(student)
+    check_heads(teacher, student)
+    _check_tokens(fit, held, options.window_tokens, teacher.head.n_rows)
 
 
 def _check_tokens(fit: Tokens, held: Tokens, window_tokens: int, vocab: int) -> None:
