@@ -229,7 +229,7 @@ def test_compressing_with_statistics_does_not_load_torch(
         "found = [name for name in ('torch', 'transformers') if name in sys.modules]\n"
         "sys.exit(f'loaded: {found}' if found else 0)"
     )
-    options = ["--stats", stats, "--type", "BF16", "--tensor-type", "blk.1.ssm_out=Q4_0"]
+    options = ["--no-sequential", "--stats", stats, "--type", "BF16", "--tensor-type", "blk.1.ssm_out=Q4_0"]
     command = [sys.executable, "-c", code, "compress", tiny_qwen3_5, "-o", tmp_path / "out.gguf", *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr.strip()) == (0, "")
