@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -173,8 +174,14 @@ def _decoded(ref: TensorRef, packed: Bytes) -> TensorRef:
 
 
 def _renamed(facts: Facts, index: int) -> list[dict[str, Any]]:
+    """Return the looks as rows; an error that is no number, which JSON cannot hold, as None."""
     return [
-        {"layer": index, "step": row["step"], "held_error": row["held_kld_nats"], "seconds": row["seconds"]}
+        {
+            "layer": index,
+            "step": row["step"],
+            "held_error": row["held_kld_nats"] if math.isfinite(row["held_kld_nats"]) else None,
+            "seconds": row["seconds"],
+        }
         for row in facts.log
     ]
 
