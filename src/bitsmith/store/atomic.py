@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -122,10 +122,21 @@ def _locked(part: Path, target: Path, open_part: Callable[[Path], int]) -> int:
         except BlockingIOError as error:
             os.close(descriptor)
             raise OutputError("is being written by another run", path=target) from error
-        except BaseException:
-            os.close(descriptor)
+        except BaseException:  # an interrupt between making the part and using it
+            _drop(part, descriptor)
             raise
         os.close(descriptor)  # its owner finished between our opening and our locking it
+
+
+def _drop(part: Path, descriptor: int) -> None:
+    """Close a part and remove it unless another run holds it."""
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_open_as(part, descriptor):
+                _remove(part)
+    finally:
+        os.close(descriptor)
 
 
 def _is_open_as(path: Path, descriptor: int) -> bool:
