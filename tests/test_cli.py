@@ -404,7 +404,17 @@ def test_the_recipe_fits_memory_on_a_text_of_its_own_and_tunes(
     monkeypatch.setattr(recipe, "calibrate", short)  # the same calibration on less of the text
     out = tmp_path / "out.gguf"
     command = ("compress", tiny_qwen3, "-o", out, "--text", text, "--rounder", "weighted")
-    goal = ("--fit", "15.6MiB", "--ctx", "1000", "--tune", "--tune-steps", "2", "--json", tmp_path / "out.json")
+    goal = (
+        "--fit",
+        "15.6MiB",
+        "--ctx",
+        "1000",
+        "--tune",
+        "--tune-steps",
+        "2",
+        "--json",
+        tmp_path / "out.json",
+    )
     assert in_process(capsys, monkeypatch, *command, *goal) == (0, "")
     record = json.loads((tmp_path / "out.json").read_text())
     check_recipe(out, record)
