@@ -246,7 +246,7 @@ def test_layer_by_layer_lowers_the_divergence_where_memory_is_short(
     fit, held = random_tokens(200, 8, 64, seed=0), random_tokens(200, 3, 64, seed=1)
     monkeypatch.setattr("bitsmith.run.tune.memory_bytes", lambda: 1 << 20)
     out, broken = tmp_path / "whole.gguf", tmp_path / "broken.gguf"
-    record = tune(tiny_qwen3, coded, out, fit, held, short(steps=10))
+    record = tune(tiny_qwen3, coded, out, fit, held, short(steps=20))
     assert record.options.layerwise
     assert [layer["layer"] for layer in record.layers] == [0, 1, 2]
     assert all(layer["error_after"] < layer["error_before"] for layer in record.layers)
@@ -267,17 +267,17 @@ def test_layer_by_layer_lowers_the_divergence_where_memory_is_short(
 
     def stop(stage: str, at: int, total: int) -> None:
         if stage == "tune":
-            assert total == 30
+            assert total == 60
             done.append(at)
-            if len(done) == 13:
+            if len(done) == 23:
                 raise BitsmithError("the disk is gone")
 
     with pytest.raises(BitsmithError, match="disk"):
-        tune(tiny_qwen3, coded, broken, fit, held, short(steps=10), progress=stop)
+        tune(tiny_qwen3, coded, broken, fit, held, short(steps=20), progress=stop)
     assert not broken.exists()
-    tune(tiny_qwen3, coded, broken, fit, held, short(steps=10), progress=stop)
-    assert done[:13] == list(range(1, 14))
-    assert done[13] == 11
+    tune(tiny_qwen3, coded, broken, fit, held, short(steps=20), progress=stop)
+    assert done[:23] == list(range(1, 24))
+    assert done[23] == 21
     assert broken.read_bytes() == out.read_bytes()
     assert not list(tmp_path.glob(".*"))
 
