@@ -105,6 +105,12 @@ class Job:
         return self.out or Path(f"{model.name if model.is_dir() else model.stem}-{what}.gguf")
 
     @property
+    def types(self) -> dict[str, Any]:
+        """The arguments that say which types are wanted, as `compress` and `plan_for` take them."""
+        names = ("type_name", "plan_file", "pure", "tensor_types", "no_fallback")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def needs_forward(self) -> bool:
         """Whether something beside a target asks for the model's forward, and so for torch."""
         learns = self.text is not None and self.statistics is None
@@ -148,15 +154,11 @@ def run(job: Job, progress: Progress = silent) -> Record:
         record = compress(
             job.model,
             job.destination,
-            job.type_name,
-            pure=job.pure,
-            tensor_types=job.tensor_types,
-            no_fallback=job.no_fallback,
-            plan_file=job.plan_file,
             statistics=job.statistics,
             rounder=job.rounder,
             overwrite=job.overwrite,
             progress=progress,
+            **job.types,
         )
     _write_plan(job, record.plan)
     return record
@@ -175,15 +177,7 @@ def run_dry(job: Job, progress: Progress = silent) -> Plan:
 
         planned: Plan = plan_target(job, goal, progress)
     else:
-        planned = plan_for(
-            job.model,
-            job.type_name,
-            pure=job.pure,
-            tensor_types=job.tensor_types,
-            no_fallback=job.no_fallback,
-            plan_file=job.plan_file,
-            statistics=job.statistics,
-        )
+        planned = plan_for(job.model, statistics=job.statistics, **job.types)
     _write_plan(job, planned)
     return planned
 

@@ -190,17 +190,8 @@ class _Recipe:
 
     def write(self) -> None:
         """Write the types that were asked for."""
-        job = self._job
         self._file = self._work / "plain.gguf"
-        self._record = self._compress(
-            self._file,
-            follows=self._follows,
-            type_name=job.type_name,
-            plan_file=job.plan_file,
-            pure=job.pure,
-            tensor_types=job.tensor_types,
-            no_fallback=job.no_fallback,
-        )
+        self._record = self._compress(self._file, follows=self._follows, **self._job.types)
 
     def tune(self) -> None:
         """Fit what costs no bytes."""
