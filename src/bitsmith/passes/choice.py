@@ -53,11 +53,6 @@ class Choice:
     shrink: float = 0.0
 
 
-def sample_rows(rows: int, count: int = SAMPLE_ROWS) -> slice:
-    """Return evenly spread rows to decide by."""
-    return slice(0, rows, max(1, -(-rows // count)))
-
-
 def choose(
     form: Format,
     rows: Float32,
