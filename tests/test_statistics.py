@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bitsmith.archs import ARCHITECTURES, TensorSpec
+from bitsmith.archs.steps import PermuteColumns
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.lab.synth import synth_config
 from bitsmith.run.assay import assay
@@ -16,7 +17,6 @@ from bitsmith.store import open_checkpoint
 from bitsmith.store.statistics import (
     SiteStatistics,
     dense_moment,
-    gguf_columns,
     open_statistics,
     site_widths,
     write_sites,
@@ -70,7 +70,8 @@ def named(specs: list[TensorSpec], name: str) -> TensorSpec:
 
 def test_columns_are_those_of_the_gguf(folder: Path, specs: list[TensorSpec]) -> None:
     statistics, spec = open_statistics(folder, specs), named(specs, OUT_PROJ)
-    order = gguf_columns(spec)
+    [step] = spec.column_steps
+    order = step.column_order
     assert not np.array_equal(order, np.arange(512)) and sorted(order) == list(range(512))
     here, there = statistics.hugging_face(spec), statistics.of(spec)
     weights = RNG.standard_normal((3, 512)).astype(np.float32)
@@ -91,12 +92,12 @@ def test_blocks_stay_blocks_where_the_order_keeps_them(folder: Path) -> None:
     found = site("s", 512, block=128)
     inside = np.concatenate([RNG.permutation(128) + 128 * n for n in (2, 0, 3, 1)])
     across = RNG.permutation(512)
-    kept, torn = found.permuted(inside).moment, found.permuted(across).moment
+    kept, torn = (found.moved([PermuteColumns(order)]).moment for order in (inside, across))
     assert kept.shape == (4, 128, 128) and torn.shape == (512, 512)
     whole = dense_moment(found.moment)
     np.testing.assert_array_equal(dense_moment(kept), whole[np.ix_(inside, inside)])
     np.testing.assert_array_equal(torn, whole[np.ix_(across, across)])
-    assert found.permuted(np.arange(512)) is found
+    assert found.moved([]) is found
 
 
 def test_tensors_of_a_site_share_it_and_others_have_none(folder: Path, specs: list[TensorSpec]) -> None:

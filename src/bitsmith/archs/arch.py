@@ -23,7 +23,16 @@ _LISTED_NAMES = 40
 
 
 class Step(ABC):
-    """One exact, invertible change of a tensor on its way to GGUF, lazy and row-sliced."""
+    """One exact, invertible change of a tensor, lazy and row-sliced: of its values or of its layout.
+
+    Where the columns of a weight matrix change, `W -> W A`, what it reads changes with them, `x -> x A^-T`:
+    where it is so simple, `column_order` has that as `x'_j = x_order[j]`, `column_factors` as
+    `x'_j = x_j factors[j]`.
+    """
+
+    changes_columns: ClassVar[bool] = False
+    column_order: NDArray[np.intp] | None = None
+    column_factors: NDArray[np.float64] | None = None
 
     @abstractmethod
     def apply(self, ref: TensorRef) -> TensorRef:
@@ -36,6 +45,10 @@ class Step(ABC):
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape after the step; most steps keep it."""
         return shape
+
+    def inputs(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return activations (`... in`) as the changed columns read them; most steps leave them alone."""
+        return x
 
     def importance(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
         """Move an importance vector over the input columns the same way; most steps leave it alone."""
@@ -53,7 +66,8 @@ class TensorSpec:
     `axes` are labels, one per dimension (`residual`, `ffn`, `head.q`, `head.k`, `delta.v`, `vocab`, ...);
     `site` names the activation it reads, shared by q, k and v; `norm` is how a norm weight acts.
     `layer` is the GGUF block number (MTP layers count on after the text layers). `gguf_name` is None for a
-    tensor that has no place in a text GGUF. `float_only` tensors stay F32 in every GGUF.
+    tensor that has no place in a text GGUF. `float_only` tensors stay F32 in every GGUF. `transforms` are
+    exact changes of the model in Hugging Face layout (see `passes.transform`), `steps` those of the export.
     """
 
     name: str
@@ -67,6 +81,12 @@ class TensorSpec:
     steps: tuple[Step, ...] = field(default=())
     layer: int | None = None
     float_only: bool = False
+    transforms: tuple[Step, ...] = field(default=())
+
+    @property
+    def all_steps(self) -> tuple[Step, ...]:
+        """Everything between the stored tensor and the GGUF: transforms, then the export."""
+        return (*self.transforms, *self.steps)
 
     @property
     def gguf_shape(self) -> tuple[int, ...]:
@@ -76,26 +96,37 @@ class TensorSpec:
             shape = step.shape(shape)
         return shape
 
+    def transform(self, ref: TensorRef) -> TensorRef:
+        """Return the transformed model's tensor from the stored one, in Hugging Face layout."""
+        for step in self.transforms:
+            ref = step.apply(ref)
+        return ref
+
     def to_gguf(self, ref: TensorRef) -> TensorRef:
-        """Return `ref` in GGUF layout, computed on read."""
-        for step in self.steps:
+        """Return `ref` transformed and in GGUF layout, computed on read."""
+        for step in self.all_steps:
             ref = step.apply(ref)
         return ref
 
     def from_gguf(self, ref: TensorRef) -> TensorRef:
-        """Return the Hugging Face layout of `ref`, a tensor in GGUF layout; the inverse of `to_gguf`."""
-        for step in reversed(self.steps):
+        """Return `ref`, a tensor in GGUF layout, as it was stored: the inverse of `to_gguf`."""
+        for step in reversed(self.all_steps):
             ref = step.unapply(ref)
         return ref
 
+    @property
+    def column_steps(self) -> tuple[Step, ...]:
+        """The steps that change the columns, and so what the tensor reads."""
+        return tuple(step for step in self.all_steps if step.changes_columns)
+
     def importance_to_gguf(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Move importance over the Hugging Face columns (`in`) to the GGUF columns."""
-        for step in self.steps:
+        """Move importance over the stored columns (`in`) to the GGUF columns."""
+        for step in self.all_steps:
             vector = step.importance(vector)
         return vector
 
     def importance_from_gguf(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Move importance over the GGUF columns (`in`), as an imatrix holds it, to Hugging Face's."""
+        """Move importance over the columns that an export without transforms has to Hugging Face's (`in`)."""
         for step in reversed(self.steps):
             vector = step.importance_back(vector)
         return vector
@@ -166,6 +197,11 @@ class Architecture(ABC):
         """Return the component of a stored tensor that is claimed by its name alone and not exported."""
         del name
         return None
+
+    def axes_aside(self, name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """Return the axis labels of a tensor that is set aside; empty where none is shared with the text."""
+        del name
+        return ("",) * len(shape)
 
     @property
     @abstractmethod
@@ -245,7 +281,7 @@ def claim(checkpoint: Checkpoint) -> list[tuple[TensorSpec, TensorRef]]:
     for name, ref in checkpoint.items():
         component = arch.set_aside(name)
         if component is not None and name not in claimed:
-            axes = ("",) * len(ref.shape)
+            axes = arch.axes_aside(name, ref.shape)
             pairs.append((TensorSpec(name, ref.shape, component, axes, None, component=component), ref))
     return pairs
 

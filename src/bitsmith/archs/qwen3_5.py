@@ -85,6 +85,10 @@ class Qwen35(Architecture):
         """Vision tensors are claimed by prefix: they belong to llama.cpp's separate mmproj file."""
         return "vision" if name.startswith(("model.visual.", "visual.")) else None
 
+    def axes_aside(self, name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
+        """The merger's last layer writes image tokens into the residual stream."""
+        return ("residual" if "visual.merger.linear_fc2." in name else "", *("",) * (len(shape) - 1))
+
     def specs(self) -> list[TensorSpec]:
         """Return every text and MTP tensor, in block order, then the vision tensors of `vision_config`."""
         hidden, prefix = self.number("hidden_size"), self.text_prefix

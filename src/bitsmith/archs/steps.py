@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,8 +33,10 @@ class PermuteRows(Step):
 class PermuteColumns(Step):
     """Column `j` of the result is column `order[j]` of the source; importance moves with the columns."""
 
+    changes_columns = True
+
     def __init__(self, order: Permutation) -> None:
-        self.order = order
+        self.order = self.column_order = order
         self.inverse = np.argsort(order)
 
     def apply(self, ref: TensorRef) -> TensorRef:
@@ -44,6 +47,10 @@ class PermuteColumns(Step):
         """Return the columns in the source's order."""
         return _mapped(ref, lambda rows: rows[..., self.inverse])
 
+    def inputs(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return the activations in the new column order."""
+        return x[..., self.order]
+
     def importance(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the entries in the new column order."""
         return vector[self.order]
@@ -51,6 +58,94 @@ class PermuteColumns(Step):
     def importance_back(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the entries in the source's column order."""
         return vector[self.inverse]
+
+
+class ScaleRows(Step):
+    """Row `i` of the result is row `i` of the source times `factors[i]` (`out`, none of them zero)."""
+
+    def __init__(self, factors: NDArray[np.float64]) -> None:
+        self.factors = factors
+
+    def apply(self, ref: TensorRef) -> TensorRef:
+        """Return the scaled rows."""
+        return _rows_scaled(ref, self.factors)
+
+    def unapply(self, ref: TensorRef) -> TensorRef:
+        """Return the rows before scaling."""
+        return _rows_scaled(ref, 1 / self.factors)
+
+
+class ScaleColumns(Step):
+    """Column `j` of the result is column `j` of the source times `factors[j]` (`in`).
+
+    A factor of zero loses its column, whose inputs no longer matter: undoing leaves zeros there.
+    """
+
+    changes_columns = True
+
+    def __init__(self, factors: NDArray[np.float64]) -> None:
+        self.factors = factors
+        self.inverse = np.divide(1.0, factors, out=np.zeros_like(factors), where=factors != 0)
+        self.column_factors = self.inverse
+
+    def apply(self, ref: TensorRef) -> TensorRef:
+        """Return the scaled columns."""
+        return _mapped(ref, lambda rows: _times(rows, self.factors))
+
+    def unapply(self, ref: TensorRef) -> TensorRef:
+        """Return the columns before scaling."""
+        return _mapped(ref, lambda rows: _times(rows, self.inverse))
+
+    def inputs(self, x: NDArray[Any]) -> NDArray[Any]:
+        """Return `x / factors`, zero where a factor is."""
+        return _times(x, self.inverse)
+
+    def importance(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `E[x²] / factors²`."""
+        return _times(vector, self.inverse**2)
+
+    def importance_back(self, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return `E[x²] factors²`."""
+        return _times(vector, self.factors**2)
+
+
+class ScaleNorm(Step):
+    """What a norm weight acts as, times `factors`: `w -> w s`, or `w -> (1 + w) s - 1`."""
+
+    def __init__(self, factors: NDArray[np.float64], one_plus: bool) -> None:
+        self.factors, self.offset = factors, float(one_plus)
+
+    def apply(self, ref: TensorRef) -> TensorRef:
+        """Return the scaled norm weight."""
+        return self._scaled(ref, self.factors)
+
+    def unapply(self, ref: TensorRef) -> TensorRef:
+        """Return the norm weight before scaling."""
+        return self._scaled(ref, 1 / self.factors)
+
+    def _scaled(self, ref: TensorRef, factors: NDArray[np.float64]) -> TensorRef:
+        def compute(start: int, stop: int) -> Rows:
+            rows = ref.read(start, stop)
+            acts = rows.astype(np.float64) + self.offset
+            return (acts * factors[start:stop] - self.offset).astype(rows.dtype)
+
+        return ComputedTensor(ref.name, ref.shape, ref.dtype, compute)
+
+
+class ConstantNorm(Step):
+    """A norm weight that acts as one, whatever it was; undoing gives `original` back."""
+
+    def __init__(self, original: TensorRef, one_plus: bool) -> None:
+        self.original, self.value = original, 0 if one_plus else 1
+
+    def apply(self, ref: TensorRef) -> TensorRef:
+        """Return the constant."""
+        return _mapped(ref, lambda rows: np.full_like(rows, self.value))
+
+    def unapply(self, ref: TensorRef) -> TensorRef:
+        """Return the norm weight that was folded away."""
+        del ref
+        return self.original
 
 
 class AddOne(Step):
@@ -98,6 +193,19 @@ class SqueezeKernel(Step):
     def unapply(self, ref: TensorRef) -> TensorRef:
         """Return the kernel as `channels 1 width`."""
         return _mapped(ref, lambda rows: rows[:, None, :], shape=(ref.shape[0], 1, ref.shape[1]))
+
+
+def _times(rows: NDArray[Any], factors: NDArray[np.float64]) -> NDArray[Any]:
+    """Return `rows * factors`, each product rounded once to the dtype of `rows`."""
+    return (rows * factors).astype(rows.dtype)
+
+
+def _rows_scaled(ref: TensorRef, factors: NDArray[np.float64]) -> TensorRef:
+    def compute(start: int, stop: int) -> Rows:
+        rows = ref.read(start, stop)
+        return _times(rows, factors[start:stop].reshape(-1, *(1,) * (rows.ndim - 1)))
+
+    return ComputedTensor(ref.name, ref.shape, ref.dtype, compute)
 
 
 def _mapped(

@@ -11,6 +11,7 @@ from typing import Literal, NoReturn, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from bitsmith.archs import Step
 from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.formats import Format, format_named
 from bitsmith.formats.blocks import BlockFormat
@@ -79,7 +80,7 @@ class TensorEncoder:
         self._statistics = statistics
         self._rounder = rounder
         self._path = path
-        self._site = ""
+        self._site: tuple[str, tuple[Step, ...]] = "", ()
         self._moment: Float32 | None = None
         self._metrics: dict[tuple[float, float], InputMetric] = {}
         self._correction: Correction | None = None
@@ -170,8 +171,7 @@ class TensorEncoder:
         inputs = None if self._statistics is None else self._statistics.of(tensor.spec)
         if inputs is None:
             raise BitsmithError("has no statistics", path=self._path, tensor=tensor.hf_name)
-        order = tensor.spec.importance_to_gguf(np.arange(tensor.spec.shape[-1], dtype=np.float32))
-        site = f"{inputs.site} {hash(order.tobytes())}"
+        site = inputs.site, tensor.spec.column_steps
         if site != self._site:
             self._site, self._metrics, self._correction = site, {}, None
             if inputs.cross is not None and inputs.moment is not None and self._rounder != "weighted":

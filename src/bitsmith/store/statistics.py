@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,16 @@ HEAD_SITE = "head.in"
 _KINDS = ("diagonal", "mean", "moment", "held", "held_diagonal")
 
 
+class ColumnStep(Protocol):
+    """A change of a matrix's columns, and so of what it reads; `bitsmith.archs.Step` is one."""
+
+    column_order: NDArray[np.intp] | None
+    column_factors: NDArray[np.float64] | None
+
+    def inputs(self, x: NDArray[Any]) -> NDArray[Any]: ...  # noqa: D102
+    def importance(self, vector: Float32) -> Float32: ...  # noqa: D102
+
+
 class SiteSpec(Protocol):
     """What statistics need to know of a tensor; `bitsmith.archs.TensorSpec` is one."""
 
@@ -51,7 +61,8 @@ class SiteSpec(Protocol):
     def gguf_name(self) -> str | None: ...  # noqa: D102
     @property
     def site(self) -> str | None: ...  # noqa: D102
-    def importance_to_gguf(self, vector: Float32) -> Float32: ...  # noqa: D102
+    @property
+    def column_steps(self) -> tuple[ColumnStep, ...]: ...  # noqa: D102
     def importance_from_gguf(self, vector: Float32) -> Float32: ...  # noqa: D102
 
 
@@ -88,22 +99,33 @@ class SiteStatistics:
         found: Float32 = np.diagonal(self.moment, axis1=-2, axis2=-1).reshape(-1).copy()
         return found
 
-    def permuted(self, order: NDArray[np.intp]) -> SiteStatistics:
-        """Return the statistics with column `j` taken from column `order[j]`.
+    def moved(self, steps: Iterable[ColumnStep]) -> SiteStatistics:
+        """Return the statistics of what a matrix reads once `steps` have changed its columns.
 
-        Diagonal blocks that `order` tears apart become a whole `in in`, zero between them.
+        Diagonal blocks that a step tears apart become a whole `in in`, zero between them. A diagonal without
+        a moment cannot be rotated: what is left of it is what `importance` of the step makes of it.
         """
-        if np.array_equal(order, np.arange(len(order))):
-            return self
+        found = self
+        for step in steps:
+            found = found._moved(step)
+        return found
+
+    def _moved(self, step: ColumnStep) -> SiteStatistics:
+        def rows(x: Float32 | None) -> Float32 | None:
+            return None if x is None else step.inputs(x)
+
+        moment = None if self.moment is None else _moment_moved(self.moment, step)
         return replace(
             self,
-            diagonal=self.diagonal[order],
-            mean=None if self.mean is None else self.mean[order],
-            moment=None if self.moment is None else _permuted(self.moment, order),
-            held=None if self.held is None else self.held[:, order],
-            held_diagonal=None if self.held_diagonal is None else self.held_diagonal[order],
-            cross=None if self.cross is None else _permuted(self.cross, order),
-            held_original=None if self.held_original is None else self.held_original[:, order],
+            diagonal=_diagonal_moved(self.diagonal, moment, step),
+            mean=rows(self.mean),
+            moment=moment,
+            held=rows(self.held),
+            held_diagonal=(
+                None if self.held_diagonal is None else _diagonal_moved(self.held_diagonal, moment, step)
+            ),
+            cross=None if self.cross is None else _moment_moved(self.cross, step),
+            held_original=rows(self.held_original),
         )
 
     def all_tokens(self) -> tuple[Float32, int]:
@@ -148,7 +170,7 @@ class Statistics:
         Raises DamagedFileError naming the tensor if what is stored is not what was written.
         """
         found = self.hugging_face(spec)
-        return None if found is None else found.permuted(gguf_columns(spec))
+        return None if found is None else found.moved(spec.column_steps)
 
     def knows(self, spec: SiteSpec) -> bool:
         """Tell whether `of` has an answer for `spec`, reading nothing."""
@@ -216,11 +238,6 @@ def is_tied(specs: Iterable[SiteSpec]) -> bool:
 def head_site_for(spec: SiteSpec) -> str | None:
     """Return the site of a tensor of a model with tied embeddings: the embedding reads the head's."""
     return HEAD_SITE if spec.role == "embed" else spec.site
-
-
-def gguf_columns(spec: SiteSpec) -> NDArray[np.intp]:
-    """Return the order of `spec`'s GGUF columns: column `j` of the GGUF is column `order[j]` here."""
-    return spec.importance_to_gguf(np.arange(spec.shape[-1], dtype=np.float32)).astype(np.intp)
 
 
 def site_widths(specs: Iterable[SiteSpec], tied: bool | None = None) -> dict[str, int]:
@@ -424,15 +441,44 @@ def imatrix_of(statistics: Statistics, specs: Iterable[SiteSpec]) -> Imatrix:
     )
 
 
-def _permuted(moment: Float32, order: NDArray[np.intp]) -> Float32:
-    if moment.ndim == 2:
-        return moment[np.ix_(order, order)]
+def _moment_moved(moment: Float32, step: ColumnStep) -> Float32:
+    """Return E[x xᵀ] of the inputs that `step` moves, in diagonal blocks (`n b b`) where that is exact."""
+    if moment.ndim == 3:
+        count, size = moment.shape[:2]
+        if step.column_factors is not None:
+            factors = step.column_factors.reshape(count, size)
+            scaled = moment * factors[:, :, None] * factors[:, None, :]
+            return scaled.astype(np.float32)
+        if step.column_order is not None and (kept := _blocks_moved(moment, step.column_order)) is not None:
+            return kept
+        moment = dense_moment(moment)
+    if step.column_order is not None:
+        return moment[np.ix_(step.column_order, step.column_order)]
+    return np.ascontiguousarray(step.inputs(np.ascontiguousarray(step.inputs(moment).T)).T)
+
+
+def _blocks_moved(moment: Float32, order: NDArray[np.intp]) -> Float32 | None:
+    """Return diagonal blocks in a new order of columns, None if that tears a block apart."""
     count, size = moment.shape[:2]
     blocks = order.reshape(count, size) // size
-    if (blocks == blocks[:, :1]).all():
-        inside = order.reshape(count, size) % size
-        return np.stack([moment[b[0]][np.ix_(i, i)] for b, i in zip(blocks, inside, strict=True)])
-    return dense_moment(moment)[np.ix_(order, order)]
+    if (blocks != blocks[:, :1]).any():
+        return None
+    inside = order.reshape(count, size) % size
+    return np.stack([moment[b[0]][np.ix_(i, i)] for b, i in zip(blocks, inside, strict=True)])
+
+
+def _diagonal_moved(diagonal: Float32, moment: Float32 | None, step: ColumnStep) -> Float32:
+    """Return E[x²] of the moved inputs; a rotation's takes its shape from the moved moment if there is one.
+
+    The moment weighs tokens and the diagonal does not, so only their proportions are alike.
+    """
+    if step.column_order is not None or step.column_factors is not None or moment is None:
+        return step.importance(diagonal)
+    shape = np.diagonal(moment, axis1=-2, axis2=-1).reshape(-1)
+    total = float(shape.sum(dtype=np.float64))
+    if total <= 0:
+        return step.importance(diagonal)
+    return (shape * (float(diagonal.sum(dtype=np.float64)) / total)).astype(np.float32)
 
 
 def dense_moment(moment: Float32) -> Float32:
