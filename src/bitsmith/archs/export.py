@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,10 +61,17 @@ def export_view(checkpoint: Checkpoint) -> Export:
 
     Raises as `claim` does, and UnsupportedError where the config asks for what llama.cpp cannot run.
     """
-    pairs = claim(checkpoint)
-    arch = architecture_of(checkpoint)
+    return export_of(architecture_of(checkpoint), claim(checkpoint))
+
+
+def export_of(arch: Architecture, pairs: Iterable[tuple[TensorSpec, TensorRef]]) -> Export:
+    """Return claimed tensors in GGUF layout, nothing read yet; `pairs` hold what is stored.
+
+    Raises UnsupportedError where the config asks for what llama.cpp cannot run.
+    """
+    pairs = list(pairs)
     tensors = [
-        ExportTensor(spec, spec.gguf_name, _named(spec.to_gguf(ref), spec.gguf_name))
+        ExportTensor(spec, spec.gguf_name, renamed(spec.to_gguf(ref), spec.gguf_name))
         for spec, ref in pairs
         if spec.gguf_name is not None
     ]
@@ -83,9 +90,10 @@ def import_view(checkpoint: Checkpoint) -> ImportedView:
     specs = [spec for spec in arch.specs() if spec.gguf_name is not None]
     wanted = {str(spec.gguf_name): (spec, spec.gguf_shape) for spec in specs}
     pairs = match(checkpoint, wanted, arch)
-    tensors = {spec.name: _named(spec.from_gguf(ref), spec.name) for spec, ref in pairs}
+    tensors = {spec.name: renamed(spec.from_gguf(ref), spec.name) for spec, ref in pairs}
     return ImportedView(checkpoint, tensors, arch, specs)
 
 
-def _named(ref: TensorRef, name: str) -> TensorRef:
+def renamed(ref: TensorRef, name: str) -> TensorRef:
+    """Return `ref` under another name."""
     return ComputedTensor(name, ref.shape, ref.dtype, ref.read)

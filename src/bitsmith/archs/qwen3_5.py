@@ -86,7 +86,7 @@ class Qwen35(Architecture):
         return "vision" if name.startswith(("model.visual.", "visual.")) else None
 
     def axes_aside(self, name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
-        """The merger's last layer writes image tokens into the residual stream."""
+        """Return labels: the merger's last layer writes image tokens into the residual stream."""
         return ("residual" if "visual.merger.linear_fc2." in name else "", *("",) * (len(shape) - 1))
 
     def specs(self) -> list[TensorSpec]:

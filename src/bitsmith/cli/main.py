@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -185,9 +186,20 @@ def compress(
         typer.Option("--type", help="A stock mix by llama.cpp's name, e.g. IQ4_XS; default Q4_K_M."),
     ] = None,
     recipe: Annotated[
-        Literal["auto"] | None,
+        Literal["auto", "sbgq-iq4xs"] | None,
         typer.Option(
-            "--recipe", help="auto: choose every tensor's type by measurement, within --target or --fit."
+            "--recipe",
+            help="auto: every tensor's type by measurement, within --target or --fit; "
+            "sbgq-iq4xs: rotation, gauges, importance (with --stats or --text) and its table of types.",
+        ),
+    ] = None,
+    transforms: Annotated[
+        str | None,
+        typer.Option(
+            "--transforms",
+            metavar="auto|none|NAME,…",
+            help="Exact changes before rounding: auto keeps what helps on held-out text; or names, as "
+            "gauge,permute,rotate:seed=1 (gauge and permute stand for all scale-* and permute-*).",
         ),
     ] = None,
     target: Annotated[
@@ -250,6 +262,7 @@ def compress(
         out=out,
         type_name=type_name,
         recipe=recipe,
+        transforms=transforms,
         target=target,
         fit=fit,
         ctx_tokens=ctx,
@@ -299,6 +312,22 @@ def evaluate(
         evaluation = run(ref, candidate, text, ctx_tokens=ctx, chunks=chunks, progress=progress)
     print_evaluation(evaluation)
     _write_json(json_out, evaluation.to_json())
+
+
+@app.command()
+def compare(
+    ref: Annotated[Path, typer.Argument(metavar="REF", help="The checkpoint that CANDIDATE was made of.")],
+    candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="A .gguf that compress wrote.")],
+    json_out: JsonOut = None,
+) -> None:
+    """Compare every tensor of CANDIDATE with REF's, its transforms undone."""
+    from bitsmith.report.terminal import print_weight_errors
+    from bitsmith.run.transforms import compare_weights as run
+
+    with _progress() as progress:
+        errors = run(ref, candidate, progress)
+    print_weight_errors(errors)
+    _write_json(json_out, {"tensors": [asdict(error) for error in errors]})
 
 
 @app.command()

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 from numpy.typing import NDArray
 
 from bitsmith.archs import Architecture, Step, TensorSpec, architecture_of, claim
-from bitsmith.archs.export import ImportedView, import_view
+from bitsmith.archs.export import ImportedView, import_view, renamed
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.formats import Format
-from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, View
+from bitsmith.store.checkpoint import Checkpoint, TensorRef, View
 from bitsmith.store.statistics import Statistics
 
 Vector = NDArray[Any]
@@ -105,7 +105,7 @@ class Model:
 
     def view(self) -> View:
         """Return the transformed checkpoint under Hugging Face names, computed on read."""
-        tensors = {name: _named(self.ref(name), name) for name in self.tensors}
+        tensors = {name: renamed(self.ref(name), name) for name in self.tensors}
         view = View(self.checkpoint, tensors)
         view.config = _config_of(self.arch)
         return view
@@ -144,6 +144,11 @@ class Transform(ABC):
     def __str__(self) -> str:
         changed = {key: value for key, value in self.options.items() if value != self.defaults[key]}
         return ":".join([self.name, *(f"{key}={value}" for key, value in changed.items())])
+
+    @property
+    def searches(self) -> bool:
+        """Whether solving reads the model's matrices, which takes time."""
+        return self.name.startswith(("scale-", "permute-"))
 
     def refusal(self, model: Model) -> str | None:
         """Return why the transform would not be exact on `model`, None where it is."""
@@ -192,6 +197,15 @@ def transformed(model: Model, transforms: Sequence[Transform], context: Context)
     return model
 
 
+def transform_of(text: str) -> Transform:
+    """Return the transform that `rotate:seed=3` names, as `str` writes it.
+
+    Raises BitsmithError for an unknown name or option.
+    """
+    name, *options = text.strip().split(":")
+    return transform_named(name, dict(map(_option, options)))
+
+
 def parse_transforms(text: str) -> list[Transform]:
     """Return the transforms that `fold,rotate:seed=3` names, those they need put before them.
 
@@ -200,12 +214,9 @@ def parse_transforms(text: str) -> list[Transform]:
     """
     named: list[Transform] = []
     for part in text.split(","):
-        name, *options = part.strip().split(":")
-        group = [known for known in TRANSFORMS if known.startswith(_GROUPS.get(name, "\0"))]
-        if not group and name not in TRANSFORMS:
-            known = ", ".join(["auto", "none", *_GROUPS, *TRANSFORMS])
-            raise BitsmithError(f"unknown transform {printable(name)!r}; known: {known}")
-        named += [transform_named(one, dict(map(_option, options))) for one in group or [name]]
+        prefix = _GROUPS.get(part.strip())
+        group = [name for name in TRANSFORMS if prefix is not None and name.startswith(prefix)]
+        named += [transform_of(one) for one in group or [part]]
     return with_needs(named)
 
 
@@ -215,7 +226,8 @@ _GROUPS = {"gauge": "scale-", "permute": "permute-"}
 def transform_named(name: str, options: Mapping[str, Any] | None = None) -> Transform:
     """Return a transform by its name. Raises BitsmithError for an unknown one, or its options."""
     if name not in TRANSFORMS:
-        raise BitsmithError(f"unknown transform {printable(name)!r}; known: {', '.join(TRANSFORMS)}")
+        known = ", ".join(["auto", "none", *_GROUPS, *TRANSFORMS])
+        raise BitsmithError(f"unknown transform {printable(name)!r}; known: {known}")
     return TRANSFORMS[name](options)
 
 
@@ -259,7 +271,3 @@ def _config_of(arch: Architecture) -> dict[str, Any]:
     if not isinstance(config.get("text_config"), Mapping):
         return text | says
     return config | says | {"text_config": text | says}
-
-
-def _named(ref: TensorRef, name: str) -> TensorRef:
-    return ComputedTensor(name, ref.shape, ref.dtype, ref.read)

@@ -14,16 +14,19 @@ from rich.table import Table
 
 from bitsmith.errors import printable
 from bitsmith.numerics.divergence import Estimate
+from bitsmith.passes.transform import transform_of
 from bitsmith.run.execute import Record
 from bitsmith.run.inspect import Inspection, Share
 from bitsmith.run.job import Made
 from bitsmith.run.moments import Exported
 from bitsmith.run.plan import Plan
+from bitsmith.run.transforms import WeightError
 
 if TYPE_CHECKING:  # these load torch, which printing a plan must not
     from bitsmith.lab.demo import Demo
     from bitsmith.run.calibrate import Calibration
     from bitsmith.run.evaluate import Evaluation
+    from bitsmith.run.transform_search import Search
 
 Rows = tuple[Sequence[str], list[Sequence[str]]]
 
@@ -83,6 +86,7 @@ def record_line(record: Record) -> str:
 def print_plan(plan: Plan) -> None:
     """Print a dry run: every tensor's type and bytes, the file's exact size, what deserves a warning."""
     console = Console()
+    _print_transforms(console, plan)
     console.print(table(*plan_rows(plan), right=("bytes", "bpw")))
     _print_plan_notes(console, plan)
     console.print(
@@ -96,6 +100,7 @@ def print_plan(plan: Plan) -> None:
 def print_record(record: Record) -> None:
     """Print what `compress` wrote: bytes and error by type, rounders, what was measured, warnings."""
     console = Console()
+    _print_transforms(console, record.plan)
     console.print(table(*_type_rows(record), right=("tensors", "bytes", "share of bytes", "relative error")))
     if record.statistics is not None:
         console.print(table(*_rounder_rows(record), right=("tensors", "held-out output error", "weighted's")))
@@ -125,6 +130,8 @@ def _print_made(console: Console, made: Made) -> None:
         ]
         columns = ("candidate", "bytes", "predicted nats", "mean KLD, nats", "95 % interval")
         console.print(table(columns, tried, right=columns[1:]))
+    if made.search is not None:
+        _print_search(console, made.search)
     if made.tuning is not None:
         found = made.tuning
         kept = f"best step {found.best_step} of {found.steps}" if found.kept else "not kept: no better"
@@ -140,6 +147,44 @@ def _print_made(console: Console, made: Made) -> None:
     ]
     console.print(table(("measured on held-out text", "value", "95 % interval"), rows))
     console.print(escape(made.protocol), highlight=False, soft_wrap=True)
+
+
+def _print_search(console: Console, search: Search) -> None:
+    """Print every transform that was tried, also those that did not help."""
+    rows: list[Sequence[str]] = [
+        (
+            one.transform,
+            str(one.instances),
+            *("unmeasured" if e is None else f"{e.value:.6f}" for e in (one.before, one.after)),
+            *(("unmeasured", "unmeasured") if one.change is None else _interval(one.change, "{:+.6f}")),
+            one.reason,
+        )
+        for one in search.tried
+    ]
+    columns = ("transform", "changes", "before", "after", "change", "95 % interval", "outcome")
+    console.print(table(columns, rows, right=columns[1:5]))
+    console.print(escape(search.protocol), highlight=False, soft_wrap=True)
+
+
+def _print_transforms(console: Console, plan: Plan) -> None:
+    """Print what is done to the model before its tensors are stored, a row per transform."""
+    found = [transform_of(name) for name in plan.transforms]
+    rows = [(name, one.axis, one.summary) for name, one in zip(plan.transforms, found, strict=True)]
+    if rows:
+        console.print(table(("transform", "axis", "what it does"), rows))
+
+
+def print_weight_errors(errors: Sequence[WeightError]) -> None:
+    """Print how far each tensor of a file is from its source's."""
+    columns = ("GGUF tensor", "HF tensor", "type", "relative error")
+    rows = [(one.gguf_name, one.hf_name, one.type, f"{one.relative_error:.3e}") for one in errors]
+    console = Console()
+    console.print(table(columns, rows, right=("relative error",)))
+    console.print(
+        "relative error: sum (w - decoded)² / sum w² over what the source stores, transforms undone",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _interval(estimate: Estimate, style: str) -> tuple[str, str]:

@@ -19,6 +19,7 @@ import numpy as np
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.divergence import Estimate, estimates
 from bitsmith.passes.knapsack import Option, pack
+from bitsmith.passes.transform import Transform
 from bitsmith.progress import Progress, silent
 from bitsmith.run.budget import Limit, Target, limit_of
 from bitsmith.run.evaluate import open_model
@@ -112,19 +113,21 @@ def allocate(
     candidates: int = 3,
     budget: Budget = DEFAULT_BUDGET,
     tokens: Tokens | None = None,
+    transforms: Sequence[Transform] = (),
     progress: Progress = silent,
 ) -> Allocation:
     """Measure sensitivities of `model` and return up to `candidates` plans that keep `target`.
 
     They are measured on `tokens` (`chunks T`), else on the statistics' held-out ones. The choice is exact to
-    the byte of the file: header and padding are counted. See `plans_within` for the candidates.
+    the byte of the file: header and padding are counted. Of `transforms` only the tensors that they add and
+    remove are taken account of. See `plans_within` for the candidates.
 
     Raises BitsmithError for a target below the smallest possible file and where there are no tokens to
     measure with; else as `open_source` and `open_model` do.
     """
     used = held_out_tokens(model, statistics) if tokens is None else tokens
     with open_checkpoint(model) as checkpoint, open_model(model) as network:
-        source = open_source(checkpoint)
+        source = open_source(checkpoint, transforms)
         limit = limit_of(source, target)
         groups = groups_of(source, formats)
         Costs(source, groups, limit).refuse_too_small()

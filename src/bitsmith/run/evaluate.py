@@ -16,6 +16,7 @@ from bitsmith.archs import architecture_of, claim, import_view
 from bitsmith.archs.tokenizer import load_tokenizer, tokenizer_metadata
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.numerics.divergence import Estimate, TokenScores, estimates
+from bitsmith.passes.transform import Applied, model_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.forward import TextModel, check_heads, compare, final_hidden_states
 from bitsmith.store import open_checkpoint
@@ -176,12 +177,17 @@ def evaluate_all(
         return [_measured(reference, states, path, tokens, protocol, progress) for path in candidates]
 
 
-def open_model(path: Path) -> TextModel:
-    """Open a Hugging Face folder or a GGUF under Hugging Face names.
+def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
+    """Open a Hugging Face folder or a GGUF under Hugging Face names, with transforms done to it.
 
     Raises as `open_checkpoint`, `claim` and `import_view` do.
     """
     checkpoint = open_checkpoint(path)
+    if applied:
+        model = model_of(checkpoint)
+        for one in applied:
+            model = model.applying(one.transform, one.vectors)
+        return TextModel(model.view(), model.arch, checkpoint)
     if checkpoint.config:
         claim(checkpoint)
         return TextModel(checkpoint, architecture_of(checkpoint), checkpoint)

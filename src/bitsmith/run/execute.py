@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,11 +21,13 @@ from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import Format, format_named
+from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, TensorEncoder, Written, check_rounder
 from bitsmith.run.mixes import mix_named
-from bitsmith.run.plan import Plan, PlanRow, Source, open_source, plan_source
-from bitsmith.run.plan_file import read_plan
+from bitsmith.run.plan import TRANSFORMS_DIGEST_KEY, Plan, PlanRow, Source, open_source, plan_source
+from bitsmith.run.plan_file import read_plan, read_transforms
+from bitsmith.run.transforms import refuse_inexact, solved, write_sidecar
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
 from bitsmith.store.atomic import atomic_file, refuse_taken
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
@@ -55,6 +57,7 @@ class Record:
     rounder: Rounder = "nearest"
     statistics: str | None = None
     resumed: int = 0
+    applied: tuple[Applied, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -68,6 +71,7 @@ class Record:
             "rounder": self.rounder,
             "statistics_sha256": self.statistics,
             "resumed_tensors": self.resumed,
+            "transforms": [_said(one) for one in self.applied],
             "fallbacks": [row.gguf_name for row in self.plan.fallbacks],
             "tensors": [asdict(written) for written in self.tensors],
             "plan": self.plan.to_json(),
@@ -83,11 +87,16 @@ def plan_for(
     no_fallback: bool = False,
     plan_file: Path | None = None,
     statistics: Path | None = None,
+    transforms: Sequence[Transform] = (),
 ) -> Plan:
-    """Return the plan that `compress` would carry out; nothing is written. Raises as `compress` does."""
+    """Return the plan that `compress` would carry out; nothing is written. Raises as `compress` does.
+
+    Transforms are not searched for the best scales and orders here.
+    """
     with open_checkpoint(model) as checkpoint:
-        source = open_source(checkpoint)
-        opened = _statistics(source, statistics)
+        source = open_source(checkpoint, _transforms(transforms, plan_file))
+        refuse_inexact(source)
+        opened = statistics_of(source, statistics)
         return _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
 
 
@@ -103,17 +112,20 @@ def compress(
     statistics: Path | None = None,
     rounder: str = "auto",
     follow: Callable[[Statistics, Sequence[TensorSpec]], Statistics] | None = None,
+    transforms: Sequence[Transform] = (),
+    vectors: Mapping[str, Vectors] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Record:
     """Write `model` (a Hugging Face folder, a safetensors file or a float GGUF) to the GGUF `out`.
 
-    Types come from a stock mix, `type_name` (default Q4_K_M), or from `plan_file`, a YAML plan. `statistics`
-    (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run that has them goes on
-    with the tensor it was at. `follow` may put other statistics in the place of those opened: they are told
-    of every tensor as it is encoded, in their own order. Memory holds one slice of one tensor and one site's
-    statistics at a time. The bytes depend on the source (and its folder's name, which becomes `general.name`)
-    and the options alone.
+    Types come from a stock mix, `type_name` (default Q4_K_M), or from `plan_file`, a YAML plan. `transforms`
+    are done to the model before, solved for those types unless `vectors` has theirs by name; their vectors go
+    to `OUT.transforms`. `statistics` (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a
+    killed run that has them goes on with the tensor it was at. `follow` may put others in the place of those
+    opened: they are told of every tensor as it is encoded, in their own order. Memory holds one slice of one
+    tensor and one site's statistics at a time. The bytes depend on the source (and its folder's name, which
+    becomes `general.name`) and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
     disk; DamagedFileError for a weight that is not finite; else as `plan`, `read_plan`, `open_statistics` and
@@ -122,16 +134,18 @@ def compress(
     started = time.monotonic()
     check_output(out, overwrite)
     with open_checkpoint(model) as checkpoint:
-        source = open_source(checkpoint)
-        opened = _statistics(source, statistics)
+        source = open_source(checkpoint, _transforms(transforms, plan_file))
+        opened = statistics_of(source, statistics)
         kept = check_rounder(rounder, opened, statistics)
-        if opened is not None and follow is not None:
-            opened = follow(opened, [tensor.spec for tensor in source.tensors])
         todo = _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
         inputs = [*checkpoint.files, *(path for path in (statistics, plan_file) if path is not None)]
         refuse_taken(out, overwrite, inputs, folder=False)
+        source, applied = solved(source, todo, opened, vectors, progress)
+        if opened is not None and follow is not None:
+            opened = follow(opened, [tensor.spec for tensor in source.tensors])
         job = _Job(source, todo, out, opened, kept, progress)
         written = job.write(overwrite)
+    write_sidecar(out, applied)
     return Record(
         out=out,
         plan=todo,
@@ -143,6 +157,7 @@ def compress(
         rounder="nearest" if opened is None else kept,
         statistics=None if opened is None else opened.digest,
         resumed=job.resumed,
+        applied=applied,
     )
 
 
@@ -164,8 +179,29 @@ def peak_memory_bytes() -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _statistics(source: Source, path: Path | None) -> Statistics | None:
-    return None if path is None else open_statistics(path, [tensor.spec for tensor in source.tensors])
+def _transforms(given: Sequence[Transform], plan_file: Path | None) -> Sequence[Transform]:
+    if plan_file is None:
+        return given
+    planned = read_transforms(plan_file)
+    if given and list(map(str, given)) != list(map(str, planned)):
+        raise BitsmithError("a plan names its transforms; pass it without --transforms", path=plan_file)
+    return planned
+
+
+def _said(one: Applied) -> dict[str, Any]:
+    return {"transform": str(one.transform), "instances": len(one.vectors), "notes": list(one.notes)}
+
+
+def statistics_of(source: Source, path: Path | None) -> Statistics | None:
+    """Open statistics of the checkpoint as it is stored, answering for the tensors of `source`.
+
+    Raises as `open_statistics` does.
+    """
+    if path is None:
+        return None
+    opened = open_statistics(path, [spec for spec, _ in model_of(source.checkpoint).tensors.values()])
+    opened.look_up([tensor.spec for tensor in source.tensors])
+    return opened
 
 
 def _planned(
@@ -244,7 +280,7 @@ class _Job:
         statistics = None if self._statistics is None else self._statistics.digest
         facts = [
             __version__, np.__version__, self._source.checkpoint.source_digest, self._plan.digest, statistics,
-            self._rounder,
+            self._rounder, self._source.metadata.get(TRANSFORMS_DIGEST_KEY),
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

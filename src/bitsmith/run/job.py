@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.divergence import Estimate
+from bitsmith.passes.transform import model_of, transform_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.budget import DEFAULT_CTX_TOKENS, Target, parse_fit, parse_target
-from bitsmith.run.execute import Record, compress, plan_for
+from bitsmith.run.execute import Record, compress, plan_for, statistics_of
 from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
+from bitsmith.run.sbgq import SBGQ, SBGQ_BASE, SBGQ_TRANSFORMS, sbgq_types
+from bitsmith.run.transforms import AUTO, asked_for
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
-from bitsmith.store.statistics import open_statistics
 
 if TYPE_CHECKING:  # these load torch, which a plain compression must not
     from bitsmith.run.allocate import Allocation, Tried
     from bitsmith.run.calibrate import Calibration
+    from bitsmith.run.transform_search import Search
     from bitsmith.run.tune import TuneRecord
 
 
@@ -35,6 +38,7 @@ class Made(Record):
     calibration: Calibration | None = None
     allocation: Allocation | None = None
     tried: tuple[Tried, ...] = ()
+    search: Search | None = None
     tuning: TuneRecord | None = None
     measured: Mapping[str, Estimate] = field(default_factory=dict)
     protocol: str = ""
@@ -46,6 +50,7 @@ class Made(Record):
             "calibration": None if self.calibration is None else self.calibration.to_json(),
             "allocation": None if self.allocation is None else self.allocation.to_json(),
             "candidates": [_tried(one) for one in self.tried],
+            "transform_search": None if self.search is None else self.search.to_json(),
             "tuning": None if self.tuning is None else self.tuning.to_json(),
             "measured": {name: asdict(value) for name, value in self.measured.items()},
             "protocol": self.protocol,
@@ -64,6 +69,7 @@ class Job:
     out: Path | None = None
     type_name: str | None = None
     recipe: str | None = None
+    transforms: str | None = None
     target: str | None = None
     fit: str | None = None
     ctx_tokens: int = DEFAULT_CTX_TOKENS
@@ -91,7 +97,7 @@ class Job:
             return parse_target(self.target)
         if self.fit is not None:
             return parse_fit(self.fit, self.ctx_tokens)
-        if self.recipe is not None and not (self.type_name or self.plan_file):
+        if self.recipe == "auto" and not (self.type_name or self.plan_file):
             raise BitsmithError("recipe auto needs a size: --target 4.66bpw, --target 4.86GiB or --fit 8GiB")
         return None
 
@@ -101,20 +107,49 @@ class Job:
         model = self.model.resolve()
         size = self.target or self.fit
         what = f"auto-{size}" if size else (self.type_name or "Q4_K_M").upper()
+        what = SBGQ if self.recipe == SBGQ else what
         what = self.plan_file.stem if self.plan_file else what
         return self.out or Path(f"{model.name if model.is_dir() else model.stem}-{what}.gguf")
 
     @property
     def types(self) -> dict[str, Any]:
-        """The arguments that say which types are wanted, as `compress` and `plan_for` take them."""
+        """The arguments that say which types and transforms are wanted, for `compress` and `plan_for`."""
         names = ("type_name", "plan_file", "pure", "tensor_types", "no_fallback")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, "transforms": asked_for(self.transforms)}
+
+    @property
+    def searches(self) -> bool:
+        """Whether the transforms that help are to be found by trying them."""
+        return self.transforms == AUTO
+
+    def resolved(self) -> Job:
+        """Return the job with the recipe `sbgq-iq4xs` spelled out; any other as it is.
+
+        Raises BitsmithError for types or a size beside that recipe, which names them itself.
+        """
+        if self.recipe != SBGQ:
+            return self
+        if self.type_name or self.plan_file or self.pure or self.tensor_types or self.target or self.fit:
+            raise BitsmithError(f"recipe {SBGQ} names every type; pass it without types, a plan and a size")
+        with open_checkpoint(self.model) as checkpoint:
+            rules = sbgq_types(model_of(checkpoint))
+        chosen = SBGQ_TRANSFORMS if self.transforms is None else self.transforms
+        return replace(
+            self,
+            out=self.destination,
+            recipe=None,
+            type_name=SBGQ_BASE,
+            pure=True,
+            tensor_types=rules,
+            transforms=chosen,
+        )
 
     @property
     def needs_forward(self) -> bool:
         """Whether something beside a target asks for the model's forward, and so for torch."""
         learns = self.text is not None and self.statistics is None
-        return self.tune or self.recipe is not None or learns or self.follows(self.statistics)
+        asked = self.tune or self.searches or self.recipe == "auto" or learns
+        return asked or self.follows(self.statistics)
 
     def follows(self, statistics: Path | None) -> bool:
         """Tell whether statistics are taken behind the compressed layers: as asked, else where that is cheap.
@@ -124,9 +159,10 @@ class Job:
         if self.sequential is not None or statistics is None or self.rounder != "auto":
             return bool(self.sequential)
         with open_checkpoint(self.model) as checkpoint:
-            tensors = open_source(checkpoint).tensors
-            tokens = open_statistics(statistics, [tensor.spec for tensor in tensors]).tokens()
-        weights = sum(tensor.ref.size for tensor in tensors)
+            source = open_source(checkpoint)
+            opened = statistics_of(source, statistics)
+            tokens = None if opened is None else opened.tokens()
+        weights = sum(tensor.ref.size for tensor in source.tensors)
         return tokens is not None and weights * sum(part.size for part in tokens) <= SEQUENTIAL_WORK
 
     def check(self) -> None:
@@ -135,6 +171,9 @@ class Job:
             raise BitsmithError("--tune-steps is for --tune")
         if self.text is not None and self.statistics is not None:
             raise BitsmithError("--text and --stats exclude each other")
+        if self.plan_file is not None and self.transforms is not None:
+            raise BitsmithError("a plan names its transforms; pass it without --transforms")
+        asked_for(self.transforms)
         if self.plan_out is not None:
             refuse_taken(self.plan_out, self.overwrite, [self.model], folder=False)
 
@@ -144,6 +183,7 @@ def run(job: Job, progress: Progress = silent) -> Record:
 
     Raises as `run.execute.compress` and `run.recipe.make` do.
     """
+    job = job.resolved()
     job.check()
     goal = job.goal()
     if goal is not None or job.needs_forward:
@@ -170,6 +210,7 @@ def run_dry(job: Job, progress: Progress = silent) -> Plan:
     A target is allocated by measuring, which takes time; its candidates are not written, so the one predicted
     to be best is returned. Raises as `run` does.
     """
+    job = job.resolved()
     job.check()
     goal = job.goal()
     if goal is not None:
@@ -185,7 +226,8 @@ def run_dry(job: Job, progress: Progress = silent) -> Plan:
 def _write_plan(job: Job, planned: Plan) -> None:
     if job.plan_out is not None:
         with open_checkpoint(job.model) as checkpoint:
-            write_plan(planned, job.plan_out, open_source(checkpoint), overwrite=job.overwrite)
+            source = open_source(checkpoint, [transform_of(one) for one in planned.transforms])
+            write_plan(planned, job.plan_out, source, overwrite=job.overwrite)
 
 
 def _tried(one: Tried) -> dict[str, Any]:

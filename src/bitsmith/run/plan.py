@@ -6,15 +6,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
 
-from bitsmith.archs import Export, TensorSpec, architecture_of, export_view, import_view
+from bitsmith.archs import Export, TensorSpec
+from bitsmith.archs.export import export_of
 from bitsmith.archs.tokenizer import tokenizer_metadata
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.formats import format_named
+from bitsmith.passes.transform import Model as Rewritten
+from bitsmith.passes.transform import Transform, model_of
 from bitsmith.run.mixes import MIXES, Mix, Model, assign, fitting_type, is_quantizable, mix_named
 from bitsmith.store import TensorInfo, Typed, gguf_size_bytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
@@ -24,8 +27,15 @@ from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
 QUANTIZATION_VERSION = 2
 """`general.quantization_version`: the layout of ggml's blocks that the formats write."""
 
+TRANSFORMS_KEY, TRANSFORMS_DIGEST_KEY = "bitsmith.transforms", "bitsmith.transforms.sha256"
+"""Keys of a transformed GGUF: its transforms in their order, and the SHA-256 of their vectors."""
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_REPLACED_KEYS = ("general.file_type", "general.quantization_version", "split.no", "split.count")
+_MTP_KEY = ".nextn_predict_layers"
+_REPLACED_KEYS = (
+    "general.file_type", "general.quantization_version", "split.no", "split.count",
+    TRANSFORMS_KEY, TRANSFORMS_DIGEST_KEY,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,12 @@ class SourceTensor:
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint in GGUF layout: tensors, what the mixes ask, and the metadata no type changes."""
+    """A checkpoint in GGUF layout: tensors, what the mixes ask, and the metadata no type changes.
+
+    `transforms` are still to be solved: only the tensors they add or remove are settled (see
+    `run.transforms.solved`). `layout` has name and shape (`out in`) of every tensor that the checkpoint would
+    export without them.
+    """
 
     checkpoint: Checkpoint
     tensors: tuple[SourceTensor, ...]
@@ -54,6 +69,8 @@ class Source:
     gqa: int
     set_aside: tuple[str, ...]
     notes: tuple[str, ...]
+    layout: tuple[tuple[str, tuple[int, ...]], ...]
+    transforms: tuple[Transform, ...] = ()
 
     def metadata_for(self, mix: Mix) -> dict[str, Any]:
         """Return all key/values of the file that `mix` makes."""
@@ -69,7 +86,7 @@ class Source:
 
     @cached_property
     def _header_bytes(self) -> int:
-        # A quarter million tokens are packed to find it, and no type changes it.
+        # A quarter million tokens are packed to find it, and neither types nor solving transforms change it.
         infos = [TensorInfo(tensor.gguf_name, tensor.ref.shape, "F32") for tensor in self.tensors]
         return gguf_size_bytes(self.metadata_for(MIXES["F32"]), infos) - self._data_bytes(infos)
 
@@ -111,7 +128,8 @@ class PlanRow:
 class Plan:
     """The resolved table of one compression; `file_bytes` is the exact size of the file it makes.
 
-    `set_aside` names stored tensors that the file does not hold (vision), `notes` says what else to know.
+    `transforms` are done to the model before, in this order. `set_aside` names stored tensors that the file
+    does not hold (vision), `notes` says what else to know.
     """
 
     type: str
@@ -121,6 +139,7 @@ class Plan:
     file_bytes: int
     set_aside: tuple[str, ...]
     notes: tuple[str, ...]
+    transforms: tuple[str, ...] = ()
 
     @property
     def tensor_bytes(self) -> int:
@@ -177,13 +196,28 @@ def plan(
     )
 
 
-def open_source(checkpoint: Checkpoint) -> Source:
-    """Return `checkpoint` in GGUF layout with its metadata; no weight is read.
+def open_source(checkpoint: Checkpoint, transforms: Sequence[Transform] = ()) -> Source:
+    """Return `checkpoint` in GGUF layout with its metadata, for `transforms` to be done; no weight is read.
 
     A GGUF file's tensors and metadata are taken as they are. Raises UnsupportedError for weights that are not
     floats, else as `claim` and `tokenizer_metadata` do.
     """
-    source = _from_gguf(checkpoint) if isinstance(checkpoint, GgufCheckpoint) else _from_folder(checkpoint)
+    model, notes = model_of(checkpoint), list[str]()
+    layout = tuple(
+        (str(spec.gguf_name), spec.gguf_shape) for spec, _ in model.tensors.values() if spec.gguf_name
+    )
+    for transform in transforms:
+        notes += transform.notes(model)
+        model = transform.restructured(model)
+    if isinstance(checkpoint, GgufCheckpoint):
+        source = _from_gguf(checkpoint, model)
+    else:
+        source = _from_folder(checkpoint, model)
+    source = replace(source, layout=layout, transforms=tuple(transforms), notes=(*source.notes, *notes))
+    if transforms:
+        names, unsolved = [str(transform) for transform in transforms], "0" * 64
+        said = {TRANSFORMS_KEY: names, TRANSFORMS_DIGEST_KEY: unsolved}
+        source = replace(source, metadata={**source.metadata, **said})
     for tensor in source.tensors:
         if tensor.origin.dtype not in _FLOATS:
             raise UnsupportedError(
@@ -267,6 +301,7 @@ def _resolved(
         file_bytes=source.file_bytes(infos),
         set_aside=source.set_aside,
         notes=source.notes,
+        transforms=tuple(map(str, source.transforms)),
     )
 
 
@@ -339,27 +374,33 @@ def _refuse_fallbacks(rows: Iterable[PlanRow], checkpoint: Checkpoint) -> None:
         raise BitsmithError(f"{len(unfit)} tensors need a fallback: {', '.join(unfit)}", path=checkpoint.path)
 
 
-def _from_folder(checkpoint: Checkpoint) -> Source:
-    export = export_view(checkpoint)
+def _from_folder(checkpoint: Checkpoint, model: Rewritten) -> Source:
+    export = export_of(model.arch, model.tensors.values())
     tokenizer, warnings = tokenizer_metadata(checkpoint, export.arch)
     architecture = {"general.architecture": export.metadata["general.architecture"]}
     general = {**architecture, "general.type": "model", "general.name": _model_name(checkpoint)}
-    tensors = tuple(SourceTensor(t.spec, t.gguf_name, t.ref, checkpoint[t.spec.name]) for t in export.tensors)
+    tensors = tuple(
+        SourceTensor(t.spec, t.gguf_name, t.ref, model.tensors[t.spec.name][1]) for t in export.tensors
+    )
     metadata = {**general, **export.metadata, **tokenizer}
     set_aside = tuple(spec.name for spec in export.set_aside)
     notes = (*_component_notes(export), *warnings)
     return _source(checkpoint, tensors, metadata, export.arch.gguf_arch, set_aside, notes)
 
 
-def _from_gguf(checkpoint: GgufCheckpoint) -> Source:
-    specs = import_view(checkpoint).specs.values()
+def _from_gguf(checkpoint: GgufCheckpoint, model: Rewritten) -> Source:
     tensors = tuple(
-        SourceTensor(spec, name, checkpoint[name], checkpoint[name])
-        for spec in specs
+        SourceTensor(
+            spec, name, *(2 * (checkpoint[name],) if name in checkpoint else (spec.to_gguf(ref), ref))
+        )
+        for spec, ref in model.tensors.values()
         if (name := spec.gguf_name) is not None
     )
     metadata = {k: v for k, v in checkpoint.typed_metadata().items() if k not in _REPLACED_KEYS}
-    return _source(checkpoint, tensors, metadata, architecture_of(checkpoint).gguf_arch, (), ())
+    if len(tensors) < len(checkpoint):  # MTP layers were dropped
+        said = model.arch.gguf_metadata()
+        metadata = {k: said.get(k, v) for k, v in metadata.items() if k in said or not k.endswith(_MTP_KEY)}
+    return _source(checkpoint, tensors, metadata, model.arch.gguf_arch, (), ())
 
 
 def _source(
@@ -374,7 +415,7 @@ def _source(
         _number(metadata, f"{arch}.attention.{key}") for key in ("head_count", "head_count_kv")
     )
     blocks = _number(metadata, f"{arch}.block_count")
-    return Source(checkpoint, tensors, metadata, blocks, heads // max(1, kv_heads), set_aside, notes)
+    return Source(checkpoint, tensors, metadata, blocks, heads // max(1, kv_heads), set_aside, notes, ())
 
 
 def _number(metadata: Mapping[str, Any], key: str) -> int:

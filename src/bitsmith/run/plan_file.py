@@ -3,11 +3,12 @@
     version: 1
     layout_sha256: 6b1f…            # names and shapes of the model's tensors, as a GGUF has them
     mix: Q4_K_M                     # what the file calls itself; decides nothing
+    transforms: [fold, untie, drop-mtp, "rotate:seed=3"]    # done before, in this order; left out for none
     tensors:
       blk.0.attn_qkv.weight: {type: Q4_K, bytes: 147456, bpw: 4.5, kld_nats: 4.5e-04}
 
-Only `type` decides; `bytes`, `bpw` and `kld_nats` are there to read and are worked out anew. The digest
-covers the layout and not the weights, so that a plan also serves a fine-tune of the same model.
+`transforms` and `type` decide; `bytes`, `bpw` and `kld_nats` are there to read and are worked out anew. The
+digest covers the layout and not the weights, so that a plan also serves a fine-tune of the same model.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import yaml
 
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats import format_named
+from bitsmith.passes.transform import Transform, parse_transforms
 from bitsmith.run.plan import Plan, Source, plan_of_types
 from bitsmith.store.atomic import atomic_file
 
@@ -29,13 +31,16 @@ VERSION = 1
 """Version of the layout of the YAML."""
 
 _MAX_BYTES = 16 << 20
-_KEYS = frozenset({"version", "layout_sha256", "mix", "tensors", "about"})
+_KEYS = frozenset({"version", "layout_sha256", "mix", "transforms", "tensors", "about"})
 _TENSOR_KEYS = frozenset({"type", "bytes", "bpw", "kld_nats", "reason"})
 
 
 def layout_digest(source: Source) -> str:
-    """Return the SHA-256 of the names and shapes (`out in`) of the tensors in GGUF layout."""
-    layout = sorted((tensor.gguf_name, list(tensor.ref.shape)) for tensor in source.tensors)
+    """Return the SHA-256 of the names and shapes (`out in`) of the model's tensors in GGUF layout.
+
+    Transforms do not change it, so that they can be taken out of a plan by hand.
+    """
+    layout = sorted((name, list(shape)) for name, shape in source.layout)
     return hashlib.sha256(json.dumps(layout).encode()).hexdigest()
 
 
@@ -56,6 +61,8 @@ def plan_text(
         f"layout_sha256: {layout_digest(source)}",
         f"mix: {plan.type}",
     ]
+    if plan.transforms:
+        lines.append(f"transforms: {json.dumps(list(plan.transforms))}")
     if about:
         lines.append(f"about: {json.dumps(dict(about))}")
     lines.append("tensors:")
@@ -85,8 +92,24 @@ def write_plan(
         target.write(plan_text(plan, source, nats, about).encode())
 
 
+def read_transforms(path: Path) -> tuple[Transform, ...]:
+    """Return the transforms that the plan at `path` names, those they need put before them.
+
+    Raises BitsmithError for a file that cannot be read and as `parse_transforms` does.
+    """
+    names = _mapping(_parsed(path), "the plan", path).get("transforms", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise BitsmithError(f"'transforms' is {printable(repr(names), 60)}, expected names", path=path)
+    try:
+        return tuple(parse_transforms(",".join(names))) if names else ()
+    except BitsmithError as error:
+        raise BitsmithError(error.message, path=path) from error
+
+
 def read_plan(path: Path, source: Source) -> Plan:
     """Return the plan that the YAML at `path` describes for `source`, with sizes worked out anew.
+
+    `source` must have been opened with the plan's transforms (`read_transforms`).
 
     Raises BitsmithError for a file that cannot be read, is no such plan or belongs to another model; for a
     tensor that is missing, unknown or twice there; and for a type that is unknown or does not fit its tensor.

@@ -14,23 +14,36 @@ from typing import Any
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.formats import format_named
+from bitsmith.formats.blocks import BlockFormat
+from bitsmith.passes.transform import Vectors, model_of, transform_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_kld, held_out_tokens, pick
 from bitsmith.run.budget import Target, limit_of
 from bitsmith.run.calibrate import Calibration, calibrate
 from bitsmith.run.corpus import write_default_text
-from bitsmith.run.evaluate import INTERVAL, PROTOCOL
-from bitsmith.run.execute import Record, check_output, compress, peak_memory_bytes, write_manifest
+from bitsmith.run.evaluate import INTERVAL, PROTOCOL, open_model
+from bitsmith.run.execute import (
+    Record,
+    check_output,
+    compress,
+    peak_memory_bytes,
+    plan_for,
+    statistics_of,
+    write_manifest,
+)
 from bitsmith.run.groups import groups_of
 from bitsmith.run.job import Job, Made
-from bitsmith.run.plan import Plan, open_source
+from bitsmith.run.plan import Plan, Source, open_source
 from bitsmith.run.plan_file import write_plan
 from bitsmith.run.sequential import sequential
+from bitsmith.run.transform_search import Search, search
+from bitsmith.run.transforms import asked_for, write_sidecar
 from bitsmith.run.tune import TuneOptions, TuneRecord, tune
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.journal import Journal
-from bitsmith.store.statistics import Statistics, open_statistics
+from bitsmith.store.statistics import Statistics
 
 PLAN_SUFFIX = ".plan.yaml"
 _LEARNED = "statistics"
@@ -91,7 +104,7 @@ def _check_goal(job: Job, goal: Target | None) -> None:
     if job.type_name or job.plan_file or job.pure or job.tensor_types:
         raise BitsmithError("a target chooses the types itself; pass it without types, a plan or overrides")
     with open_checkpoint(job.model) as checkpoint:
-        source = open_source(checkpoint)
+        source = open_source(checkpoint, asked_for(job.transforms))
         Costs(source, groups_of(source), limit_of(source, goal)).refuse_too_small()
 
 
@@ -126,6 +139,12 @@ def _key(job: Job) -> str:
     return hashlib.sha256(" ".join(facts).encode()).hexdigest()
 
 
+def _opened_statistics(source: Source, path: Path) -> Statistics:
+    found = statistics_of(source, path)
+    assert found is not None  # noqa: S101 (a path was given)
+    return found
+
+
 class _Recipe:
     """One run: what has been made so far lies in the work folder."""
 
@@ -136,11 +155,13 @@ class _Recipe:
         self._allocation: Allocation | None = None
         self._tried: tuple[Tried, ...] = ()
         self._tuning: TuneRecord | None = None
-        with open_checkpoint(job.model) as checkpoint:
-            specs = [tensor.spec for tensor in open_source(checkpoint).tensors]
+        self._search: Search | None = None
+        self._transforms = asked_for(job.transforms)
+        self._vectors: Mapping[str, Vectors] = {}
         self._path = job.statistics or self._learned()
         self._follows = job.follows(self._path)
-        self._statistics: Statistics = open_statistics(self._path, specs)
+        with open_checkpoint(job.model) as checkpoint:
+            self._statistics = _opened_statistics(open_source(checkpoint), self._path)
         self._tokens = held_out_tokens(job.model, self._statistics)
         if job.tune and (self._statistics.held_chunks or 0) < 1:
             raise BitsmithError("tuning needs held-out chunks, and these have none", path=self._path)
@@ -158,15 +179,36 @@ class _Recipe:
         return statistics
 
     def allocation(self, goal: Target) -> Allocation:
-        """Return plans for the goal."""
-        return allocate(self._job.model, self._statistics, goal, progress=self._progress)
+        """Return plans for the goal; sensitivities are those of the weights before transforms."""
+        transforms = asked_for(self._job.transforms)
+        return allocate(
+            self._job.model, self._statistics, goal, transforms=transforms, progress=self._progress
+        )
+
+    def search(self, planned: Plan) -> None:
+        """Find the transforms that help where types are as planned."""
+        with open_checkpoint(self._job.model) as checkpoint, open_model(self._job.model) as network:
+            formats = {
+                row.hf_name: form
+                for row in planned.rows
+                if isinstance(form := format_named(row.type), BlockFormat)
+            }
+            self._search = search(
+                network, model_of(checkpoint), formats, self._statistics, self._job.rounder, self._tokens,
+                progress=self._progress,
+            )  # fmt: skip
+        self._transforms = tuple(one.transform for one in self._search.applied)
+        self._vectors = {one.transform.name: one.vectors for one in self._search.applied}
 
     def allocate(self, goal: Target) -> None:
         """Choose the types: write and measure the candidates, keep the best."""
         self._allocation = self.allocation(goal)
+        if self._job.searches:
+            self.search(self._allocation.plans[0])
         records: dict[Path, Record] = {}
 
         def write(plan: Plan, number: int) -> Path:
+            plan = replace(plan, transforms=tuple(map(str, self._transforms)))
             plan_file, file = (self._work / f"candidate-{number}{end}" for end in (".yaml", ".gguf"))
             self._write_plan(plan, plan_file, None)
             records[file] = self._compress(file, plan_file=plan_file)
@@ -191,7 +233,11 @@ class _Recipe:
     def write(self) -> None:
         """Write the types that were asked for."""
         self._file = self._work / "plain.gguf"
-        self._record = self._compress(self._file, follows=self._follows, **self._job.types)
+        types = self._job.types
+        if self._job.searches:
+            self.search(plan_for(self._job.model, statistics=self._path, **types))
+        types["transforms"] = self._transforms
+        self._record = self._compress(self._file, follows=self._follows, **types)
 
     def tune(self) -> None:
         """Fit what costs no bytes."""
@@ -214,6 +260,7 @@ class _Recipe:
             tuned,
             *tokens,
             options,
+            applied=self._record.applied,
             overwrite=True,
             progress=self._progress,
             say_cost=lambda seconds: self._progress(f"tuning takes about {seconds:,.0f} s", 0, 1),
@@ -228,6 +275,7 @@ class _Recipe:
             nats = {one.plan.digest: one.tensor_nats for one in self._allocation.candidates}
             self._write_plan(self._record.plan, _plan_file(self._job), nats.get(self._record.plan.digest))
         self._file.replace(self._out)
+        write_sidecar(self._out, self._record.applied)
         chunks, ctx = self._tokens.shape
         facts = vars(self._record) | {
             "out": self._out,
@@ -241,6 +289,7 @@ class _Recipe:
             calibration=self._calibration,
             allocation=self._allocation,
             tried=self._tried,
+            search=self._search,
             tuning=self._tuning,
             measured=measured,
             protocol=f"{PROTOCOL}; held-out part of {self._statistics.text or 'the text'}, "
@@ -260,6 +309,7 @@ class _Recipe:
                 statistics=self._path,
                 rounder=self._job.rounder,
                 follow=follow if follows else None,
+                vectors=self._vectors,
                 overwrite=True,
                 progress=self._progress,
                 **types,
@@ -267,4 +317,5 @@ class _Recipe:
 
     def _write_plan(self, plan: Plan, path: Path, nats: Mapping[str, float] | None) -> None:
         with open_checkpoint(self._job.model) as checkpoint:
-            write_plan(plan, path, open_source(checkpoint), nats, overwrite=True)
+            source = open_source(checkpoint, [transform_of(name) for name in plan.transforms])
+            write_plan(plan, path, source, nats, overwrite=True)

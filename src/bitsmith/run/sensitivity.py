@@ -272,10 +272,11 @@ class Prober:
         tensors = dict(self._model.checkpoint.items())
         for group, name in change.formats:
             for tensor in group.tensors:
-                if tensor.hf_name in tensors:
+                if tensor.hf_name in tensors or tensor.spec.role == "head":
                     stored = self._noise.stored(tensor, format_named(name))
                     tensors[tensor.hf_name] = tensor.spec.from_gguf(stored)
-        return TextModel(View(self._model.checkpoint, tensors), self._model.arch, self._model.source)
+        arch = type(self._model.arch)(self._model.arch.config, tensors)  # a head of its own unties the model
+        return TextModel(View(self._model.checkpoint, tensors), arch, self._model.source)
 
 
 def measure_sensitivities(

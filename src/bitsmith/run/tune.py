@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from bitsmith import __version__
 from bitsmith.archs.export import ImportedView
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
+from bitsmith.passes.transform import Applied
 from bitsmith.progress import Progress, silent
 from bitsmith.run.descent import Descent, Facts, Schedule
 from bitsmith.run.distill import Distillation, Lesson, noisy
@@ -107,6 +108,7 @@ def tune(
     held: Tokens,
     options: TuneOptions = TuneOptions(),
     *,
+    applied: Sequence[Applied] = (),
     overwrite: bool = False,
     progress: Progress = silent,
     say_cost: Callable[[float], None] = lambda _: None,
@@ -117,15 +119,15 @@ def tune(
     through the whole model in float32; stops at the state that is best on `held` (`chunks ctx`). Holds both
     models, gradients and moments in memory: about 24 bytes per weight, 36 with codes; a model for which the
     machine is too small is tuned layer by layer (`options.layerwise`). The result is a function of the
-    inputs, the options and the number of threads. A state file `.OUT.tuning` (layer by layer the folder
-    `.OUT.layers`) lets a killed run go on; a lock beside it keeps a second run out. `say_cost` is told after
-    two steps how many seconds all of them will take.
+    inputs, the options and the number of threads. `applied` are the transforms that made `candidate`. A state
+    file `.OUT.tuning` (layer by layer the folder `.OUT.layers`) lets a killed run go on; a lock beside it
+    keeps a second run out. `say_cost` is told after two steps how many seconds all of them will take.
 
     Raises BitsmithError where the two are not the same model, OutputError as `write_gguf` does.
     """
     started = time.monotonic()
     _check_output(out, candidate, overwrite)
-    with open_model(model) as teacher, open_model(candidate) as student:
+    with open_model(model, applied) as teacher, open_model(candidate) as student:
         whole = _fits(student, options)
         options = replace(options, layerwise=not whole)
         _check_inputs(teacher, student, fit, held, options)
