@@ -58,7 +58,7 @@ class RandomHadamard:
     """The rotation `Q = diag(signs) (H_m ⊗ H_2^k) / sqrt(n)`, orthogonal; equal seeds give equal signs.
 
     A vector's result is the same to the bit whatever else is transformed with it, on any number of threads:
-    it is a fixed sequence of additions and subtractions in the array's own dtype, float32 or float64.
+    it is a fixed sequence of float64 operations, rounded once to the array's own dtype, float32 or float64.
     `signs` (`n`, ±1) stand in for the seed's where they are known.
 
     Raises BitsmithError where no Hadamard matrix of order n is known, and for signs that are not such.
@@ -96,7 +96,7 @@ class RandomHadamard:
         dtype = np.float64 if x.dtype == np.float64 else np.float32
         rows = np.ascontiguousarray(x, dtype).reshape(-1, self.n)
         out = np.empty_like(rows)
-        mixer, before, after = (np.ascontiguousarray(part, dtype) for part in (mixer, before, after))
+        mixer, before, after = (np.ascontiguousarray(part) for part in (mixer, before, after))
 
         def work(first: int, last: int) -> None:
             _transform_rows(rows, out, first, last, mixer, self._power, before, after)
@@ -108,7 +108,7 @@ class RandomHadamard:
         if w.shape[0] != self.n or not w.flags.c_contiguous or w.dtype not in (np.float32, np.float64):
             raise ValueError(f"expected {self.n} contiguous rows of floats, found {w.shape} of {w.dtype}")
         columns = w.reshape(self.n, -1)
-        mixer, before, after = (np.ascontiguousarray(part, w.dtype) for part in (mixer, before, after))
+        mixer, before, after = (np.ascontiguousarray(part) for part in (mixer, before, after))
 
         def work(first: int, last: int) -> None:
             _transform_columns(columns, first, last, mixer, self._power, before, after)
@@ -168,8 +168,8 @@ def _transform_rows(
 ) -> None:
     """Transform rows `[first, last)` of `rows n` into `out`."""
     n = rows.shape[1]
-    tile = np.zeros((n, _WIDTH), rows.dtype)
-    scratch = np.zeros((mixer.shape[0], _WIDTH), rows.dtype)
+    tile = np.zeros((n, _WIDTH))
+    scratch = np.zeros((mixer.shape[0], _WIDTH))
     for start in range(first, last, _WIDTH):
         count = min(_WIDTH, last - start)
         for c in range(count):
@@ -187,8 +187,8 @@ def _transform_columns(
 ) -> None:
     """Transform columns `[first, last)` of `n columns` in place."""
     n = columns.shape[0]
-    tile = np.zeros((n, _WIDTH), columns.dtype)
-    scratch = np.zeros((mixer.shape[0], _WIDTH), columns.dtype)
+    tile = np.zeros((n, _WIDTH))
+    scratch = np.zeros((mixer.shape[0], _WIDTH))
     for start in range(first, last, _WIDTH):
         count = min(_WIDTH, last - start)
         for i in range(n):
@@ -205,14 +205,22 @@ def _transform_tile(tile: Floats, mixer: Floats, power: int, scratch: Floats) ->
     """Apply the 2^k factor as butterflies and the m factor as sums along the first axis, in place."""
     n = tile.shape[0]
     half = 1
-    while half < power:
+    while 2 * half < power:  # two stages at a time
+        for start in range(0, n, 4 * half):
+            for i in range(start, start + half):
+                for c in range(_WIDTH):
+                    a, b = tile[i, c], tile[i + half, c]
+                    d, e = tile[i + 2 * half, c], tile[i + 3 * half, c]
+                    low, high, left, right = a + b, d + e, a - b, d - e
+                    tile[i, c], tile[i + half, c] = low + high, left + right
+                    tile[i + 2 * half, c], tile[i + 3 * half, c] = low - high, left - right
+        half *= 4
+    if half < power:
         for start in range(0, n, 2 * half):
             for i in range(start, start + half):
                 for c in range(_WIDTH):
                     a, b = tile[i, c], tile[i + half, c]
-                    tile[i, c] = a + b
-                    tile[i + half, c] = a - b
-        half *= 2
+                    tile[i, c], tile[i + half, c] = a + b, a - b
     if mixer.shape[0] > 1:
         for start in range(power):
             _mix(tile[start::power], mixer, scratch)
