@@ -7,8 +7,9 @@ precision. Rounding does not: a column of a block format shares its scale with i
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,8 +18,11 @@ from bitsmith.archs import Qwen35, Step, TensorSpec
 from bitsmith.archs.llama_keys import real, rope_of
 from bitsmith.archs.steps import ScaleColumns, ScaleNorm, ScaleRows
 from bitsmith.errors import BitsmithError, printable
-from bitsmith.passes.axes import Channels, Layer, layers_of
+from bitsmith.passes.axes import Channels, Layer, layers_of, shared_mean
+from bitsmith.passes.column_trial import ColumnTrial
+from bitsmith.passes.scale_search import best_scales, normalised
 from bitsmith.passes.transform import Context, Model, Transform, Vector, Vectors
+from bitsmith.passes.trial import column_squares, sample
 
 Float64 = NDArray[np.float64]
 
@@ -90,9 +94,25 @@ class Gauge(Transform):
         return scales
 
     def vectors(self, model: Model, context: Context) -> dict[str, Vector]:
-        """Return the scales by instance."""
-        del model, context
-        return {}
+        """Return the scales by instance; one that gains nothing is left out.
+
+        With formats: what `best_scales` finds for the matrices whose columns take the scales. Rows count for
+        nothing, as block formats scale with them, nor do tensors that stay float32. Without formats: the
+        scales that make both sides alike (`balance`).
+        """
+        found: dict[str, Vector] = {}
+        for instance, sides in self.sides(model).items():
+            partners = self.partners(model, instance)
+            columns = [(side.spec.name, side.channels) for side in sides if side.kind == "columns"]
+            matrices = ColumnTrial.of(model, columns, context)
+            if context.formats and not matrices:
+                continue
+            scales: Float64 | None = balance(model, sides, partners)
+            if scales is not None and matrices:
+                scales = best_scales(matrices, sides[-1].power, scales)
+            if scales is not None and (scales != 1).any():
+                found[instance] = scales
+        return found
 
 
 class ScaleFfn(Gauge):
@@ -234,6 +254,37 @@ class ScaleNormReaders(Gauge):
             if not has_mtp:
                 found |= _norm_sides(norm, model.readers("head.in"))
         return found
+
+
+def balance(model: Model, sides: Sequence[Side], partners: Channels | None = None) -> Float64:
+    """Return the scales that give both sides the same RMS in each channel, of geometric mean 1.
+
+    `s = sqrt(RMS of the divided / RMS of the multiplied)`; a norm's RMS is what it acts as. Channels of which
+    either is zero keep 1. Partners share their geometric mean.
+    """
+    takes, gives = (
+        np.mean([_mean_squares(model, side) for side in sides if side.power == power], axis=0)
+        for power in (1, -1)
+    )
+    with np.errstate(divide="ignore", invalid="ignore"):
+        scales = (gives / takes) ** 0.25
+    scales = normalised(scales)
+    return scales if partners is None else np.sqrt(scales * scales[partners])
+
+
+def _mean_squares(model: Model, side: Side) -> Float64:
+    """Return the mean square of a side's entries by channel."""
+    ref = model.ref(side.spec.name)
+    if side.kind == "columns":
+        return shared_mean(column_squares(sample(ref)), side.channels)
+    means = [_row_means(ref.read(*part).reshape(part[1] - part[0], -1), side) for part in ref.slices()]
+    return shared_mean(np.concatenate(means), side.channels)
+
+
+def _row_means(rows: NDArray[Any], side: Side) -> Float64:
+    acts = rows.astype(np.float64) + (side.spec.norm == "1+w")
+    found: Float64 = np.mean(acts**2, axis=1)
+    return found
 
 
 def _norm_sides(norm: TensorSpec, readers: list[TensorSpec]) -> dict[str, tuple[Side, ...]]:
