@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
@@ -43,8 +44,8 @@ class ColumnTrial:
         for step in spec.steps:
             layout = step.importance(layout)
         self._layout = layout.astype(np.intp)
-        whole = self._squares(self.rows, self.importance)
-        self._unit = transformed.n_rows / max(float(whole.sum()), np.finfo(np.float64).tiny)
+        whole = float(self._squares(self.rows, self.importance).sum())
+        self._unit = transformed.n_rows / whole if whole > 0 else 0.0
 
     @classmethod
     def of(cls, model: Model, matrices: list[tuple[str, Channels]], context: Context) -> list[Self]:
@@ -104,6 +105,12 @@ class ColumnTrial:
         return squares(rows, np.ones(rows.shape[-1]) if weights is None else weights)
 
 
-def is_sure(gains: Float64) -> bool:
-    """Tell whether a gain over rows is more than its sample can make up: `SURE` standard errors."""
-    return float(gains.sum()) > SURE * float(np.sqrt(len(gains)) * gains.std())
+def gain_of(before: Sequence[Float64], after: Sequence[Float64]) -> float:
+    """Return the errors before less those after, both by matrix and row; 0 for a gain that is not sure.
+
+    Sure is one of more than `SURE` standard errors, those of rows drawn from each matrix by itself.
+    """
+    gains = [old - new for old, new in zip(before, after, strict=True)]
+    total = float(sum(part.sum() for part in gains))
+    deviation = float(np.sqrt(sum(len(part) * part.var() for part in gains)))
+    return total if total > SURE * deviation else 0.0

@@ -20,7 +20,7 @@ from bitsmith.archs.steps import Permutation, PermuteColumns, PermuteRows
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats.blocks import BlockFormat
 from bitsmith.passes.axes import Channels, Layer, layers_of, shared_mean
-from bitsmith.passes.column_trial import ColumnTrial, is_sure
+from bitsmith.passes.column_trial import ColumnTrial, gain_of
 from bitsmith.passes.transform import Context, Model, Transform, Vector, Vectors
 from bitsmith.passes.trial import column_squares, inputs_of, sample, stored_form
 from bitsmith.store.checkpoint import TensorRef
@@ -128,14 +128,14 @@ class Permute(Transform):
         if by != "best" or not context.formats:
             return ranking.order("moment" if by == "best" else by)
         trials = ColumnTrial.of(model, [(spec.name, channels) for spec, channels in readers], context)
-        before = np.concatenate([one.errors() for one in trials])
+        before = [one.errors() for one in trials]
         best, gain = np.arange(ranking.scale.size), 0.0
         for kind in BY[1:] if ranking.moment is not None else ("scale",):
             order = ranking.order(kind)
             steps = self.instance_steps(model, instance, order)
-            gains = before - np.concatenate([_reordered(one, steps) for one in trials])
-            if gains.sum() > gain and is_sure(gains):
-                best, gain = order, float(gains.sum())
+            found = gain_of(before, [_reordered(one, steps) for one in trials])
+            if found > gain:
+                best, gain = order, found
         return best
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.passes.column_trial import ColumnTrial, is_sure
+from bitsmith.passes.column_trial import ColumnTrial, gain_of
 
 Float64 = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ def best_scales(matrices: Sequence[ColumnTrial], power: int, balance: Float64) -
 
     Errors are those of `ColumnTrial`. Candidates are `balance` and column factors `RMS^a E[x²]^b`: a of
     `OF_SCALE` first, then b of `OF_MOMENT` (where that is known) with the best a. None where none is better
-    than no scales by more than its standard errors (`is_sure`).
+    than no scales by more than its standard errors (`gain_of`).
     """
     search = _Search(matrices, power)
     search.offer(balance)
@@ -54,7 +54,7 @@ class _Search:
         self.matrices, self.power = matrices, power
         self.best: Float64 | None = None
         self.gain = self.of_scale = 0.0
-        self._before = np.concatenate([one.errors() for one in matrices])
+        self._before = [one.errors() for one in matrices]
         self._squares = np.mean([one.mean_squares for one in matrices], axis=0)
         self._moments = np.mean([one.moments for one in matrices], axis=0)
 
@@ -68,6 +68,6 @@ class _Search:
     def offer(self, scales: Float64, of_scale: float = 0.0) -> None:
         """Take the scales if they gain more than the best so far, and surely something."""
         factors = scales**self.power
-        gains = self._before - np.concatenate([one.scaled(factors[one.channels]) for one in self.matrices])
-        if gains.sum() > self.gain and is_sure(gains):
-            self.best, self.gain, self.of_scale = scales, float(gains.sum()), of_scale
+        gain = gain_of(self._before, [one.scaled(factors[one.channels]) for one in self.matrices])
+        if gain > self.gain:
+            self.best, self.gain, self.of_scale = scales, gain, of_scale
