@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ _TORCH = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.
 
 
 class _Lifted(TorchFunctionMode):
-    """Turns every request for float32 into one for float64."""
+    """Turns every request for float32 into one for float64, and lets no other float32 through."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -40,7 +41,9 @@ class _Lifted(TorchFunctionMode):
             func = torch.Tensor.double
         args = tuple(torch.float64 if arg is torch.float32 else arg for arg in args)
         kwargs = {key: torch.float64 if arg is torch.float32 else arg for key, arg in (kwargs or {}).items()}
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        assert not (isinstance(result, torch.Tensor) and result.dtype is torch.float32), func
+        return result
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def _tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _run(config: Mapping[str, Any], tensors: dict[str, torch.Tensor], seed: int) -> Outputs:
-    model = _model(config)
+    model = _model(json.dumps(config), torch.get_default_dtype())
     mtp = {name: tensor for name, tensor in tensors.items() if name.startswith("mtp.")}
     _load(model, {name: tensor for name, tensor in tensors.items() if name not in mtp})
     random = np.random.default_rng(seed)
@@ -109,14 +112,18 @@ def _numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.double().numpy()
 
 
-def _model(config: Mapping[str, Any]) -> Any:
+@lru_cache(maxsize=16)
+def _model(config_json: str, dtype: torch.dtype) -> Any:
+    """Return the model with weights of no meaning; building one takes longer than running it."""
+    del dtype  # the default one, in which everything is made
     kinds: dict[str, tuple[Any, Any]] = {
         "qwen3": (Qwen3Config, modeling_qwen3.Qwen3ForCausalLM),
         "qwen3_5_text": (Qwen3_5TextConfig, modeling_qwen3_5.Qwen3_5ForCausalLM),
         "qwen3_5": (Qwen3_5Config, modeling_qwen3_5.Qwen3_5ForConditionalGeneration),
     }
+    config = json.loads(config_json)
     config_class, model_class = kinds[config["model_type"]]
-    settings = config_class.from_dict(copy.deepcopy(dict(config)))
+    settings = config_class.from_dict(config)
     settings._attn_implementation = "eager"
     return model_class(settings).eval()
 
@@ -302,10 +309,9 @@ def _values(spec: TensorSpec, random: np.random.Generator) -> np.ndarray:
         spec.component == "vision" and "norm" in spec.name and "bias" not in spec.name
     ):
         return random.lognormal(0, 0.4, spec.shape) - (spec.norm == "1+w")
-    if spec.role in ("delta.decay", "delta.dt"):
-        return random.normal(0, 0.7, spec.shape)
-    if spec.role == "delta.conv":
-        return random.normal(0, 0.5, spec.shape)
+    by_role = {"delta.decay": 0.7, "delta.dt": 0.7, "delta.conv": 0.5, "embed": 1.0}
+    if spec.role in by_role:
+        return random.normal(0, by_role[spec.role], spec.shape)
     return random.normal(0, 1 / np.sqrt(max(1, np.prod(spec.shape[1:]))), spec.shape)
 
 
@@ -313,14 +319,3 @@ def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
     if dtype == "BF16":
         return torch.from_numpy(array).to(torch.bfloat16).view(torch.uint16).numpy()
     return array.astype({"F64": np.float64, "F32": np.float32}[dtype])
-
-
-def rounded(array: np.ndarray) -> np.ndarray:
-    """Return the nearest BF16 values of `array`, in its own dtype."""
-    return torch.from_numpy(np.array(array)).to(torch.bfloat16).to(_TORCH[array.dtype.name]).numpy()
-
-
-def config_of(folder: Path) -> dict[str, Any]:
-    """Return the config.json of a checkpoint folder."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return config
