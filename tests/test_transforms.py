@@ -196,6 +196,13 @@ def test_what_would_not_be_exact_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir())
 
 
+def test_what_a_transform_needs_is_put_where_it_belongs() -> None:
+    assert list(map(str, parse_transforms("rotate"))) == ["untie", "drop-mtp", "fold", "rotate"]
+    named = "permute-ffn,fold,scale-ffn,rotate:seed=1"
+    expected = ["permute-ffn", "untie", "drop-mtp", "fold", "scale-ffn", "rotate:seed=1"]
+    assert list(map(str, parse_transforms(named))) == expected
+
+
 def test_every_transform_says_what_it_does() -> None:
     assert len(TRANSFORMS) == 14
     for name, kind in TRANSFORMS.items():

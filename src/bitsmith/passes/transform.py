@@ -242,13 +242,20 @@ def with_needs(transforms: Sequence[Transform]) -> list[Transform]:
         if names.count(name) > 1:
             raise BitsmithError(f"transform {name} is named twice")
     for transform in transforms:
-        for need in transform.needs:
-            if need in names[names.index(transform.name) :]:
-                raise BitsmithError(f"transform {need} must come before {transform.name}")
-            if need not in [one.name for one in ordered]:
-                ordered.append(transform_named(need))
+        if late := [need for need in transform.needs if need in names[names.index(transform.name) :]]:
+            raise BitsmithError(f"transform {late[0]} must come before {transform.name}")
+        _put_before(ordered, transform.needs)
         ordered.append(transform)
     return ordered
+
+
+def _put_before(ordered: list[Transform], needs: Sequence[str]) -> None:
+    """Add the needed transforms that are missing, each before those that the needs name after it."""
+    for at, need in enumerate(needs):
+        placed = [one.name for one in ordered]
+        if need not in placed:
+            later = [placed.index(name) for name in needs[at + 1 :] if name in placed]
+            ordered.insert(min(later, default=len(ordered)), transform_named(need))
 
 
 def _option(text: str) -> tuple[str, Any]:
