@@ -45,7 +45,9 @@ class ColumnTrial:
             layout = step.importance(layout)
         self._layout = layout.astype(np.intp)
         whole = float(self._squares(self.rows, self.importance).sum())
-        self._unit = transformed.n_rows / whole if whole > 0 else 0.0
+        looked_up = spec.role == "embed" and inputs is None  # a token's outputs are one row's columns
+        outputs = transformed.shape[1] if looked_up else transformed.n_rows
+        self._unit = outputs / whole if whole > 0 else 0.0
 
     @classmethod
     def of(cls, model: Model, matrices: list[tuple[str, Channels]], context: Context) -> list[Self]:
@@ -85,10 +87,9 @@ class ColumnTrial:
         return self._errors(self.rows[:, order], importance, importance)
 
     def errors(self) -> Float64:
-        """Return `sum_j E[x_j²] e_j²` row by row (`rows`), over the same of the weights on average over rows.
+        """Return `n sum_j E[x_j²] e_j² / sum_ij E[x_j²] w_ij²` row by row (`rows`), `n` the matrix's outputs.
 
-        Their sum over rows is then the relative error times the sampled rows; scaled to the rows of the
-        whole matrix, so that in a sum over matrices each output counts alike.
+        Their sum is the relative error times the outputs: in a sum over matrices each output counts alike.
         """
         return self._errors(self.rows, self.importance, self.importance)
 
