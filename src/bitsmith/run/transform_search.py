@@ -18,7 +18,7 @@ from bitsmith.archs.steps import PermuteRows, ScaleRows
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import Format
 from bitsmith.numerics.divergence import MIN_CHUNKS, Estimate
-from bitsmith.passes.permute import BY, PermuteDelta, PermuteFfn, PermuteResidual, PermuteV
+from bitsmith.passes.permute import PermuteDelta, PermuteFfn, PermuteResidual, PermuteV
 from bitsmith.passes.rescale import ScaleConv, ScaleDelta, ScaleFfn, ScaleNormReaders, ScaleVo
 from bitsmith.passes.rotate import Rotate
 from bitsmith.passes.transform import Applied, Context, Model, Transform, with_needs
@@ -40,6 +40,7 @@ SEARCH_WORK = 6e12
 
 _SCALES = (ScaleNormReaders, ScaleFfn, ScaleVo, ScaleDelta, ScaleConv)
 _ORDERS = (PermuteResidual, PermuteFfn, PermuteV, PermuteDelta)
+_BY = ("best", "moment", "scale")
 _FLOAT_BITS = 16
 _SAMPLE_ROWS = 64
 _LEAST_ERROR = 1e-30
@@ -83,8 +84,8 @@ class Search:
 
 
 def default_candidates() -> list[Transform]:
-    """Return what `search` tries, in its order: scales, permutations by each rule, the rotation."""
-    orders = (order({"by": by}) for order in _ORDERS for by in BY)
+    """Return what `search` tries, in its order: scales, permutations by three rules, the rotation."""
+    orders = (order({"by": by}) for order in _ORDERS for by in _BY)
     return [*(scale() for scale in _SCALES), *orders, Rotate()]
 
 
