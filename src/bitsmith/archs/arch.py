@@ -179,6 +179,11 @@ class Architecture(ABC):
         """Size of one attention head; transformers' default where the config has none."""
         return self.number("head_dim", self.default_head_dim)
 
+    @property
+    def rotary_dim(self) -> int:
+        """Leading channels of a head that RoPE turns, channel `c` with `c + rotary_dim / 2`."""
+        return self.head_dim
+
     def number(self, key: str, default: object = _MISSING) -> int:
         """Return a positive integer of the text config.
 

@@ -85,6 +85,11 @@ class Qwen35(Architecture):
         """Vision tensors are claimed by prefix: they belong to llama.cpp's separate mmproj file."""
         return "vision" if name.startswith(("model.visual.", "visual.")) else None
 
+    @property
+    def rotary_dim(self) -> int:
+        """Leading channels of a head that RoPE turns."""
+        return int(self.head_dim * real(rope_of(self), "partial_rotary_factor", _ROTARY_SHARE))
+
     def axes_aside(self, name: str, shape: tuple[int, ...]) -> tuple[str, ...]:
         """Return labels: the merger's last layer writes image tokens into the residual stream."""
         return ("residual" if "visual.merger.linear_fc2." in name else "", *("",) * (len(shape) - 1))
@@ -151,7 +156,7 @@ class Qwen35(Architecture):
     def gguf_metadata(self) -> dict[str, Any]:
         """Return the architecture's GGUF key/values; the block count includes the MTP layers."""
         name, layers, mtp = self.gguf_arch, self.number("num_hidden_layers"), self.mtp_layers
-        delta, rope = _DeltaShapes(self), rope_of(self)
+        delta = _DeltaShapes(self)
         if delta.k_dim != delta.v_dim:
             raise UnsupportedError(
                 f"linear_key_head_dim {delta.k_dim} differs from linear_value_head_dim {delta.v_dim}, "
@@ -170,9 +175,7 @@ class Qwen35(Architecture):
             recurrent = [kind == "linear_attention" for kind in self.layer_types]
             keys[f"{name}.attention.recurrent_layers"] = recurrent + [False] * mtp
         keys[f"{name}.full_attention_interval"] = self.number("full_attention_interval", 4)
-        keys[f"{name}.rope.dimension_count"] = int(
-            self.head_dim * real(rope, "partial_rotary_factor", _ROTARY_SHARE)
-        )
+        keys[f"{name}.rope.dimension_count"] = self.rotary_dim
         if mtp:
             keys[f"{name}.nextn_predict_layers"] = mtp
         return keys

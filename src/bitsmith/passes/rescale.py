@@ -14,8 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.archs import Qwen35, Step, TensorSpec
-from bitsmith.archs.llama_keys import real, rope_of
+from bitsmith.archs import Step, TensorSpec
 from bitsmith.archs.steps import ScaleColumns, ScaleNorm, ScaleRows
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.passes.axes import Channels, Layer, layers_of, shared_mean
@@ -25,8 +24,6 @@ from bitsmith.passes.transform import Context, Model, Transform, Vector, Vectors
 from bitsmith.passes.trial import column_squares, sample
 
 Float64 = NDArray[np.float64]
-
-_ROTARY_SHARE = 0.25  # transformers' default for Qwen3.5
 
 
 @dataclass(frozen=True)
@@ -221,11 +218,7 @@ class ScaleQk(Gauge):
     def partners(self, model: Model, instance: str) -> Channels:
         """Return for each channel the one that RoPE turns with it: half of the rotary channels away."""
         del instance
-        dim = model.having("norm.q")[0].shape[0]
-        share = _ROTARY_SHARE if isinstance(model.arch, Qwen35) else 1.0
-        if isinstance(model.arch, Qwen35):
-            share = real(rope_of(model.arch), "partial_rotary_factor", share)
-        half = int(dim * share) // 2
+        dim, half = model.having("norm.q")[0].shape[0], model.arch.rotary_dim // 2
         order = np.arange(dim, dtype=np.intp)
         order[:half], order[half : 2 * half] = order[half : 2 * half].copy(), order[:half].copy()
         return order
