@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -34,24 +35,24 @@ from bitsmith.passes.transform import (
 from bitsmith.store import open_checkpoint
 from exact_forward import TINY, Outputs, Tiny, arrays, forward
 
-STORED = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}
-LIMIT = {"float64": 1e-10, "float32": 1e-5}
+STORED = {"float64": "F64", "float32": "F32"}
 RESTRUCTURING = ("untie", "drop-mtp", "fold", "rotate")
 ALL = (*RESTRUCTURING, *(name for name in TRANSFORMS if name not in RESTRUCTURING))
 KEEPING = ("fold", *ALL[len(RESTRUCTURING) :])
 """What leaves tied heads and MTP layers in place."""
 
 BF16_FACTOR = 3
+FEW = ("qwen3-tied", "qwen3.5", "qwen3.5-vision-tied-mtp")
+KINDS = [pytest.param(kind, marks=() if kind in FEW else pytest.mark.slow) for kind in TINY]
 
 
 @dataclass(frozen=True)
 class Source:
-    """A tiny model as stored in one precision, and what it computes there and in float64."""
+    """A tiny model as stored in one precision, and what it computes in it."""
 
     model: Model
     dtype: str
     outputs: Outputs
-    reference: Outputs
 
 
 Made = Callable[[Tiny, str], Source]
@@ -65,9 +66,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Made:
     def made(tiny: Tiny, dtype: str) -> Source:
         folder = tiny.write(tmp_path_factory.mktemp("exact") / dtype, STORED[dtype])
         model = model_of(open_checkpoint(folder))
-        weights = arrays(model.checkpoint)
-        config = model.checkpoint.config
-        return Source(model, dtype, forward(config, weights, dtype), forward(config, weights))
+        return Source(model, dtype, _outputs(model, dtype))
 
     return made
 
@@ -112,16 +111,15 @@ def _error(source: Source, changed: Model) -> float:
     return ours.error(source.outputs)
 
 
-def _assert_exact(source: Made, tiny: Tiny, change: Callable[[Model], Model]) -> None:
-    errors = {}
-    for dtype in LIMIT:
-        made = source(tiny, dtype)
-        errors[dtype] = _error(made, change(made.model))
-    assert all(errors[dtype] <= limit for dtype, limit in LIMIT.items()), errors
+def _assert_exact(source: Made, tiny: Tiny, change: Callable[[Model], Model], at_most: float = 1e-5) -> None:
+    wide, narrow = source(tiny, "float64"), source(tiny, "float32")
+    errors = {made.dtype: _error(made, change(made.model)) for made in (wide, narrow)}
+    assert errors["float64"] <= 1e-10, errors
+    assert errors["float32"] <= at_most, errors
     assert 1e4 * errors["float64"] <= errors["float32"], errors
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
 def test_a_transform_is_exact(name: str, kind: str, source: Made) -> None:
     _assert_exact(source, TINY[kind], lambda model: _changed(model, [name]))
@@ -133,7 +131,7 @@ def test_transforms_composed_are_exact(kind: str, names: Sequence[str], source: 
     _assert_exact(source, TINY[kind], lambda model: _changed(model, names))
 
 
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_solved_transforms_are_exact(kind: str, source: Made) -> None:
     """As a plan has them: for Q4_0 in every matrix that it fits."""
 
@@ -146,20 +144,29 @@ def test_solved_transforms_are_exact(kind: str, source: Made) -> None:
 
 
 @pytest.mark.parametrize("names", [ALL, KEEPING], ids=["all", "keeping"])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_errs_as_it_does_without_transforms(kind: str, names: Sequence[str], source: Made) -> None:
-    """Rounding other values of the same weights: another error of the same size."""
-    made = source(TINY[kind], "bfloat16")
-    before = made.outputs.error(made.reference)
-    after = _outputs(_changed(made.model, names), "bfloat16").error(made.reference)
-    assert 1e-3 < before < 0.2
-    assert after < BF16_FACTOR * before
+    """What rounding the matrices costs, norms kept as a GGUF keeps them: another error of the same size."""
+    made = source(TINY[kind], "float64")
+    before = _in_bfloat16(made.model).error(made.outputs)
+    after = _in_bfloat16(_changed(made.model, names)).error(made.outputs)
+    assert 1e-3 < before < 0.1
+    assert 1e-4 < after < BF16_FACTOR * before
+
+
+def _in_bfloat16(model: Model) -> Outputs:
+    view = model.view()
+    kept = {spec.name for spec, _ in model.tensors.values() if spec.float_only}
+    weights = arrays(view)
+    for name in weights.keys() - kept:
+        weights[name] = torch.from_numpy(weights[name].copy()).bfloat16().double().numpy()
+    return forward(view.config, weights)
 
 
 @st.composite
 def _shapes(draw: st.DrawFn) -> Tiny:
     pick = partial(_pick, draw)
-    kv_heads, k_heads = pick(1, 2, 3), pick(0, 1, 2, 3)
+    kv_heads, k_heads = pick(1, 2), pick(0, 1, 2)
     return Tiny(
         hidden=pick(64, 80, 96, 128),  # 80 = 20 x 4 and 96 = 12 x 8
         ffn=pick(96, 112, 160),
@@ -169,7 +176,7 @@ def _shapes(draw: st.DrawFn) -> Tiny:
         k_heads=k_heads,
         v_heads=k_heads * pick(1, 2, 3),
         k_dim=pick(8, 12),
-        v_dim=pick(8, 20),
+        v_dim=pick(8, 12),
         tied=pick(True, False),
         mtp=bool(k_heads) and pick(True, False),
         vision=bool(k_heads) and pick(True, False),
@@ -191,16 +198,18 @@ def _orders(draw: st.DrawFn) -> list[str]:
 
 
 @given(tiny=_shapes(), names=_orders())
-@settings(max_examples=12, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 def test_any_shape_and_order_is_exact(tiny: Tiny, names: list[str], source: Made) -> None:
     _assert_exact(source, tiny, lambda model: _changed(model, names))
 
 
 @pytest.mark.slow
 @given(tiny=_shapes(), names=_orders())
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_many_shapes_and_orders_are_exact(tiny: Tiny, names: list[str], source: Made) -> None:
-    _assert_exact(source, tiny, lambda model: _changed(model, names))
+    """Some draws are so ill-conditioned that float32 by itself comes near the limit."""
+    own = source(tiny, "float32").outputs.error(source(tiny, "float64").outputs)
+    _assert_exact(source, tiny, lambda model: _changed(model, names), at_most=max(1e-5, 5 * own))
 
 
 def _instances(tiny: Tiny) -> dict[str, int]:
@@ -226,9 +235,11 @@ def test_a_transform_reaches_every_layer(kind: str, source: Made) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("untie", "drop-mtp")])
-@pytest.mark.parametrize("kind", ["qwen3.5-vision-tied-mtp", "qwen3.5-vision"])
+@pytest.mark.parametrize(
+    "kind", ["qwen3.5-vision-tied-mtp", pytest.param("qwen3.5-vision", marks=pytest.mark.slow)]
+)
 def test_every_step_of_a_transform_is_needed(name: str, kind: str, source: Made) -> None:
-    """Without the step of any one role some logits are wrong: of text, around an image or of the MTP layer."""
+    """Without the step of any one role some logits are wrong: of text, with an image or of the MTP layer."""
     made, transform = source(TINY[kind], "float64"), transform_named(name)
     model = _changed(made.model, transform.needs)
     steps = transform.steps(model, _random_vectors(transform, model))
@@ -239,7 +250,7 @@ def test_every_step_of_a_transform_is_needed(name: str, kind: str, source: Made)
 
 
 @pytest.mark.parametrize("names", [ALL, KEEPING], ids=["all", "keeping"])
-@pytest.mark.parametrize("kind", TINY)
+@pytest.mark.parametrize("kind", KINDS)
 def test_exported_tensors_lead_back_to_the_stored_ones(kind: str, names: Sequence[str], source: Made) -> None:
     """In float32, as a GGUF holds them; rows are the same read alone or together."""
     model = _changed(source(TINY[kind], "float32").model, names)
