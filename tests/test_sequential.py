@@ -10,10 +10,14 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
 from bitsmith.formats import format_named
 from bitsmith.passes.correction import Correction, paired_error
+from bitsmith.passes.transform import parse_transforms
 from bitsmith.run.calibrate import calibrate
+from bitsmith.run.execute import statistics_of
 from bitsmith.run.job import Job, run
 from bitsmith.run.moments import export_imatrix, model_specs
+from bitsmith.run.plan import open_source, plan_source
 from bitsmith.run.sequential import sequential
+from bitsmith.run.transforms import solved
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import ComputedTensor, TensorRef
 from bitsmith.store.statistics import open_statistics
@@ -80,6 +84,27 @@ def test_inputs_are_those_behind_what_is_encoded(
         with pytest.raises(BitsmithError, match="was asked for behind layer 1"):
             found.of(named["1.mlp.down_proj.weight"])
             found.of(down), found.of(gate)
+
+
+def test_transformed_tensors_take_their_originals_place(
+    tiny_qwen3_5: Path, stats: Path, tmp_path: Path
+) -> None:
+    asked = parse_transforms("fold,permute-delta:by=scale,permute-ffn:by=moment,rotate:seed=1")
+    with open_checkpoint(tiny_qwen3_5) as checkpoint:
+        source = open_source(checkpoint, asked)
+        base = statistics_of(source, stats)
+        source, applied = solved(source, plan_source(source, "Q4_K_M"), base)
+        assert len(applied) == 6 and all(one.vectors for one in applied[2:])
+        tensors = {tensor.hf_name.split("layers.")[-1]: tensor for tensor in source.tensors}
+        later = tensors["1.linear_attn.in_proj_z.weight"].spec
+        with sequential(tiny_qwen3_5, base, [t.spec for t in source.tensors], tmp_path / "work") as found:
+            for tensor in source.tensors:
+                if tensor.spec.layer in (None, 0):
+                    found.encoded(tensor.spec, tensor.ref)
+            exact, there = found.of(later), base.of(later)
+            for name in ("moment", "held", "mean"):
+                scale = np.abs(getattr(there, name)).max()
+                np.testing.assert_allclose(getattr(exact, name), getattr(there, name), atol=1e-4 * scale)
 
 
 def test_the_file_is_the_same_for_a_second_run(tiny_qwen3_5: Path, stats: Path, tmp_path: Path) -> None:
