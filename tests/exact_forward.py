@@ -23,6 +23,9 @@ from transformers.models.qwen3 import modeling_qwen3
 from transformers.models.qwen3_5 import modeling_qwen3_5
 
 from bitsmith.archs import ARCHITECTURES, TensorSpec
+from bitsmith.passes.permute import Permute
+from bitsmith.passes.rescale import Gauge
+from bitsmith.passes.transform import Context, Model, Transform, Vectors
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 
 Tensors = Mapping[str, np.ndarray]
@@ -317,3 +320,22 @@ def _values(spec: TensorSpec, random: np.random.Generator) -> np.ndarray:
 
 def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
     return array.astype({"F64": np.float64, "F32": np.float32}[dtype])
+
+
+def random_vectors(transform: Transform, model: Model, seed: int = 7) -> Vectors:
+    """Return lognormal scales of both signs, and random orders; solved vectors where there is no choice."""
+    random = np.random.default_rng(seed)
+    if isinstance(transform, Gauge):
+        scales = {}
+        for instance, sides in transform.sides(model).items():
+            count = int(sides[0].channels.max()) + 1
+            drawn = random.lognormal(0, 1, count) * random.choice([-1.0, 1.0], count)
+            partners = transform.partners(model, instance)
+            scales[instance] = drawn if partners is None else drawn[np.minimum(partners, np.arange(count))]
+        return scales
+    if isinstance(transform, Permute):
+        return {
+            instance: np.concatenate([size * n + random.permutation(size) for n in range(groups)])
+            for instance, (groups, size) in transform.sizes(model).items()
+        }
+    return transform.vectors(model, Context())

@@ -19,21 +19,17 @@ from hypothesis import strategies as st
 
 from bitsmith.formats import format_named
 from bitsmith.passes import fold, rotate  # noqa: F401  (they register their transforms)
-from bitsmith.passes.permute import Permute
-from bitsmith.passes.rescale import Gauge
 from bitsmith.passes.transform import (
     TRANSFORMS,
     Context,
     Model,
-    Transform,
-    Vectors,
     model_of,
     transform_named,
     transformed,
     with_needs,
 )
 from bitsmith.store import open_checkpoint
-from exact_forward import TINY, Outputs, Tiny, arrays, forward
+from exact_forward import TINY, Outputs, Tiny, arrays, forward, random_vectors
 
 STORED = {"float64": "F64", "float32": "F32"}
 RESTRUCTURING = ("untie", "drop-mtp", "fold", "rotate")
@@ -71,29 +67,10 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made
 
 
-def _random_vectors(transform: Transform, model: Model, seed: int = 7) -> Vectors:
-    """Return lognormal scales of both signs, and random orders; solved vectors where there is no choice."""
-    random = np.random.default_rng(seed)
-    if isinstance(transform, Gauge):
-        scales = {}
-        for instance, sides in transform.sides(model).items():
-            count = int(sides[0].channels.max()) + 1
-            drawn = random.lognormal(0, 1, count) * random.choice([-1.0, 1.0], count)
-            partners = transform.partners(model, instance)
-            scales[instance] = drawn if partners is None else drawn[np.minimum(partners, np.arange(count))]
-        return scales
-    if isinstance(transform, Permute):
-        return {
-            instance: np.concatenate([size * n + random.permutation(size) for n in range(groups)])
-            for instance, (groups, size) in transform.sizes(model).items()
-        }
-    return transform.vectors(model, Context())
-
-
 def _changed(model: Model, names: Sequence[str]) -> Model:
     """Return `model` with the named transforms, and those they need, under random vectors."""
     for transform in with_needs([transform_named(name) for name in names]):
-        model = model.applying(transform, _random_vectors(transform, model))
+        model = model.applying(transform, random_vectors(transform, model))
     return model
 
 
@@ -230,7 +207,7 @@ def _instances(tiny: Tiny) -> dict[str, int]:
 @pytest.mark.parametrize("kind", TINY)
 def test_a_transform_reaches_every_layer(kind: str, source: Made) -> None:
     model = source(TINY[kind], "float64").model
-    found = {name: len(_random_vectors(transform_named(name), model)) for name in ALL}
+    found = {name: len(random_vectors(transform_named(name), model)) for name in ALL}
     assert found == _instances(TINY[kind])
 
 
@@ -242,7 +219,7 @@ def test_every_step_of_a_transform_is_needed(name: str, kind: str, source: Made)
     """Without the step of any one role some logits are wrong: of text, with an image or of the MTP layer."""
     made, transform = source(TINY[kind], "float64"), transform_named(name)
     model = _changed(made.model, transform.needs)
-    steps = transform.steps(model, _random_vectors(transform, model))
+    steps = transform.steps(model, random_vectors(transform, model))
     by_role = {f"{model.spec(one).role} {len(model.spec(one).shape)}": one for one in steps}
     for role, left_out in by_role.items():
         rest = {one: step for one, step in steps.items() if one != left_out}
