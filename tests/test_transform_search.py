@@ -239,3 +239,11 @@ def test_finds_the_planted_scales_by_itself(planted: Case) -> None:
     assert wild.kept and wild.before is not None and wild.after is not None
     assert wild.after.value < 0.8 * wild.before.value
     assert found.tried[1].before == wild.after
+
+
+def test_two_chunks_that_happen_to_agree_are_not_enough(planted: Case) -> None:
+    found = planted.search(Known(0.05, 5), tokens=planted.tokens[:2]).tried[0].change
+    assert found is not None and found.low is not None and found.high is not None
+    assert found.low < 0 < found.high
+    sure = planted.search(Known(2.0, 7, -1), tokens=planted.tokens).tried[0]
+    assert sure.kept

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import stdtrit
 
 from bitsmith.archs import TensorSpec
 from bitsmith.archs.steps import PermuteRows, ScaleRows
@@ -43,7 +44,9 @@ _ORDERS = (PermuteResidual, PermuteFfn, PermuteV, PermuteDelta)
 _BY = ("best", "moment", "scale")
 _FLOAT_BITS = 16
 _SAMPLE_ROWS = 64
+_FEW_TENSORS = 8
 _LEAST_ERROR = 1e-30
+_NORMAL = 1.959964  # 97.5 % quantile
 _NOTHING = "cannot help: nothing to change"
 _SAYS = {"kld": "mean KLD (nats), held-out", "output error": "log ratio of held-out output error"}
 
@@ -106,11 +109,12 @@ def search(
     Every tensor is stored in its format (`formats`, by Hugging Face name; others stay floats) by `rounder`
     with the original model's statistics. Measure `kld` runs that model over `tokens` (`chunks T`, held out)
     against `network`; a transform is kept if the upper end of the 95 % bootstrap interval, paired over
-    chunks, of the change in mean KLD is below zero. Measure `output error` runs no forward: it averages
-    `log(after / before)` of the changed tensors' errors on held-out inputs, over a sample of rows, with an
-    interval over tensors (over inputs, where one tensor changes). Of variants of one transform, next to each
-    other in `candidates`, the best that passes is kept. Default: `kld` up to `SEARCH_WORK`. Formats store
-    row by row, so what only scales or reorders rows of quantized tensors cannot help and is not measured.
+    chunks, of the change in mean KLD is below zero; few chunks widen it by Student's t. Measure `output
+    error` runs no forward: it averages `log(after / before)` of the changed tensors' errors on held-out
+    inputs, over a sample of rows, with an interval over tensors (fewer than 8: over inputs). Of variants of
+    one transform, next to each other in `candidates`, the best that passes is kept. Default: `kld` up to
+    `SEARCH_WORK`. Formats store row by row, so what only scales or reorders rows of quantized tensors cannot
+    help and is not measured.
 
     A transform that needs tensors added or dropped first is not tried, as the file's bytes would change. The
     decisions fit the held-out tokens, of which error feedback's guard has seen samples too: figures to quote
@@ -158,10 +162,10 @@ def _variants(candidates: Sequence[Transform]) -> Iterator[list[Transform]]:
 def _protocol(measure: Measure, statistics: Statistics, rounder: str, tokens: Tokens) -> str:
     chunks, ctx = tokens.shape
     text = f"held-out part of {statistics.text or 'the text'}, context {ctx} tokens, {chunks} chunks"
-    how = f"95 % paired bootstrap, {RESAMPLES} resamples, seed 0"
+    how = f"95 % paired bootstrap, {RESAMPLES} resamples, seed 0, a change's widened by Student's t"
     if measure == "output error":
         rows = f"{_SAMPLE_ROWS} rows of each tensor, its site's sample of inputs"
-        return f"{_SAYS[measure]}: {rows}; {text}; {how}, over tensors; rounder {rounder}"
+        return f"{_SAYS[measure]}: {rows}; {text}; {how}, over tensors or, of few, their inputs; rounder {rounder}"
     return f"{PROTOCOL}; {text}; {how}, over chunks; rounder {rounder}, statistics of the original model"
 
 
@@ -293,7 +297,7 @@ class _Kld(_Judge):
         """Encode what changed, and run all."""
         fresh = self._blocks.encoded(model, changed)
         nats = self._measured(model, self._coded | fresh)
-        return _Trial(_mean(self._nats), _mean(nats), _mean(nats - self._nats), (fresh, nats))
+        return _Trial(_mean(self._nats), _mean(nats), _mean_change(nats - self._nats), (fresh, nats))
 
     def settle(self, trials: Sequence[_Trial], kept: _Trial | None) -> None:
         """Delete blocks that are no longer of use."""
@@ -357,18 +361,20 @@ def _log_errors(
 ) -> tuple[Estimate, Estimate, Estimate]:
     """Return the mean log error before and after, and its change, with intervals over tensors.
 
-    Those of a single tensor are over its held-out inputs; without those there are none.
+    Those of a few tensors are over held-out inputs; without those there are none.
     """
     old, new = (np.log([max(one.error, _LEAST_ERROR) for one in side]) for side in (before, after))
-    if len(old) >= MIN_CHUNKS:
-        return _mean(old), _mean(new), _mean(new - old)
-    resampled = [_resampled(one) for one in (before[0], after[0])]
-    values = float(old[0]), float(new[0]), float(new[0] - old[0])
-    if resampled[0] is None or resampled[1] is None or len(resampled[0]) != len(resampled[1]):
+    if len(old) >= _FEW_TENSORS:
+        return _mean(old), _mean(new), _mean_change(new - old)
+    values = float(old.mean()), float(new.mean()), float((new - old).mean())
+    sides = [[_resampled(one) for one in side] for side in (before, after)]
+    found = [[draw for draw in side if draw is not None] for side in sides]
+    if any(len(side) < len(old) for side in found):
         first, second, change = (Estimate(value, None, None) for value in values)
-        return first, second, change
-    draws = resampled[0], resampled[1], resampled[1] - resampled[0]
-    first, second, change = (_interval(value, draw) for value, draw in zip(values, draws, strict=True))
+    else:
+        earlier, later = (np.mean(side, axis=0) for side in found)
+        draws = earlier, later, later - earlier
+        first, second, change = (_interval(value, draw) for value, draw in zip(values, draws, strict=True))
     return first, second, change
 
 
@@ -466,6 +472,20 @@ def _mixes_columns(before: TensorSpec, after: TensorSpec) -> bool:
 def _mean(values: Float64) -> Estimate:
     """Return the mean of `values` with its 95 % percentile bootstrap interval."""
     return _interval(float(values.mean()), _draws(len(values)) @ values / len(values))
+
+
+def _mean_change(values: Float64) -> Estimate:
+    """Return the mean of `values` with the interval of `_mean`, widened for few values.
+
+    Resampling n values spreads by the root of (n - 1) / n too little, and its tails are the normal ones: of
+    two values that are negative by chance every resample is. Both are made up for: `sqrt(n / (n - 1)) t / z`.
+    """
+    found, count = _mean(values), len(values)
+    if found.low is None or found.high is None:
+        return found
+    wider = np.sqrt(count / (count - 1)) * float(stdtrit(count - 1, 0.975)) / _NORMAL
+    spread = (found.value - found.low) * wider, (found.high - found.value) * wider
+    return Estimate(found.value, float(found.value - spread[0]), float(found.value + spread[1]))
 
 
 def _draws(count: int) -> NDArray[np.int64]:
