@@ -16,13 +16,13 @@ from bitsmith.lab.synth import synth
 from bitsmith.passes.permute import PermuteFfn
 from bitsmith.passes.rescale import ScaleConv, ScaleFfn, ScaleVo
 from bitsmith.passes.rotate import Rotate
-from bitsmith.passes.transform import Context, Model, Vector, model_of
-from bitsmith.run.allocate import held_out_kld
+from bitsmith.passes.transform import Context, Model, Transform, Vector, model_of
 from bitsmith.run.calibrate import calibrate
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.execute import compress
-from bitsmith.run.forward import TextModel
+from bitsmith.run.forward import TextModel, compare, final_hidden_states
 from bitsmith.run.mixes import is_quantizable
+from bitsmith.run.transform_judge import FIRST_SHARE
 from bitsmith.run.transform_search import Search, search
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 from bitsmith.store.statistics import Statistics, open_statistics
@@ -66,7 +66,7 @@ class Case:
             self.statistics,
             given.pop("rounder"),
             given.pop("tokens"),
-            candidates=list(candidates) or None,
+            candidates=[(one,) if isinstance(one, Transform) else one for one in candidates] or None,
             **given,
         )
 
@@ -143,22 +143,20 @@ def test_a_baseline_is_what_compress_writes(planted: Case, tmp_path: Path) -> No
     out, stats = tmp_path / "plain.gguf", planted.statistics.path
     source = planted.network.source.path
     compress(source, out, "Q2_K", pure=True, tensor_types=types, statistics=stats, rounder="weighted")
-    written = held_out_kld(source, out, planted.tokens)["mean_kld"]
+    first = CTX // FIRST_SHARE
+    with open_model(source) as reference, open_model(out) as written:
+        states = [final_hidden_states(one, planted.tokens, first) for one in (reference, written)]
+        flat = states[0].reshape(-1, 256), states[1].reshape(-1, 256)
+        kld = compare(reference, written, flat, planted.tokens[:, first + 1 :].reshape(-1)).kld
     before = found.tried[0].before
-    assert before is not None
-    assert before.value == pytest.approx(written.value, rel=1e-5)
-    assert (before.low, before.high) == pytest.approx((written.low, written.high), rel=1e-4)
+    assert before is not None and before.value == pytest.approx(float(kld.mean()), rel=1e-5)
 
 
 def test_a_kept_transform_is_what_the_next_builds_on(planted: Case) -> None:
-    first, second = Known(2.0, 7, -1), Known(2.0, 7, 1)
-    order = PermuteFfn({"by": "scale"})
-    found = planted.search(first, order, second)
-    kept, _, undone = found.tried
-    assert kept.kept and not undone.kept
-    assert kept.after is not None and undone.before is not None and undone.after is not None
-    assert undone.before.value <= kept.after.value
-    assert undone.after.value > undone.before.value
+    found = planted.search(Known(2.0, 7, -1), PermuteFfn({"by": "scale"}))
+    kept, order = found.tried
+    assert kept.kept and kept.after is not None and order.before == kept.after
+    assert order.after is not None and order.after.value < 0.9 * kept.before.value
 
 
 def test_of_variants_the_best_is_kept(planted: Case) -> None:
@@ -231,6 +229,19 @@ def test_one_changed_tensor_is_judged_over_its_inputs(planted: Case) -> None:
     [tried] = planted.search(Known(2.0, 7, -1), measure="output error", formats=formats).tried
     assert tried.kept and tried.change is not None and tried.change.low is not None
     assert tried.change.low < tried.change.value < (tried.change.high or 0) < 0
+
+
+def test_what_is_measured_later_must_be_surer(planted: Case) -> None:
+    bundle = Known(2.0, 11), PermuteFfn({"by": "scale"})
+    found = planted.search(bundle, Known(0.04, 6), Known(0.03, 8)).tried
+    assert found[0].transform == "known:(2.0, 11, 1) + permute-ffn:by=scale" and not found[0].kept
+    assert [one.confidence for one in found] == pytest.approx([0.95, 1 - 0.025 / 2, 1 - 0.025 / 2])
+
+
+def test_members_of_a_kept_bundle_are_not_tried_again(planted: Case) -> None:
+    whole = Known(2.0, 7, -1), ScaleVo()
+    found = planted.search(whole, ScaleFfn())
+    assert found.tried[0].kept and found.tried[1].reason == "not tried: kept already"
 
 
 def test_finds_the_planted_scales_by_itself(planted: Case) -> None:
