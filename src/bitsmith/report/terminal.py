@@ -157,11 +157,12 @@ def _print_search(console: Console, search: Search) -> None:
             str(one.instances),
             *("unmeasured" if e is None else f"{e.value:.6f}" for e in (one.before, one.after)),
             *(("unmeasured", "unmeasured") if one.change is None else _interval(one.change, "{:+.6f}")),
+            "" if one.confidence is None else f"{one.confidence:.2%}",
             one.reason,
         )
         for one in search.tried
     ]
-    columns = ("transform", "changes", "before", "after", "change", "95 % interval", "outcome")
+    columns = ("transform", "changes", "before", "after", "change", "interval", "confidence", "outcome")
     console.print(table(columns, rows, right=columns[1:5]))
     console.print(escape(search.protocol), highlight=False, soft_wrap=True)
 
