@@ -211,6 +211,7 @@ def test_a_transform_reaches_every_layer(kind: str, source: Made) -> None:
     assert found == _instances(TINY[kind])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in ALL if name not in ("untie", "drop-mtp")])
 @pytest.mark.parametrize(
     "kind", ["qwen3.5-vision-tied-mtp", pytest.param("qwen3.5-vision", marks=pytest.mark.slow)]
