@@ -157,12 +157,23 @@ def _print_search(console: Console, search: Search) -> None:
             str(one.instances),
             *("unmeasured" if e is None else f"{e.value:.6f}" for e in (one.before, one.after)),
             *(("unmeasured", "unmeasured") if one.change is None else _interval(one.change, "{:+.6f}")),
+            "" if one.outputs is None else f"{one.outputs.value:+.4f}",
             "" if one.confidence is None else f"{one.confidence:.2%}",
             one.reason,
         )
         for one in search.tried
     ]
-    columns = ("transform", "changes", "before", "after", "change", "interval", "confidence", "outcome")
+    columns = (
+        "transform",
+        "changes",
+        "before",
+        "after",
+        "change",
+        "interval",
+        "output error",
+        "confidence",
+        "outcome",
+    )
     console.print(table(columns, rows, right=columns[1:5]))
     console.print(escape(search.protocol), highlight=False, soft_wrap=True)
 

@@ -63,12 +63,31 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """A candidate beside the best so far; `state` is what its judge needs to keep it."""
+    """A candidate beside the best so far; `state` is what its judge needs to keep it.
+
+    `outputs` is the change of the mean log error of outputs, where `change` is not that itself.
+    """
 
     before: Estimate
     after: Estimate
     change: Change
     state: Any
+    outputs: Change | None = None
+
+    def helps(self, confidence: float) -> bool:
+        """Tell whether the change is below zero with that confidence.
+
+        Or that of the outputs is, and the change is beyond its standard error.
+        """
+        if _below_zero(self.change, confidence):
+            return True
+        sure = self.outputs is not None and _below_zero(self.outputs, confidence)
+        return sure and self.change.deviation is not None and self.change.value < -self.change.deviation
+
+
+def _below_zero(change: Change, confidence: float) -> bool:
+    high = change.estimate(confidence).high
+    return high is not None and high < 0
 
 
 class Judge(ABC):
@@ -84,10 +103,16 @@ class Judge(ABC):
 
 
 class Divergence(Judge):
-    """Mean KLD per chunk, measured through the forward of the original model's own coordinates."""
+    """Mean KLD per chunk, measured through the forward of the original model's own coordinates.
 
-    def __init__(self, network: TextModel, model: Model, blocks: Blocks, tokens: Tokens) -> None:
+    `outputs` judges the errors of outputs beside it.
+    """
+
+    def __init__(
+        self, network: TextModel, model: Model, blocks: Blocks, tokens: Tokens, outputs: OutputErrors
+    ) -> None:
         self._network, self._blocks, self._tokens = network, blocks, tokens
+        self._outputs = outputs
         self._first = tokens.shape[1] // FIRST_SHARE
         self._targets = tokens[:, self._first + 1 :].reshape(-1)
         self._reference = self._final(network)
@@ -99,13 +124,16 @@ class Divergence(Judge):
         """Encode what changed, and run all."""
         fresh = self._blocks.encoded(model, changed)
         nats = self._measured(model, self._coded | fresh)
-        return Trial(_mean(self._nats), _mean(nats), Change.of(nats - self._nats), (fresh, nats))
+        beside = self._outputs.trial(best, model, changed)
+        change = Change.of(nats - self._nats)
+        return Trial(_mean(self._nats), _mean(nats), change, (fresh, nats, beside), beside.change)
 
     def settle(self, trials: Sequence[Trial], kept: Trial | None) -> None:
         """Delete blocks that are no longer of use."""
         for trial in trials:
-            fresh, nats = trial.state
+            fresh, nats, beside = trial.state
             if trial is kept:
+                self._outputs.settle([], beside)
                 for name, coded in fresh.items():
                     self._coded[name].path.unlink()
                     self._coded[name] = coded

@@ -51,8 +51,8 @@ class TriedTransform:
     """One line of the record: a transform that was tried, or why it was not; None is unmeasured.
 
     `instances` counts the layers or axes that it changes. `change` is `after - before`, paired, with an
-    interval of `confidence`; those of `before` and `after` have 95 %. With measure output error all three are
-    means of `log(sum |E x|² / sum |W x|²)` over the changed tensors.
+    interval of `confidence`; those of `before` and `after` have 95 %. `outputs` is the change of the mean
+    of `log(sum |E x|² / sum |W x|²)` over the changed tensors, as all three are with measure output error.
     """
 
     transform: str
@@ -61,6 +61,7 @@ class TriedTransform:
     before: Estimate | None
     after: Estimate | None
     change: Estimate | None
+    outputs: Estimate | None
     confidence: float | None
     kept: bool
     reason: str
@@ -114,11 +115,12 @@ def search(
     against `network`; measure `output error` runs no forward: it averages `log(after / before)` of the
     changed tensors' errors on held-out inputs, over a sample of rows. A candidate, one transform or several
     together, is kept if the upper end of the change's interval is below zero: Student's t over chunks, or
-    over tensors (fewer than 8: over inputs). The interval's confidence is 95 % for the first that is measured
-    and its remainder is halved with each further one, so that with 95 % confidence nothing at all is kept by
-    chance. Of variants, next to each other in `candidates`, the best that passes is kept; they share their
-    remainder. Default: `kld` up to `SEARCH_WORK`. Formats store row by row, so what only scales or reorders
-    rows of quantized tensors cannot help and is not measured.
+    over tensors (fewer than 8: over inputs). Under `kld` it is also kept if that holds of the output errors
+    and the KLD falls by more than its standard error. The interval's confidence is 95 % for the first that is
+    measured and its remainder is halved with each further one, so that what is kept by its interval is kept by
+    chance in one search of twenty at most. Of variants, next to each other in `candidates`, the best that
+    passes is kept; they share their remainder. Default: `kld` up to `SEARCH_WORK`. Formats store row by row,
+    so what only scales or reorders rows of quantized tensors cannot help and is not measured.
 
     A transform that needs tensors added or dropped first is not tried, as the file's bytes would change. The
     decisions fit the held-out tokens, of which error feedback's guard has seen samples too: figures to quote
@@ -141,9 +143,10 @@ def search(
         measure = "kld" if work <= SEARCH_WORK else "output error"
     context = Context(formats, statistics)
     with _folder() as folder:
-        judge: Judge = OutputErrors(context, rounder)
+        outputs = OutputErrors(context, rounder)
+        judge: Judge = outputs
         if measure == "kld":
-            judge = Divergence(network, model, Blocks(folder, encoder, formats), tokens)
+            judge = Divergence(network, model, Blocks(folder, encoder, formats), tokens, outputs)
         found = _Greedy(model, context, judge, _SAYS[measure], len(chosen), progress)
         for variants in _variants(chosen):
             found.take(variants)
@@ -196,13 +199,11 @@ class _Greedy:
             self._progress("transforms", len(self.tried) + len(trials), self._total)
         measured = [trial for trial in trials if trial is not None]
         confidence = 1 - self._remainder / max(1, len(measured))
-        changes = {id(trial): trial.change.estimate(confidence) for trial in measured}
-        helping = [trial for trial in measured if _helps(changes[id(trial)])]
+        helping = [trial for trial in measured if trial.helps(confidence)]
         kept = min(helping, key=lambda trial: trial.change.value) if helping else None
         winner = str(prepared[trials.index(kept)]) if kept else None
         for one, trial in zip(prepared, trials, strict=True):
-            change = None if trial is None else changes[id(trial)]
-            self.tried.append(self._line(one, trial, change, confidence, winner))
+            self.tried.append(self._line(one, trial, confidence, winner))
         self._judge.settle(measured, kept)
         self._remainder /= 2 if measured else 1
         if kept is not None:
@@ -242,30 +243,36 @@ class _Greedy:
         self,
         one: _Prepared,
         trial: Trial | None,
-        change: Estimate | None,
         confidence: float,
         winner: str | None,
     ) -> TriedTransform:
-        if trial is None or change is None:
+        if trial is None:
             return TriedTransform(
-                str(one), one.instances, self._says, None, None, None, None, False, one.reason
+                str(one), one.instances, self._says, None, None, None, None, None, False, one.reason
             )
+        change = trial.change.estimate(confidence)
+        outputs = None if trial.outputs is None else trial.outputs.estimate(confidence)
         kept = winner == str(one)
         if kept:
             reason = "kept"
-        elif _helps(change):
+        elif trial.helps(confidence):
             reason = f"helped, but {winner} helped more"
         elif change.low is not None and change.low > 0:
             reason = "did not help: it made things worse"
         else:
             reason = "did not help: the interval of the change reaches 0"
         return TriedTransform(
-            str(one), one.instances, self._says, trial.before, trial.after, change, confidence, kept, reason
+            str(one),
+            one.instances,
+            self._says,
+            trial.before,
+            trial.after,
+            change,
+            outputs,
+            confidence,
+            kept,
+            reason,
         )
-
-
-def _helps(change: Estimate) -> bool:
-    return change.high is not None and change.high < 0
 
 
 @dataclass(frozen=True)
