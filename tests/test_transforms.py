@@ -13,8 +13,9 @@ import yaml
 from bitsmith.cli.main import main
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
 from bitsmith.passes.transform import TRANSFORMS, parse_transforms, transform_of
+from bitsmith.run.calibrate import calibrate
 from bitsmith.run.execute import compress, plan_for
-from bitsmith.run.job import Job, run, run_dry
+from bitsmith.run.job import Job, Made, run, run_dry
 from bitsmith.run.plan import open_source
 from bitsmith.run.plan_file import read_plan, read_transforms, write_plan
 from bitsmith.run.transforms import compare_weights, read_sidecar, sidecar_of
@@ -230,6 +231,40 @@ def test_the_sbgq_recipe_is_its_four_stages(demo_model: Path, tmp_path: Path) ->
 def test_the_sbgq_recipe_serves_a_dense_model(tiny_qwen3: Path) -> None:
     planned = run_dry(Job(model=tiny_qwen3, recipe="sbgq-iq4xs"))
     assert {row.type for row in planned.rows} == {"F32", "IQ4_XS", "Q5_K", "Q8_0"}
+
+
+def test_auto_keeps_what_helps_and_records_what_did_not(tiny_qwen3: Path, tmp_path: Path) -> None:
+    text, stats, out = (tmp_path / name for name in ("text.txt", "stats", "auto.gguf"))
+    text.write_text("".join(f"def f{n}(x):\n    return {n} * x + {n * n % 977}\n\n" for n in range(300)))
+    calibrate(tiny_qwen3, text, stats, ctx_tokens=64, chunks=24, saliency=False)
+    job = Job(
+        tiny_qwen3, out, "Q2_K", transforms="auto", statistics=stats, rounder="weighted", sequential=False
+    )
+    made = run(job)
+    assert isinstance(made, Made) and made.search is not None
+    said = made.to_json()["transform_search"]
+    assert said["applied"] == [str(one.transform) for one in made.applied] == list(made.plan.transforms)
+    tried = {one["transform"]: one for one in said["tried"]}
+    assert {name.split(":")[0] for name in tried if " + " not in name} >= {"rotate", "scale-ffn", "permute-v"}
+    assert len({name for name in tried if " + " in name}) == 2
+    kept = [one for one in made.search.tried if one.kept]
+    assert all(one.change is not None and one.change.value < 0 for one in kept)
+    assert all(one.reason for one in made.search.tried) and "held-out" in said["protocol"]
+    assert [str(transform) for transform, _ in read_sidecar(open_gguf(out))] == said["applied"]
+    assert len(compare_weights(tiny_qwen3, out)) == len(made.tensors)
+
+
+@pytest.mark.slow
+def test_a_rotated_file_can_be_tuned(tiny_qwen3: Path, tmp_path: Path) -> None:
+    text, stats, out = (tmp_path / name for name in ("text.txt", "stats", "tuned.gguf"))
+    text.write_text("".join(f"def f{n}(x):\n    return {n} * x + {n * n % 977}\n\n" for n in range(300)))
+    calibrate(tiny_qwen3, text, stats, ctx_tokens=64, chunks=24, saliency=False)
+    asked = {"transforms": "rotate:seed=4", "statistics": stats, "sequential": False, "tune": True}
+    made = run(Job(tiny_qwen3, out, "Q2_K", tune_steps=12, **asked))
+    assert isinstance(made, Made) and made.tuning is not None and made.tuning.kept
+    assert made.tuning.held_kld_after_nats < made.tuning.held_kld_before_nats
+    errors = {one.gguf_name: one.relative_error for one in compare_weights(tiny_qwen3, out)}
+    assert errors["blk.0.ffn_down.weight"] < 0.3
 
 
 @pytest.mark.parametrize("more", [{"type_name": "Q4_K_M"}, {"target": "4bpw"}, {"pure": True}])

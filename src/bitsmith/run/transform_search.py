@@ -117,9 +117,9 @@ def search(
     together, is kept if the upper end of the change's interval is below zero: Student's t over chunks, or
     over tensors (fewer than 8: over inputs). Under `kld` it is also kept if that holds of the output errors
     and the KLD falls by more than its standard error. The interval's confidence is 95 % for the first that is
-    measured and its remainder is halved with each further one, so that what is kept by its interval is kept by
-    chance in one search of twenty at most. Of variants, next to each other in `candidates`, the best that
-    passes is kept; they share their remainder. Default: `kld` up to `SEARCH_WORK`. Formats store row by row,
+    measured and its remainder is halved with each further one, so that chance passes that test in one search
+    of twenty at most. Of variants, next to each other in `candidates`, the best that passes is kept; they
+    share their remainder. Default: `kld` up to `SEARCH_WORK`. Formats store row by row,
     so what only scales or reorders rows of quantized tensors cannot help and is not measured.
 
     A transform that needs tensors added or dropped first is not tried, as the file's bytes would change. The
