@@ -32,12 +32,11 @@ def peak_of(*arguments: str | Path) -> tuple[int, float]:
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024), time.monotonic() - started
 
 
-def measure(size: str, type_name: str, folder: Path) -> dict[str, object]:
-    model, out = folder / f"synth-{size}", folder / f"synth-{size}-{type_name}.gguf"
+def measure(size: str, folder: Path, out_name: str, *options: str, synth: str = SYNTH) -> dict[str, object]:
+    model, out = folder / f"synth-{size}", folder / out_name
     if not model.exists():
-        peak_of("-c", SYNTH, model, size)
-    options = ("--type", type_name, "--overwrite")
-    peak, seconds = peak_of("-m", "bitsmith.cli.main", "compress", model, "-o", out, *options)
+        peak_of("-c", synth, model, size)
+    peak, seconds = peak_of("-m", "bitsmith.cli.main", "compress", model, "-o", out, *options, "--overwrite")
     written = out.stat().st_size
     out.unlink()
     return {
@@ -60,7 +59,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        runs = [measure(size, chosen.type, folder) for size in chosen.sizes]
+        runs = [
+            measure(size, folder, f"{size}-{chosen.type}.gguf", "--type", chosen.type)
+            for size in chosen.sizes
+        ]
     peaks = [int(str(run["peak_memory_bytes"])) for run in runs]
     print(
         json.dumps(

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from memory import peak_of
+from memory import measure
 
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.lab.synth import synth_config, synth_tensors
@@ -58,23 +58,6 @@ def said(plan: Plan) -> dict[str, Any]:
     }
 
 
-def run(size: str, folder: Path) -> dict[str, Any]:
-    model, out = folder / f"synth-{size}", folder / f"synth-{size}-{SBGQ}.gguf"
-    if not model.exists():
-        peak_of("-c", SYNTH, model, size)
-    options = ("compress", model, "-o", out, "--recipe", SBGQ, "--overwrite")
-    peak, seconds = peak_of("-m", "bitsmith.cli.main", *options)
-    written = out.stat().st_size
-    out.unlink()
-    return {
-        "size": size,
-        "checkpoint_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
-        "output_bytes": written,
-        "peak_memory_bytes": peak,
-        "seconds": round(seconds, 1),
-    }
-
-
 def main() -> None:
     options = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,7 +71,8 @@ def main() -> None:
         folder = chosen.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if chosen.run:
-            result["run"] = run(chosen.run, folder)
+            out = f"{chosen.run}-{SBGQ}.gguf"
+            result["run"] = measure(chosen.run, folder, out, "--recipe", SBGQ, synth=SYNTH)
     print(json.dumps(result, indent=2))
 
 

@@ -21,7 +21,7 @@ from bitsmith.passes.choice import SAMPLE_ROWS, Choice, choose
 from bitsmith.passes.correction import Correction, paired_error
 from bitsmith.passes.rounding import output_error, round_rows
 from bitsmith.run.plan import PlanRow, SourceTensor
-from bitsmith.store.checkpoint import Bytes, TensorRef
+from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.statistics import SiteStatistics, Statistics
 
 Float32 = NDArray[np.float32]
@@ -269,6 +269,18 @@ def check_rounder(rounder: str, statistics: Statistics | None, path: Path | None
             "holds E[x²] alone, rounder gptq needs the second moments that calibrate keeps", path=path
         )
     return known
+
+
+def blocks_in(path: Path, name: str, shape: tuple[int, ...], form: Format) -> TensorRef:
+    """Return a tensor (GGUF layout) whose blocks a file holds and nothing else, decoded on read."""
+    row_bytes = form.row_bytes(shape[-1])
+
+    def read(start: int, stop: int) -> Rows:
+        count = max(0, stop - start) * row_bytes
+        blocks = np.fromfile(path, np.uint8, count, offset=start * row_bytes)
+        return form.decode(blocks.reshape(-1, row_bytes))
+
+    return ComputedTensor(name, shape, form.name, read)
 
 
 def _errors(rounder: str, total: _Total, plain: _Total | None) -> dict[str, float]:

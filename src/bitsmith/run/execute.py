@@ -23,7 +23,7 @@ from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import Format, format_named
 from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
-from bitsmith.run.encode import Rounder, TensorEncoder, Written, check_rounder
+from bitsmith.run.encode import Rounder, TensorEncoder, Written, blocks_in, check_rounder
 from bitsmith.run.mixes import mix_named
 from bitsmith.run.plan import TRANSFORMS_DIGEST_KEY, Plan, PlanRow, Source, open_source, plan_source
 from bitsmith.run.plan_file import read_plan, read_transforms
@@ -390,15 +390,7 @@ class _Parts:
 
     def tensor(self, row: PlanRow) -> TensorRef:
         """Return a finished tensor, decoded on read."""
-        form, path = format_named(row.type), self._path(row.gguf_name)
-        row_bytes = form.row_bytes(row.shape[-1])
-
-        def read(start: int, stop: int) -> Rows:
-            count = max(0, stop - start) * row_bytes
-            blocks = np.fromfile(path, np.uint8, count, offset=start * row_bytes)
-            return form.decode(blocks.reshape(-1, row_bytes))
-
-        return ComputedTensor(row.gguf_name, row.shape, row.type, read)
+        return blocks_in(self._path(row.gguf_name), row.gguf_name, row.shape, format_named(row.type))
 
     def remove(self) -> None:
         """Delete the folder: the file is whole, or nothing was finished."""

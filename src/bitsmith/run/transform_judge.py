@@ -20,11 +20,11 @@ from bitsmith.numerics.divergence import MIN_CHUNKS, Estimate
 from bitsmith.passes.transform import Context, Model
 from bitsmith.passes.trial import Trial as OutputTrial
 from bitsmith.passes.trial import output_errors
-from bitsmith.run.encode import TensorEncoder
+from bitsmith.run.encode import TensorEncoder, blocks_in
 from bitsmith.run.evaluate import RESAMPLES
 from bitsmith.run.forward import TextModel, Tokens, compare, final_hidden_states
 from bitsmith.run.plan import PlanRow, SourceTensor
-from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef, View
+from bitsmith.store.checkpoint import Bytes, TensorRef, View
 
 Float64 = NDArray[np.float64]
 
@@ -230,14 +230,7 @@ class _Coded:
     @property
     def ref(self) -> TensorRef:
         """The tensor in GGUF layout, decoded on read."""
-        row_bytes = self.form.row_bytes(self.shape[-1])
-
-        def read(start: int, stop: int) -> Rows:
-            count = max(0, stop - start) * row_bytes
-            blocks = np.fromfile(self.path, np.uint8, count, offset=start * row_bytes)
-            return self.form.decode(blocks.reshape(-1, row_bytes))
-
-        return ComputedTensor(self.spec.name, self.shape, "F32", read)
+        return blocks_in(self.path, self.spec.name, self.shape, self.form)
 
 
 class Blocks:
