@@ -61,6 +61,9 @@ SEQUENTIAL_WORK = 6e12
 """Weights times tokens up to which sequential statistics are the default: about 15 minutes on two cores."""
 
 
+_SEARCHED = "transforms are searched for when the file is written; none of them changes its bytes"
+
+
 @dataclass(frozen=True)
 class Job:
     """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each."""
@@ -219,6 +222,8 @@ def run_dry(job: Job, progress: Progress = silent) -> Plan:
         planned: Plan = plan_target(job, goal, progress)
     else:
         planned = plan_for(job.model, statistics=job.statistics, **job.types)
+    if job.searches:
+        planned = replace(planned, notes=(*planned.notes, _SEARCHED))
     _write_plan(job, planned)
     return planned
 

@@ -154,7 +154,10 @@ def read_sidecar(artifact: GgufCheckpoint) -> list[tuple[Transform, Vectors]]:
         return []
     if not isinstance(names, list):
         raise DamagedFileError(f"metadata {TRANSFORMS_KEY} is no list of names", path=artifact.path)
-    transforms = [transform_of(str(name)) for name in names]
+    try:
+        transforms = [transform_of(str(name)) for name in names]
+    except BitsmithError as error:
+        raise DamagedFileError(f"metadata {TRANSFORMS_KEY}: {error.message}", path=artifact.path) from error
     path = sidecar_of(artifact.path)
     stored: Mapping[str, TensorRef] = {}
     if path.exists():
