@@ -151,30 +151,15 @@ def _print_made(console: Console, made: Made) -> None:
 
 def _print_search(console: Console, search: Search) -> None:
     """Print every transform that was tried, also those that did not help."""
-    rows: list[Sequence[str]] = [
-        (
-            one.transform,
-            str(one.instances),
-            *("unmeasured" if e is None else f"{e.value:.6f}" for e in (one.before, one.after)),
-            *(("unmeasured", "unmeasured") if one.change is None else _interval(one.change, "{:+.6f}")),
-            "" if one.outputs is None else f"{one.outputs.value:+.4f}",
-            "" if one.confidence is None else f"{one.confidence:.2%}",
-            one.reason,
-        )
-        for one in search.tried
-    ]
-    columns = (
-        "transform",
-        "changes",
-        "before",
-        "after",
-        "change",
-        "interval",
-        "output error",
-        "confidence",
-        "outcome",
-    )
-    console.print(table(columns, rows, right=columns[1:5]))
+    rows: list[Sequence[str]] = []
+    for one in search.tried:
+        before, change = "unmeasured", "unmeasured"
+        if one.before is not None and one.change is not None:
+            before = f"{one.before.value:.3g}"
+            change = f"{one.change.value:+.2g} ({_interval(one.change, '{:+.2g}')[1]})"
+        rows.append((one.transform, str(one.instances), before, change, one.reason))
+    columns = ("transform", "changes", "before", "change, interval", "outcome")
+    console.print(table(columns, rows, right=columns[1:4]))
     console.print(escape(search.protocol), highlight=False, soft_wrap=True)
 
 

@@ -61,7 +61,7 @@ SEQUENTIAL_WORK = 6e12
 """Weights times tokens up to which sequential statistics are the default: about 15 minutes on two cores."""
 
 
-_SEARCHED = "transforms are searched for when the file is written; none of them changes its bytes"
+_SEARCHED = "transforms are searched for when the file is written; its header will name those that help"
 
 
 @dataclass(frozen=True)

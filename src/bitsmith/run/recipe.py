@@ -16,7 +16,7 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import format_named
 from bitsmith.formats.blocks import BlockFormat
-from bitsmith.passes.transform import Vectors, model_of, transform_of
+from bitsmith.passes.transform import Transform, Vectors, model_of, transform_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_kld, held_out_tokens, pick
 from bitsmith.run.budget import Target, limit_of
@@ -37,7 +37,7 @@ from bitsmith.run.job import Job, Made
 from bitsmith.run.plan import Plan, Source, open_source
 from bitsmith.run.plan_file import write_plan
 from bitsmith.run.sequential import sequential
-from bitsmith.run.transform_search import Search, search
+from bitsmith.run.transform_search import Search, all_that_may_apply, search
 from bitsmith.run.transforms import asked_for, write_sidecar
 from bitsmith.run.tune import TuneOptions, TuneRecord, tune
 from bitsmith.store import open_checkpoint
@@ -180,7 +180,10 @@ class _Recipe:
 
     def allocation(self, goal: Target) -> Allocation:
         """Return plans for the goal; sensitivities are those of the weights before transforms."""
-        transforms = asked_for(self._job.transforms)
+        transforms: Sequence[Transform] = asked_for(self._job.transforms)
+        if self._job.searches:
+            with open_checkpoint(self._job.model) as checkpoint:
+                transforms = all_that_may_apply(model_of(checkpoint))
         return allocate(
             self._job.model, self._statistics, goal, transforms=transforms, progress=self._progress
         )

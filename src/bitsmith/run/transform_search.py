@@ -96,6 +96,13 @@ def default_candidates() -> list[Bundle]:
     return [tuple(orders), tuple(scales), (Rotate(),), *residual, *singly]
 
 
+def all_that_may_apply(model: Model) -> list[Transform]:
+    """Return every transform that `search` may keep for `model`, all of which a header may have to name."""
+    rotated = [] if _missing(model, (Rotate(),)) else with_needs([Rotate()])
+    longest = [order({"by": "moment"}) for order in _ORDERS]
+    return [*rotated, *(scale() for scale in _SCALES), *longest]
+
+
 def search(
     network: TextModel,
     model: Model,
