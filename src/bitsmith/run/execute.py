@@ -96,7 +96,7 @@ def plan_for(
     with open_checkpoint(model) as checkpoint:
         source = open_source(checkpoint, _transforms(transforms, plan_file))
         refuse_inexact(source)
-        opened = statistics_of(source, statistics)
+        opened = None if statistics is None else statistics_of(source, statistics)
         return _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
 
 
@@ -135,7 +135,7 @@ def compress(
     check_output(out, overwrite)
     with open_checkpoint(model) as checkpoint:
         source = open_source(checkpoint, _transforms(transforms, plan_file))
-        opened = statistics_of(source, statistics)
+        opened = None if statistics is None else statistics_of(source, statistics)
         kept = check_rounder(rounder, opened, statistics)
         todo = _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
         inputs = [*checkpoint.files, *(path for path in (statistics, plan_file) if path is not None)]
@@ -192,13 +192,11 @@ def _said(one: Applied) -> dict[str, Any]:
     return {"transform": str(one.transform), "instances": len(one.vectors), "notes": list(one.notes)}
 
 
-def statistics_of(source: Source, path: Path | None) -> Statistics | None:
+def statistics_of(source: Source, path: Path) -> Statistics:
     """Open statistics of the checkpoint as it is stored, answering for the tensors of `source`.
 
     Raises as `open_statistics` does.
     """
-    if path is None:
-        return None
     opened = open_statistics(path, [spec for spec, _ in model_of(source.checkpoint).tensors.values()])
     opened.look_up([tensor.spec for tensor in source.tensors])
     return opened

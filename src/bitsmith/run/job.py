@@ -163,8 +163,7 @@ class Job:
             return bool(self.sequential)
         with open_checkpoint(self.model) as checkpoint:
             source = open_source(checkpoint)
-            opened = statistics_of(source, statistics)
-            tokens = None if opened is None else opened.tokens()
+            tokens = statistics_of(source, statistics).tokens()
         weights = sum(tensor.ref.size for tensor in source.tensors)
         return tokens is not None and weights * sum(part.size for part in tokens) <= SEQUENTIAL_WORK
 

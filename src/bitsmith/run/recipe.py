@@ -34,7 +34,7 @@ from bitsmith.run.execute import (
 )
 from bitsmith.run.groups import groups_of
 from bitsmith.run.job import Job, Made
-from bitsmith.run.plan import Plan, Source, open_source
+from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
 from bitsmith.run.sequential import sequential
 from bitsmith.run.transform_search import Search, all_that_may_apply, search
@@ -139,12 +139,6 @@ def _key(job: Job) -> str:
     return hashlib.sha256(" ".join(facts).encode()).hexdigest()
 
 
-def _opened_statistics(source: Source, path: Path) -> Statistics:
-    found = statistics_of(source, path)
-    assert found is not None  # noqa: S101 (a path was given)
-    return found
-
-
 class _Recipe:
     """One run: what has been made so far lies in the work folder."""
 
@@ -161,7 +155,7 @@ class _Recipe:
         self._path = job.statistics or self._learned()
         self._follows = job.follows(self._path)
         with open_checkpoint(job.model) as checkpoint:
-            self._statistics = _opened_statistics(open_source(checkpoint), self._path)
+            self._statistics = statistics_of(open_source(checkpoint), self._path)
         self._tokens = held_out_tokens(job.model, self._statistics)
         if job.tune and (self._statistics.held_chunks or 0) < 1:
             raise BitsmithError("tuning needs held-out chunks, and these have none", path=self._path)
