@@ -62,6 +62,7 @@ class Permute(Transform):
     Without statistics of the site only `scale` is left, and without formats `best` is `moment`.
     """
 
+    keeps_values = True
     defaults: ClassVar[Mapping[str, Any]] = {"by": "best"}
 
     def __init__(self, options: Mapping[str, Any] | None = None) -> None:

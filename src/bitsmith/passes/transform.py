@@ -122,6 +122,7 @@ class Transform(ABC):
     axis: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[tuple[str, ...]] = ()
+    keeps_values: ClassVar[bool] = False  # only their order changes
     defaults: ClassVar[Mapping[str, Any]] = {}
 
     def __init_subclass__(cls) -> None:

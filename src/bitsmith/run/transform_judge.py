@@ -74,15 +74,18 @@ class Trial:
     state: Any
     outputs: Change | None = None
 
-    def helps(self, confidence: float) -> bool:
+    def helps(self, confidence: float, keeps_values: bool) -> bool:
         """Tell whether the change is below zero with that confidence.
 
-        Or that of the outputs is, and the change is beyond its standard error.
+        Or that of the outputs is, and the change falls by more than its standard error; where values only
+        change their order it is enough that it does not rise by more than that.
         """
         if _below_zero(self.change, confidence):
             return True
-        sure = self.outputs is not None and _below_zero(self.outputs, confidence)
-        return sure and self.change.deviation is not None and self.change.value < -self.change.deviation
+        if self.outputs is None or self.change.deviation is None:
+            return False
+        limit = self.change.deviation if keeps_values else -self.change.deviation
+        return self.change.value < limit and _below_zero(self.outputs, confidence)
 
 
 def _below_zero(change: Change, confidence: float) -> bool:

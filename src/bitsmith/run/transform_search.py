@@ -123,11 +123,12 @@ def search(
     changed tensors' errors on held-out inputs, over a sample of rows. A candidate, one transform or several
     together, is kept if the upper end of the change's interval is below zero: Student's t over chunks, or
     over tensors (fewer than 8: over inputs). Under `kld` it is also kept if that holds of the output errors
-    and the KLD falls by more than its standard error. The interval's confidence is 95 % for the first that is
-    measured and its remainder is halved with each further one, so that chance passes that test in one search
-    of twenty at most. Of variants, next to each other in `candidates`, the best that passes is kept; they
-    share their remainder. Default: `kld` up to `SEARCH_WORK`. Formats store row by row,
-    so what only scales or reorders rows of quantized tensors cannot help and is not measured.
+    and the KLD falls by more than its standard error, or, where values only change their order, does not rise
+    by more than that. The interval's confidence is 95 % for the first that is measured and its remainder is
+    halved with each further one, so that chance passes that test in one search of twenty at most. Of
+    variants, next to each other in `candidates`, the best that passes is kept; they share their remainder.
+    Default: `kld` up to `SEARCH_WORK`. Formats store row by row, so what only scales or reorders rows of
+    quantized tensors cannot help and is not measured.
 
     A transform that needs tensors added or dropped first is not tried, as the file's bytes would change. The
     decisions fit the held-out tokens, of which error feedback's guard has seen samples too: figures to quote
@@ -206,7 +207,8 @@ class _Greedy:
             self._progress("transforms", len(self.tried) + len(trials), self._total)
         measured = [trial for trial in trials if trial is not None]
         confidence = 1 - self._remainder / max(1, len(measured))
-        helping = [trial for trial in measured if trial.helps(confidence)]
+        orders = all(transform.keeps_values for bundle in variants for transform in bundle)
+        helping = [trial for trial in measured if trial.helps(confidence, orders)]
         kept = min(helping, key=lambda trial: trial.change.value) if helping else None
         winner = str(prepared[trials.index(kept)]) if kept else None
         for one, trial in zip(prepared, trials, strict=True):
@@ -261,8 +263,8 @@ class _Greedy:
         outputs = None if trial.outputs is None else trial.outputs.estimate(confidence)
         kept = winner == str(one)
         if kept:
-            reason = "kept"
-        elif trial.helps(confidence):
+            reason = "kept" if change.high is not None and change.high < 0 else "kept: outputs' errors fall"
+        elif trial.helps(confidence, all(transform.keeps_values for transform in one.bundle)):
             reason = f"helped, but {winner} helped more"
         elif change.low is not None and change.low > 0:
             reason = "did not help: it made things worse"
