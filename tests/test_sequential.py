@@ -107,6 +107,7 @@ def test_transformed_tensors_take_their_originals_place(
                 np.testing.assert_allclose(getattr(exact, name), getattr(there, name), atol=1e-4 * scale)
 
 
+@pytest.mark.slow
 def test_the_file_is_the_same_for_a_second_run(tiny_qwen3_5: Path, stats: Path, tmp_path: Path) -> None:
     job = Job(tiny_qwen3_5, tmp_path / "a.gguf", "Q2_K", statistics=stats, sequential=True, pure=True)
     first = run(job)

@@ -157,7 +157,7 @@ def short(**changes: object) -> TuneOptions:
     return TuneOptions(**{"steps": 20, "window_tokens": 32, "batch_tokens": 64, **changes})
 
 
-@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("codes", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tuning_lowers_the_measured_divergence_in_the_same_bytes(
     tiny_qwen3: Path, tmp_path: Path, codes: bool
 ) -> None:
