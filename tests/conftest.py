@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ from hypothesis import settings
 
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.lab.synth import synth
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background job inherits it, children too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("suite", deadline=None)  # the suite shares its machine; pytest-timeout bounds it
 settings.load_profile("suite")
