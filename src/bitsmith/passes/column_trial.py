@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from bitsmith.formats.format import Float32, Format
 from bitsmith.passes.axes import Channels, shared_mean
+from bitsmith.passes.choice import SAMPLE_ROWS
 from bitsmith.passes.transform import Context, Model
-from bitsmith.passes.trial import SAMPLE_ROWS, column_squares, inputs_of, sample, squares, stored_form
+from bitsmith.passes.trial import column_squares, inputs_of, sample, squares, stored_form
 
 Float64 = NDArray[np.float64]
 

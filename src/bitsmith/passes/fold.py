@@ -132,7 +132,7 @@ def _final_stays(model: Model) -> str | None:
     """Return why the final norm cannot move into the head, None where it can."""
     if model.arch.tied:
         return "the output head is the token embedding (tied)"
-    if any(spec.component == "mtp" for spec, _ in model.tensors.values()):
+    if model.has("mtp"):
         return "MTP layers read the state behind the final norm"
     return None
 

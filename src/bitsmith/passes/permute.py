@@ -371,7 +371,7 @@ class PermuteResidual(Permute):
 
     def notes(self, model: Model) -> tuple[str, ...]:
         """Say what becomes of the vision tower."""
-        if not any(spec.component == "vision" for spec, _ in model.tensors.values()):
+        if not model.has("vision"):
             return ()
         return (
             "the vision merger writes the residual channels in the new order: an mmproj file made from the "

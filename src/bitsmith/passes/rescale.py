@@ -242,9 +242,8 @@ class ScaleNormReaders(Gauge):
             for role, site in (("norm.mixer", "mixer.in"), ("norm.ffn", "ffn.in")):
                 if layer.has(role):
                     found |= _norm_sides(layer.specs[role], layer.readers(site))
-        has_mtp = any(spec.component == "mtp" for spec, _ in model.tensors.values())
         for norm in model.having("norm.final"):
-            if not has_mtp:
+            if not model.has("mtp"):
                 found |= _norm_sides(norm, model.readers("head.in"))
         return found
 

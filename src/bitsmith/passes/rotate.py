@@ -97,7 +97,7 @@ class Rotate(Transform):
 
     def notes(self, model: Model) -> tuple[str, ...]:
         """Say that a vision tower's last layer turns too."""
-        if not any(spec.component == "vision" for spec, _ in model.tensors.values()):
+        if not model.has("vision"):
             return ()
         return (
             "the vision merger is rotated too: an mmproj file made from the original checkpoint "

@@ -91,13 +91,21 @@ class Model:
         config = dict(self.checkpoint.config) or dict(self.arch.config)
         return replace(self, tensors=dict(tensors), arch=type(self.arch)(config, tensors.keys()))
 
+    def has(self, component: str) -> bool:
+        """Tell whether there are tensors of a component: `text`, `mtp` or `vision`."""
+        return any(spec.component == component for spec, _ in self.tensors.values())
+
+    def check(self, transform: Transform) -> None:
+        """Raise UnsupportedError that names the transform and says why it would not be exact, if so."""
+        if reason := transform.refusal(self):
+            raise UnsupportedError(f"{transform.name}: {reason}", path=self.checkpoint.path)
+
     def applying(self, transform: Transform, vectors: Vectors) -> Model:
         """Return the model changed by a transform whose vectors are known.
 
-        Raises UnsupportedError that names the transform and says why it would not be exact.
+        Raises as `check` does.
         """
-        if reason := transform.refusal(self):
-            raise UnsupportedError(f"{transform.name}: {reason}", path=self.checkpoint.path)
+        self.check(transform)
         notes = transform.notes(self)
         changed = transform.restructured(self)
         changed = changed.with_steps(transform.steps(changed, vectors))
@@ -192,8 +200,7 @@ def transformed(model: Model, transforms: Sequence[Transform], context: Context)
     Raises as `Model.applying` does.
     """
     for transform in transforms:
-        if reason := transform.refusal(model):
-            raise UnsupportedError(f"{transform.name}: {reason}", path=model.checkpoint.path)
+        model.check(transform)
         model = model.applying(transform, transform.vectors(model, context))
     return model
 

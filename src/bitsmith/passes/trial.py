@@ -13,6 +13,7 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats.format import Float32, Format
 from bitsmith.numerics.input_metric import DAMPING, InputMetric
+from bitsmith.passes.choice import SAMPLE_ROWS
 from bitsmith.passes.rounding import round_rows
 from bitsmith.passes.transform import Context, Model
 from bitsmith.store.checkpoint import TensorRef
@@ -20,9 +21,6 @@ from bitsmith.store.statistics import SiteStatistics, Statistics
 
 Float64 = NDArray[np.float64]
 Measure = Literal["held", "moment", "diagonal", "plain"]
-
-SAMPLE_ROWS = 256
-"""Rows of a tensor that a trial looks at."""
 
 _RUN_ROWS = 16  # rows next to each other in the sample
 _ROUNDERS = ("nearest", "weighted", "gptq")
@@ -97,12 +95,15 @@ def inputs_of(spec: TensorSpec, statistics: Statistics | None, *, moment: bool) 
 
 def sample(ref: TensorRef, rows: int = SAMPLE_ROWS) -> Float32:
     """Return runs of rows spread evenly over a matrix, `rows` at most (`rows in`)."""
-    count, runs = ref.n_rows, max(1, rows // _RUN_ROWS)
+    return np.concatenate([np.asarray(ref.read(*run), np.float32) for run in sample_runs(ref.n_rows, rows)])
+
+
+def sample_runs(count: int, rows: int = SAMPLE_ROWS) -> list[tuple[int, int]]:
+    """Return `(start, stop)` of runs spread evenly over `count` rows, `rows` of them at most."""
     if count <= rows:
-        return np.ascontiguousarray(ref.read(), np.float32)
-    size = min(_RUN_ROWS, rows)
-    starts = np.linspace(0, count - size, runs).astype(int).tolist()
-    return np.concatenate([np.asarray(ref.read(start, start + size), np.float32) for start in starts])
+        return [(0, count)]
+    size, runs = min(_RUN_ROWS, rows), max(1, rows // _RUN_ROWS)
+    return [(start, start + size) for start in np.linspace(0, count - size, runs).astype(int).tolist()]
 
 
 def column_squares(rows: NDArray[Any]) -> Float64:

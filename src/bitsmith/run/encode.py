@@ -17,9 +17,10 @@ from bitsmith.formats import Format, format_named
 from bitsmith.formats.blocks import BlockFormat
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
-from bitsmith.passes.choice import SAMPLE_ROWS, Choice, choose
+from bitsmith.passes.choice import Choice, choose
 from bitsmith.passes.correction import Correction, paired_error
 from bitsmith.passes.rounding import output_error, round_rows
+from bitsmith.passes.trial import sample_runs
 from bitsmith.run.plan import PlanRow, SourceTensor
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.statistics import SiteStatistics, Statistics
@@ -30,8 +31,6 @@ ROUNDERS: tuple[Rounder, ...] = get_args(Rounder)
 
 SLICE_BYTES = 8 << 20
 """Float32 bytes of the rows in hand at a time."""
-
-_RUN_ROWS = 16  # rows next to each other in the sample that decides
 
 
 @dataclass(frozen=True)
@@ -189,11 +188,7 @@ class TensorEncoder:
 
     def _sample(self, tensor: SourceTensor, row: PlanRow) -> Float32:
         """Return runs of rows spread evenly over the tensor, `SAMPLE_ROWS` at most."""
-        rows, runs = tensor.ref.n_rows, SAMPLE_ROWS // _RUN_ROWS
-        if rows <= SAMPLE_ROWS:
-            return self._read(tensor, row, 0, rows)
-        starts = np.linspace(0, rows - _RUN_ROWS, runs).astype(int).tolist()
-        return np.concatenate([self._read(tensor, row, start, start + _RUN_ROWS) for start in starts])
+        return np.concatenate([self._read(tensor, row, *run) for run in sample_runs(tensor.ref.n_rows)])
 
     def _slices(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Float32]:
         for start, stop in tensor.ref.slices(SLICE_BYTES):

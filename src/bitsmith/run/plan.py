@@ -389,12 +389,14 @@ def _from_folder(checkpoint: Checkpoint, model: Rewritten) -> Source:
 
 
 def _from_gguf(checkpoint: GgufCheckpoint, model: Rewritten) -> Source:
+    named = [
+        (spec, spec.gguf_name, ref) for spec, ref in model.tensors.values() if spec.gguf_name is not None
+    ]
     tensors = tuple(
-        SourceTensor(
-            spec, name, *(2 * (checkpoint[name],) if name in checkpoint else (spec.to_gguf(ref), ref))
-        )
-        for spec, ref in model.tensors.values()
-        if (name := spec.gguf_name) is not None
+        SourceTensor(spec, name, checkpoint[name], checkpoint[name])
+        if name in checkpoint
+        else SourceTensor(spec, name, spec.to_gguf(ref), ref)  # an untied head
+        for spec, name, ref in named
     )
     metadata = {k: v for k, v in checkpoint.typed_metadata().items() if k not in _REPLACED_KEYS}
     if len(tensors) < len(checkpoint):  # MTP layers were dropped

@@ -14,8 +14,6 @@ from typing import Any
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.formats import format_named
-from bitsmith.formats.blocks import BlockFormat
 from bitsmith.passes.transform import Transform, Vectors, model_of, transform_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_kld, held_out_tokens, pick
@@ -38,7 +36,7 @@ from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
 from bitsmith.run.sequential import sequential
 from bitsmith.run.transform_search import Search, all_that_may_apply, search
-from bitsmith.run.transforms import asked_for, write_sidecar
+from bitsmith.run.transforms import asked_for, block_formats, write_sidecar
 from bitsmith.run.tune import TuneOptions, TuneRecord, tune
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
@@ -185,15 +183,15 @@ class _Recipe:
     def search(self, planned: Plan) -> None:
         """Find the transforms that help where types are as planned."""
         with open_checkpoint(self._job.model) as checkpoint, open_model(self._job.model) as network:
-            formats = {
-                row.hf_name: form
-                for row in planned.rows
-                if isinstance(form := format_named(row.type), BlockFormat)
-            }
             self._search = search(
-                network, model_of(checkpoint), formats, self._statistics, self._job.rounder, self._tokens,
+                network,
+                model_of(checkpoint),
+                block_formats(planned),
+                self._statistics,
+                self._job.rounder,
+                self._tokens,
                 progress=self._progress,
-            )  # fmt: skip
+            )
         self._transforms = tuple(one.transform for one in self._search.applied)
         self._vectors = {one.transform.name: one.vectors for one in self._search.applied}
 

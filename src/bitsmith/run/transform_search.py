@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -150,11 +149,11 @@ def search(
         work = sum(ref.size for _, ref in model.tensors.values()) * tokens.size * max(1, len(chosen))
         measure = "kld" if work <= SEARCH_WORK else "output error"
     context = Context(formats, statistics)
-    with _folder() as folder:
+    with tempfile.TemporaryDirectory(prefix="bitsmith-transforms-") as folder:
         outputs = OutputErrors(context, rounder)
         judge: Judge = outputs
         if measure == "kld":
-            judge = Divergence(network, model, Blocks(folder, encoder, formats), tokens, outputs)
+            judge = Divergence(network, model, Blocks(Path(folder), encoder, formats), tokens, outputs)
         found = _Greedy(model, context, judge, _SAYS[measure], len(chosen), progress)
         for variants in _variants(chosen):
             found.take(variants)
@@ -212,7 +211,7 @@ class _Greedy:
         kept = min(helping, key=lambda trial: trial.change.value) if helping else None
         winner = str(prepared[trials.index(kept)]) if kept else None
         for one, trial in zip(prepared, trials, strict=True):
-            self.tried.append(self._line(one, trial, confidence, winner))
+            self.tried.append(self._line(one, trial, confidence, trial in helping, winner))
         self._judge.settle(measured, kept)
         self._remainder /= 2 if measured else 1
         if kept is not None:
@@ -253,6 +252,7 @@ class _Greedy:
         one: _Prepared,
         trial: Trial | None,
         confidence: float,
+        helps: bool,
         winner: str | None,
     ) -> TriedTransform:
         if trial is None:
@@ -264,7 +264,7 @@ class _Greedy:
         kept = winner == str(one)
         if kept:
             reason = "kept" if change.high is not None and change.high < 0 else "kept: outputs' errors fall"
-        elif trial.helps(confidence, all(transform.keeps_values for transform in one.bundle)):
+        elif helps:
             reason = f"helped, but {winner} helped more"
         elif change.low is not None and change.low > 0:
             reason = "did not help: it made things worse"
@@ -295,12 +295,6 @@ class _Prepared:
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.bundle))
-
-
-@contextmanager
-def _folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="bitsmith-transforms-") as folder:
-        yield Path(folder)
 
 
 def _missing(model: Model, bundle: Bundle) -> str:

@@ -13,13 +13,15 @@ from safetensors.numpy import save
 
 from bitsmith.archs import TensorSpec
 from bitsmith.archs.export import renamed
-from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
-from bitsmith.formats import format_named
+from bitsmith.errors import BitsmithError, DamagedFileError
+from bitsmith.formats import Format, format_named
+from bitsmith.formats.blocks import BlockFormat
 from bitsmith.passes.transform import (
     Applied,
     Context,
     Model,
     Transform,
+    Vector,
     Vectors,
     model_of,
     parse_transforms,
@@ -36,8 +38,6 @@ from bitsmith.store.statistics import Statistics
 
 SIDECAR_SUFFIX = ".transforms"
 """Follows a GGUF's name: a safetensors file of the vectors that lead its tensors back to the source's."""
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 AUTO, NONE = "auto", "none"
 """What may be asked for instead of names."""
@@ -64,6 +64,12 @@ def asked_for(text: str | None) -> tuple[Transform, ...]:
     return () if text in (None, AUTO, NONE) else tuple(parse_transforms(str(text)))
 
 
+def block_formats(plan: Plan) -> dict[str, Format]:
+    """Return the formats of the tensors that a plan stores in blocks, by Hugging Face name."""
+    formats = {row.hf_name: format_named(row.type) for row in plan.rows}
+    return {name: form for name, form in formats.items() if isinstance(form, BlockFormat)}
+
+
 def solved(
     source: Source,
     plan: Plan,
@@ -78,8 +84,7 @@ def solved(
     """
     if not source.transforms:
         return source, ()
-    formats = {row.hf_name: format_named(row.type) for row in plan.rows if row.type not in _FLOATS}
-    context, model = Context(formats, statistics), model_of(source.checkpoint)
+    context, model = Context(block_formats(plan), statistics), model_of(source.checkpoint)
     for done, transform in enumerate(source.transforms):
         progress(f"transform {transform.name}", done, len(source.transforms))
         vectors = (known or {}).get(transform.name)
@@ -95,8 +100,7 @@ def refuse_inexact(source: Source) -> None:
     model = model_of(source.checkpoint)
     for transform in source.transforms:
         if transform.searches:
-            if reason := transform.refusal(model):
-                raise UnsupportedError(f"{transform.name}: {reason}", path=source.checkpoint.path)
+            model.check(transform)
         else:
             model = transformed(model, [transform], Context())
 
@@ -159,20 +163,22 @@ def read_sidecar(artifact: GgufCheckpoint) -> list[tuple[Transform, Vectors]]:
     except BitsmithError as error:
         raise DamagedFileError(f"metadata {TRANSFORMS_KEY}: {error.message}", path=artifact.path) from error
     path = sidecar_of(artifact.path)
-    stored: Mapping[str, TensorRef] = {}
+    kept: dict[str, Vector] = {}
     if path.exists():
-        stored = open_safetensors(path)
-    found: list[tuple[Transform, Vectors]] = []
-    for transform in transforms:
-        prefix = f"{transform.name}/"
-        kept = {name.removeprefix(prefix): stored[name].read() for name in stored if name.startswith(prefix)}
-        found.append((transform, kept))
+        with open_safetensors(path) as stored:
+            kept = {name: ref.read() for name, ref in stored.items()}
+    found = [(transform, _vectors_of(transform, kept)) for transform in transforms]
     digest = vectors_digest([Applied(transform, vectors) for transform, vectors in found])
     if digest != artifact.metadata.get(TRANSFORMS_DIGEST_KEY):
         if not path.exists():
             raise BitsmithError("is missing; it leads the file's tensors back to the source's", path=path)
         raise DamagedFileError("does not belong to the file beside it", path=path)
     return found
+
+
+def _vectors_of(transform: Transform, kept: Vectors) -> Vectors:
+    prefix = f"{transform.name}/"
+    return {name.removeprefix(prefix): kept[name] for name in kept if name.startswith(prefix)}
 
 
 def compare_weights(model: Path, artifact: Path, progress: Progress = silent) -> tuple[WeightError, ...]:
