@@ -18,6 +18,7 @@ from bitsmith.formats.integer import Coded, GridFormat, grid_named
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
 from bitsmith.passes.grid_feedback import feedback, takes_feedback
+from bitsmith.passes.rounding import output_error
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import SLICE_BYTES, Rounder, check_rounder
 from bitsmith.store import open_checkpoint
@@ -49,7 +50,10 @@ _PROJECTOR_PREFIXES = ("model.connector.", "connector.", "multi_modal_projector.
 
 @dataclass(frozen=True)
 class CellmTensor:
-    """One tensor as written, scales counted; `relative_error` is `sum (w - decoded)^2 / sum w^2`."""
+    """One tensor as written, scales counted; `relative_error` is `sum (w - decoded)^2 / sum w^2`.
+
+    `held_error` is `sum |E x|² / sum |W x|²` over held-out inputs x, None where there are none.
+    """
 
     name: str
     dtype: str
@@ -57,6 +61,7 @@ class CellmTensor:
     rounder: str
     nbytes: int
     relative_error: float
+    held_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -204,6 +209,12 @@ class _Guide:
         spec = self._specs.get(name)
         return None if spec is None or self._rounder == "nearest" else self._statistics.hugging_face(spec)
 
+    def held(self, name: str) -> Float32 | None:
+        """Return the held-out inputs of a tensor (`rows in`), where there are any."""
+        spec = self._specs.get(name)
+        inputs = None if spec is None else self._statistics.hugging_face(spec)
+        return None if inputs is None or inputs.held is None or not len(inputs.held) else inputs.held
+
     def metric(self, grid: GridFormat, inputs: SiteStatistics) -> InputMetric | None:
         """Return the metric for error feedback, None where the weighted search is to be taken."""
         takes = takes_feedback(grid, len(inputs.diagonal))
@@ -212,6 +223,29 @@ class _Guide:
         if inputs.site != self._site or self._metric is None:
             self._site, self._metric = inputs.site, InputMetric(inputs.moment)
         return self._metric
+
+
+class _Total:
+    """Sums over a tensor's slices: weights and errors, and what both make of held-out inputs."""
+
+    def __init__(self, held: Float32 | None) -> None:
+        self._held = held
+        self._error = self._energy = self._held_error = self._held_energy = 0.0
+
+    def add(self, rows: Float32, decoded: Float32) -> None:
+        """Take a slice and what it decodes to."""
+        errors = rows - decoded
+        self._error += _squares(errors)
+        self._energy += _squares(rows)
+        if self._held is not None:
+            self._held_error += output_error(errors, self._held)
+            self._held_energy += output_error(rows, self._held)
+
+    def errors(self) -> tuple[float, float | None]:
+        """Return the relative error of the weights, and that of the outputs."""
+        outputs = self._held_error / self._held_energy if self._held_energy else 0.0
+        weights = self._error / self._energy if self._energy else 0.0
+        return weights, None if self._held is None else outputs
 
 
 class _Job:
@@ -251,7 +285,9 @@ class _Job:
 
     def _encoded(self, info: CellmInfo) -> Iterator[Bytes]:
         ref, grid, half = self._checkpoint[info.name], self._grids.get(info.name), format_named("F16")
-        scales, error, energy, rounder = [], 0.0, 0.0, "nearest"
+        scales, rounder = [], "nearest"
+        held = None if grid is None or self._guide is None else self._guide.held(info.name)
+        total = _Total(held)
         for start, stop in ref.slices(SLICE_BYTES):
             rows = self._read(ref, start, stop)
             if grid is None:
@@ -261,17 +297,15 @@ class _Job:
                 coded, rounder = self._coded(info.name, grid, rows)
                 blocks, decoded = cellm_rows(coded, info.dtype), grid.dequantize(coded)
                 scales.append(coded.scales.astype("<f2"))
-            error += _squares(rows - decoded)
-            energy += _squares(rows)
+            total.add(rows, decoded)
             yield blocks.reshape(-1)
         nbytes = info.nbytes
         if grid is not None and grid.bits > 1:
             waiting = np.concatenate([part.reshape(-1) for part in scales]).view(np.uint8)
             self._scales[info.name + SCALE_SUFFIX] = waiting
             nbytes += waiting.size
-        relative = error / energy if energy else 0.0
         name = None if grid is None else grid.name
-        self.written.append(CellmTensor(info.name, info.dtype, name, rounder, nbytes, relative))
+        self.written.append(CellmTensor(info.name, info.dtype, name, rounder, nbytes, *total.errors()))
 
     def _coded(self, name: str, grid: GridFormat, rows: Float32) -> tuple[Coded, str]:
         """Return coded rows and the rounder that was taken."""
