@@ -92,7 +92,7 @@ class MXFP4(_Microscale):
     rising = 256
     scale_values = _E8M0[2:253]
     scale_limits = (0, 250)
-    offsets = np.array([0, -1, -2, -3])
+    offsets = np.array([0, -1, -2, -3])  # twice a scale has half of its levels
 
 
 class NVFP4(_Microscale):
@@ -110,7 +110,7 @@ class NVFP4(_Microscale):
     rising = 127
     scale_values = _UE4M3[:127]
     scale_limits = (0, 126)
-    offsets = np.array([0, -1, 1, -2, 2, -3, 3, -4, 4, -5, 5, -6, 6, -7, 7, -8])
+    offsets = np.array(sorted(range(-8, 13), key=abs))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
