@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.run import decode
+from bitsmith.run.cellm import write_cellm
 from bitsmith.run.continuation import Chat, continue_prompt
 from bitsmith.run.decode import Decoder, positions
 from bitsmith.run.evaluate import open_model
@@ -52,12 +53,18 @@ def _of_transformers(folder: Path, tokens: list[int], n_tokens: int) -> list[int
     return found[0, len(tokens) :].tolist()
 
 
+@pytest.fixture(scope="module")
+def expected(demo_model: Path, tokenizer: Tokenizer) -> list[int]:
+    """128 greedy tokens of transformers on the original, in float32."""
+    found = _of_transformers(demo_model, tokenizer.encode(PROMPT).ids, 128)
+    assert len(found) == 128
+    return found
+
+
 @pytest.mark.parametrize("kind", ["folder", "BF16", "F32"])
 def test_greedy_tokens_are_transformers_of_the_original(
-    kind: str, demo_model: Path, ggufs: dict[str, Path], tokenizer: Tokenizer
+    kind: str, demo_model: Path, ggufs: dict[str, Path], expected: list[int], tokenizer: Tokenizer
 ) -> None:
-    expected = _of_transformers(demo_model, tokenizer.encode(PROMPT).ids, 128)
-    assert len(expected) == 128
     found = continue_prompt(demo_model if kind == "folder" else ggufs[kind], PROMPT, 128)
     assert list(found.tokens) == expected
     assert (found.text, found.stopped) == (tokenizer.decode(expected), "length")
@@ -255,7 +262,7 @@ def test_templates_have_what_transformers_offers(tmp_path: Path) -> None:
 
 def test_a_conversation_goes_on_from_what_is_in_memory(demo_model: Path) -> None:
     with open_model(demo_model) as model:
-        talk = Chat(model, GREEDY, 512)
+        talk = Chat(model, GREEDY, ctx_tokens=512)
         first, second = talk.say("import os", 12), talk.say("class A:", 12)
         vocabulary = Vocabulary(model)
         messages = [("user", "import os"), ("assistant", first.text), ("user", "class A:")]
@@ -267,7 +274,7 @@ def test_a_conversation_goes_on_from_what_is_in_memory(demo_model: Path) -> None
 
 def test_a_turn_that_does_not_fit_leaves_the_conversation_as_it_was(demo_model: Path) -> None:
     with open_model(demo_model) as model:
-        talk, undisturbed = Chat(model, GREEDY, 64), Chat(model, GREEDY, 64)
+        talk, undisturbed = Chat(model, GREEDY, ctx_tokens=64), Chat(model, GREEDY, ctx_tokens=64)
         for one in (talk, undisturbed):
             one.say("import os", 4)
         with pytest.raises(BitsmithError, match="context holds 64"):
@@ -288,6 +295,14 @@ def test_llama_cpp_writes_the_same_text_and_streams_it(ggufs: dict[str, Path]) -
         for seed in (1, 1, 2)
     ]
     assert seeded[0] == seeded[1] != seeded[2]
+
+
+def test_a_cellm_file_takes_its_tokenizer_from_another_model(demo_model: Path, tmp_path: Path) -> None:
+    file = write_cellm(demo_model, tmp_path / "m.cellm", "f16").out
+    with pytest.raises(BitsmithError, match=r"m\.cellm: has no tokenizer"):
+        continue_prompt(file, PROMPT, 4)
+    found = continue_prompt(file, PROMPT, 16, chat=True, tokenizer=demo_model)
+    assert found.tokens == continue_prompt(demo_model, PROMPT, 16, chat=True).tokens
 
 
 def test_the_seed_decides_the_text(demo_model: Path) -> None:

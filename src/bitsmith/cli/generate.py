@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bitsmith.run.generate import Continuation
 
 _Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .safetensors file or a .gguf file.")
+    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf or a .cellm file.")
 ]
 _Gen = Annotated[int, typer.Option("--gen", "-n", "--n-tokens", min=1, help="New tokens at most.")]
 _Temperature = Annotated[
@@ -30,6 +30,10 @@ _Penalty = Annotated[
 ]
 _Window = Annotated[int, typer.Option("--repeat-window", help="Tokens that the penalty looks back over.")]
 _Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")]
+_Tokenizer = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", metavar="MODEL", help="Where tokenizer and chat template are, if not there."),
+]
 _Ctx = Annotated[
     int | None, typer.Option("--ctx", min=1, help="Context in tokens; default: the model's positions.")
 ]
@@ -48,6 +52,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Put the prompt in the model's chat template.")
     ] = False,
+    tokenizer: _Tokenizer = None,
     ctx: _Ctx = None,
     backend: Annotated[
         Literal["own", "llama"],
@@ -62,12 +67,14 @@ def generate(
         from bitsmith.run.generate import continue_with_llama
         from bitsmith.run.vocabulary import chat_prompt
 
-        text = chat_prompt(model, prompt) if chat else prompt
+        text = chat_prompt(tokenizer or model, prompt) if chat else prompt
         found = continue_with_llama(model, text, gen, sampling, ctx_tokens=ctx, emit=_write)
     else:
         from bitsmith.run.continuation import continue_prompt
 
-        found = continue_prompt(model, prompt, gen, sampling, chat=chat, ctx_tokens=ctx, emit=_write)
+        found = continue_prompt(
+            model, prompt, gen, sampling, chat=chat, tokenizer=tokenizer, ctx_tokens=ctx, emit=_write
+        )
     typer.echo()
     typer.echo(_told(found), err=True)
 
@@ -81,6 +88,7 @@ def chat(
     repeat_penalty: _Penalty = 1.05,
     repeat_window: _Window = 64,
     seed: _Seed = 0,
+    tokenizer: _Tokenizer = None,
     ctx: _Ctx = None,
 ) -> None:
     """Talk with MODEL: a line of stdin is a message; the end of stdin ends the talk."""
@@ -89,8 +97,8 @@ def chat(
     from bitsmith.run.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, repeat_penalty, repeat_window, seed)
-    with open_model(model) as opened:
-        talk = Chat(opened, sampling, ctx)
+    with open_model(model) as opened, open_model(tokenizer or model) as teller:
+        talk = Chat(opened, sampling, teller, ctx)
         for line in _lines():
             try:
                 found = talk.say(line, gen, _write)

@@ -28,6 +28,7 @@ def continue_prompt(
     sampling: Sampling = GREEDY,
     *,
     chat: bool = False,
+    tokenizer: Path | None = None,
     ctx_tokens: int | None = None,
     memory_bytes: int | None = None,
     emit: Emit | None = None,
@@ -35,13 +36,14 @@ def continue_prompt(
     """Return what the model at `path` puts after `prompt`, at most `n_tokens` tokens; `emit` gets it growing.
 
     With `chat` the prompt is the user's message in the model's chat template. `ctx_tokens` bounds prompt and
-    answer together; by default the model's positions do.
+    answer together; by default the model's positions do. `tokenizer` names the model whose tokenizer, chat
+    template and stop tokens serve, for a file that has none, such as a .cellm alone.
 
     Raises BitsmithError for a prompt that is empty or does not fit, for `chat` without a template, and as
     `Vocabulary` and `Decoder` do.
     """
-    with open_model(path) as model:
-        vocabulary = Vocabulary(model)
+    with open_model(path) as model, open_model(tokenizer or path) as teller:
+        vocabulary = Vocabulary(teller)
         text = vocabulary.chat_text([{"role": "user", "content": prompt}]) if chat else prompt
         tokens = vocabulary.encode(text)
         room = positions(model, ctx_tokens)
@@ -54,18 +56,20 @@ class Chat:
     """A conversation with a model in memory; what the turns have in common is not computed again.
 
     `ctx_tokens` bounds the whole conversation (default: 8192, or the model's positions where they are fewer).
-    Raises as `continue_prompt` does.
+    `teller` has the tokenizer, the chat template and the stop tokens (default: `model`). Raises as
+    `continue_prompt` does.
     """
 
     def __init__(
         self,
         model: TextModel,
         sampling: Sampling,
+        teller: TextModel | None = None,
         ctx_tokens: int | None = None,
         memory_bytes: int | None = None,
     ) -> None:
         self._path = model.checkpoint.path
-        self._vocabulary = Vocabulary(model)
+        self._vocabulary = Vocabulary(teller or model)
         room = positions(model, ctx_tokens)
         room = min(room, CHAT_CTX_TOKENS) if ctx_tokens is None else room
         self._decoder = Decoder(model, room, memory_bytes)

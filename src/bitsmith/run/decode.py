@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import DynamicCache
 
 from bitsmith.errors import BitsmithError
-from bitsmith.run.forward import TextModel, _Network, _quiet_transformers, _tensor
+from bitsmith.run.forward import TextModel, _embed, _Network, _quiet_transformers, _tensor
 
 _BLOCK_TOKENS = 512  # of a prompt at a time, which bounds what the activations take
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -24,7 +24,7 @@ _MEMINFO = Path("/proc/meminfo")
 class Decoder:
     """transformers' own layers in float32, all in memory, with the states of one sequence.
 
-    `weight_bytes` counts the layers, the final norm and the head; rows of an untied embedding are read when
+    `weight_bytes` counts the layers, the final norm and the head; rows of the embedding are read when
     needed. `cache_bytes` is what K, V and the DeltaNet states take when all `ctx_tokens` are used.
 
     Raises BitsmithError where both together exceed `memory_bytes` (default: what is available now), for a
@@ -84,7 +84,9 @@ class Decoder:
         """Return the states (`1 T hidden`) behind the last layer."""
         stop = self.n_tokens + len(tokens)
         positions = torch.arange(self.n_tokens, stop)[None]
-        hidden = self._embedded(tokens)
+        states = np.empty((1, len(tokens), self._network.hidden_size), np.float32)
+        _embed(self._model, np.asarray(tokens, np.int64)[None], states)
+        hidden = torch.from_numpy(states)
         rotary = self._network._rotary(hidden, positions)
         mask = None
         if self.n_tokens and len(tokens) > 1:  # otherwise scaled_dot_product_attention needs none
@@ -99,19 +101,6 @@ class Decoder:
             )
         self.n_tokens = stop
         return hidden
-
-    def _embedded(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Return the embedding (`1 T hidden`) of `tokens`."""
-        embedding = self._model.embedding
-        if not 0 <= min(tokens) <= max(tokens) < embedding.n_rows:
-            raise BitsmithError(
-                f"tokens {min(tokens)} to {max(tokens)} are asked for, there are rows for {embedding.n_rows}",
-                path=self._model.checkpoint.path,
-                tensor=embedding.name,
-            )
-        if self._model.arch.tied:
-            return self._head[list(tokens)][None]
-        return torch.cat([_tensor(embedding, token, token + 1) for token in tokens])[None]
 
     def _built_norm(self) -> torch.nn.Module:
         arch, network = self._model.arch, self._network
