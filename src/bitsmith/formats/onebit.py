@@ -19,7 +19,9 @@ _STARTS = floats(
     3.0, -5.01, -2.59, 8.38, 2.24, 4.33, -14.0, -3.47, 2.59, 14.0, 3.47, -2.08, -7.78, 5.8, 1.93, -3.0, 1.34,
     -4.02, 2.79, 2.41, 3.74, -6.24, -2.41, 5.01,
 )  # fmt: skip
-_PLAIN_STARTS = 12  # where every weight counts the same
+"""Where Q2_0's search begins, picked as those in `formats.starts`."""
+_PLAIN_STARTS = floats(2.79, -2.41, 3.74, 2.24, -3.0, 3.23, 4.66, 2.59)
+"""The same where every weight counts the same."""
 
 
 class Q1_0(BlockFormat):
@@ -63,7 +65,7 @@ class Q2_0(BlockFormat):
     levels = np.arange(-1, 3, dtype=np.float32)
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
-        starts = _STARTS if weights is not None else _STARTS[:_PLAIN_STARTS]
+        starts = _STARTS if weights is not None else _PLAIN_STARTS
         fit_symmetric(blocks, weights, first, self.levels[0], self.levels[-1], EVEN, starts, 1, fields.d)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
