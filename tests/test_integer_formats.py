@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from bitsmith.errors import BitsmithError
 from bitsmith.formats.integer import GRIDS, Coded, GridFormat, grid_named, pack_codes, unpack_codes
 from bitsmith.numerics.input_metric import InputMetric
-from bitsmith.passes.grid_feedback import feedback
+from bitsmith.passes.choice import Choice
+from bitsmith.passes.grid_feedback import choose_grid, feedback
 from bitsmith.passes.rounding import FEEDBACK_ONLY
+from bitsmith.store.site_statistics import SiteStatistics
 
 Float32 = NDArray[np.float32]
 SEARCHED = [name for name, grid in GRIDS.items() if not grid.seed]
@@ -270,6 +272,25 @@ def test_feedback_on_a_row_does_not_depend_on_the_others(name: str) -> None:
     for a, b in zip(whole, alone, strict=True):
         if a is not None and b is not None:
             assert np.array_equal(a[5:9], b)
+
+
+def test_the_rounder_is_chosen_by_held_out_inputs() -> None:
+    rows, moment = correlated(64)
+    held = np.random.default_rng(9).multivariate_normal(np.zeros(64), moment, 200).astype(np.float32)
+    inputs = SiteStatistics("site", 512, np.diagonal(moment).astype(np.float32), moment=moment, held=held)
+    choice = choose_grid(GRIDS["int2"], rows, inputs)
+    assert (choice.rounder, choice.shrink > 0) == ("gptq", True)
+    assert min(choice.held_errors.values()) < 0.6 * choice.held_errors["weighted"]
+    opposite = replace(
+        inputs, moment=np.linalg.inv(moment)
+    )  # calibration that has nothing to do with the text
+    assert choose_grid(GRIDS["int2"], rows, opposite).rounder in ("weighted", "nearest")
+    assert choose_grid(GRIDS["int2"], rows, inputs, "weighted") == Choice("weighted")
+    assert choose_grid(GRIDS["int2"], rows, replace(inputs, moment=None)) == Choice("weighted")
+    assert choose_grid(GRIDS["int2"], rows, replace(inputs, held=None)) == Choice("weighted")
+    assert choose_grid(GRIDS["int2"], rows, replace(inputs, held=None), "gptq") == Choice("gptq", 0.01)
+    assert choose_grid(GRIDS["cellm-i2"], rows, inputs) == Choice("nearest")
+    assert choose_grid(GRIDS["int2"], rows, None) == Choice("nearest")
 
 
 def test_plain_feedback_is_gptq_on_the_same_scales() -> None:

@@ -17,8 +17,10 @@ from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.integer import Coded, GridFormat, grid_named
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
-from bitsmith.passes.grid_feedback import feedback, takes_feedback
+from bitsmith.passes.choice import Choice
+from bitsmith.passes.grid_feedback import choose_grid, feedback
 from bitsmith.passes.rounding import output_error
+from bitsmith.passes.trial import sample
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import SLICE_BYTES, Rounder, check_rounder
 from bitsmith.store import open_checkpoint
@@ -102,10 +104,11 @@ def write_cellm(
 ) -> CellmRecord:
     """Write `model` (a Hugging Face checkpoint, or a .cellm of floats) to the .cellm file `out`.
 
-    `like_seed` takes cellm's encodings and its choice of tensors; without it all matrices of the text model
-    are quantized (`selection`) with searched scales, weighed by `statistics` or rounded by error feedback
-    where these hold second moments (`rounder`). What is not quantized is float16. `group` columns share a
-    scale (32, 64 or 128; None: a row, with q1 128). Memory holds a slice of one tensor and its scales.
+    `like_seed` takes cellm's encodings and its choice of tensors. Without it all matrices of the text model
+    are quantized (`selection`) with searched scales; with `statistics` each is coded by the weighted search
+    or by error feedback, whichever `rounder` allows and does best on held-out inputs (`choose_grid`). What is
+    not quantized is float16. `group` columns share a scale (32, 64 or 128; None: a row, with q1 128). Memory
+    holds a slice of one tensor, its scales and one site's statistics.
 
     Raises BitsmithError for an unknown kind, group or rounder and for statistics with `like_seed`;
     UnsupportedError for weights that are no floats; DamagedFileError for one that is not finite; OutputError
@@ -195,41 +198,55 @@ def cellm_metadata(checkpoint: Checkpoint, *, like_seed: bool = False) -> dict[s
 
 
 class _Guide:
-    """Statistics of what each tensor reads, and the metric of the site last asked for."""
+    """Statistics of what each tensor reads, what they make of it, and the metrics of one site."""
 
     def __init__(self, checkpoint: Checkpoint, path: Path, rounder: str) -> None:
         self._specs: dict[str, TensorSpec] = {spec.name: spec for spec, _ in claim(checkpoint)}
         self._statistics: Statistics = open_statistics(path, self._specs.values())
         self._rounder: Rounder = check_rounder(rounder, self._statistics, path)
         self._site = ""
-        self._metric: InputMetric | None = None
+        self._metrics: dict[tuple[float, float], InputMetric] = {}
 
     def inputs(self, name: str) -> SiteStatistics | None:
-        """Return what a tensor's inputs are like, None where nobody knows or nobody asked."""
+        """Return what a tensor's inputs are like, None where nobody knows."""
         spec = self._specs.get(name)
-        return None if spec is None or self._rounder == "nearest" else self._statistics.hugging_face(spec)
+        return None if spec is None else self._statistics.hugging_face(spec)
 
-    def held(self, name: str) -> Float32 | None:
-        """Return the held-out inputs of a tensor (`rows in`), where there are any."""
-        spec = self._specs.get(name)
-        inputs = None if spec is None else self._statistics.hugging_face(spec)
-        return None if inputs is None or inputs.held is None or not len(inputs.held) else inputs.held
+    def choice(self, ref: TensorRef, grid: GridFormat) -> Choice:
+        """Return how a tensor is rounded, by a sample of its rows."""
+        inputs, rows = self.inputs(ref.name), sample(ref)
+        if inputs is None or first_non_finite(rows) is not None:
+            return Choice("nearest")
+        return choose_grid(
+            grid, rows, inputs, self._rounder, metric_for=lambda *key: self._metric(inputs, *key)
+        )  # fmt: skip
 
-    def metric(self, grid: GridFormat, inputs: SiteStatistics) -> InputMetric | None:
-        """Return the metric for error feedback, None where the weighted search is to be taken."""
-        takes = takes_feedback(grid, len(inputs.diagonal))
-        if inputs.moment is None or self._rounder == "weighted" or not takes:
-            return None
-        if inputs.site != self._site or self._metric is None:
-            self._site, self._metric = inputs.site, InputMetric(inputs.moment)
-        return self._metric
+    def coded(self, name: str, grid: GridFormat, rows: Float32, choice: Choice) -> Coded:
+        """Return rows coded as was chosen."""
+        inputs = None if choice.rounder == "nearest" else self.inputs(name)
+        if inputs is None:
+            return grid.quantize(rows)
+        if choice.damping is None:
+            return grid.quantize(rows, inputs.importance)
+        return feedback(grid, rows, self._metric(inputs, choice.damping, choice.shrink))
+
+    def _metric(self, inputs: SiteStatistics, damping: float, shrink: float) -> InputMetric:
+        if inputs.moment is None:
+            raise BitsmithError("error feedback needs second moments", path=self._statistics.path)
+        if inputs.site != self._site:
+            self._site, self._metrics = inputs.site, {}
+        key = damping, shrink
+        if key not in self._metrics:
+            self._metrics[key] = InputMetric(inputs.moment, damping, shrink=shrink)
+        return self._metrics[key]
 
 
 class _Total:
     """Sums over a tensor's slices: weights and errors, and what both make of held-out inputs."""
 
-    def __init__(self, held: Float32 | None) -> None:
-        self._held = held
+    def __init__(self, inputs: SiteStatistics | None) -> None:
+        held = None if inputs is None else inputs.held
+        self._held = held if held is not None and len(held) else None
         self._error = self._energy = self._held_error = self._held_energy = 0.0
 
     def add(self, rows: Float32, decoded: Float32) -> None:
@@ -285,16 +302,17 @@ class _Job:
 
     def _encoded(self, info: CellmInfo) -> Iterator[Bytes]:
         ref, grid, half = self._checkpoint[info.name], self._grids.get(info.name), format_named("F16")
-        scales, rounder = [], "nearest"
-        held = None if grid is None or self._guide is None else self._guide.held(info.name)
-        total = _Total(held)
+        scales, choice, total = [], Choice("nearest"), _Total(None)
+        if grid is not None and self._guide is not None:
+            choice, total = self._guide.choice(ref, grid), _Total(self._guide.inputs(info.name))
         for start, stop in ref.slices(SLICE_BYTES):
             rows = self._read(ref, start, stop)
             if grid is None:
                 blocks = half.encode(rows)
                 decoded = half.decode(blocks)
             else:
-                coded, rounder = self._coded(info.name, grid, rows)
+                guide = self._guide
+                coded = grid.quantize(rows) if guide is None else guide.coded(info.name, grid, rows, choice)
                 blocks, decoded = cellm_rows(coded, info.dtype), grid.dequantize(coded)
                 scales.append(coded.scales.astype("<f2"))
             total.add(rows, decoded)
@@ -305,17 +323,7 @@ class _Job:
             self._scales[info.name + SCALE_SUFFIX] = waiting
             nbytes += waiting.size
         name = None if grid is None else grid.name
-        self.written.append(CellmTensor(info.name, info.dtype, name, rounder, nbytes, *total.errors()))
-
-    def _coded(self, name: str, grid: GridFormat, rows: Float32) -> tuple[Coded, str]:
-        """Return coded rows and the rounder that was taken."""
-        inputs = None if self._guide is None else self._guide.inputs(name)
-        if self._guide is None or inputs is None:
-            return grid.quantize(rows), "nearest"
-        metric = self._guide.metric(grid, inputs)
-        if metric is None:
-            return grid.quantize(rows, inputs.importance), "weighted"
-        return feedback(grid, rows, metric), "gptq"
+        self.written.append(CellmTensor(info.name, info.dtype, name, choice.rounder, nbytes, *total.errors()))
 
     def _read(self, ref: TensorRef, start: int, stop: int) -> Float32:
         """Return rows as a matrix (whatever has no columns as one row)."""
