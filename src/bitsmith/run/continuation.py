@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.errors import BitsmithError
+from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.decode import Decoder, positions
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import TextModel
@@ -125,7 +125,7 @@ def written(
 
     for token in _picked(decoder, logits, n_tokens, Sampler(sampling, prompt)):
         if token in vocabulary.stops:
-            stopped = f"stop token {vocabulary.tokenizer.id_to_token(token)}"
+            stopped = f"stop token {printable(vocabulary.tokenizer.id_to_token(token) or str(token))}"
             break
         tokens.append(token)
         put(pieces.push(token))
