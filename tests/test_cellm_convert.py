@@ -228,6 +228,21 @@ def unfinished(model: Path) -> None:
 REFUSALS: dict[str, tuple[Callable[[Path, Path], Any], type[BitsmithError], str]] = {
     "kind": (lambda m, t: write_cellm(m, t / "x.cellm", "i3"), BitsmithError, "kind 'i3'; known: f16, i8"),
     "group": (lambda m, t: write_cellm(m, t / "x.cellm", "i4", group=48), BitsmithError, "grid 'int4_g48'"),
+    "blocks": (
+        lambda m, t: write_cellm(m, t / "x.cellm", "q1", group=64),
+        BitsmithError,
+        "groups of 128 columns, not 64",
+    ),
+    "selection": (
+        lambda m, t: write_cellm(m, t / "x.cellm", "i4", selection="all"),  # type: ignore[arg-type]
+        BitsmithError,
+        "unknown selection 'all'; known: cellm, text, layers",
+    ),
+    "rounder": (
+        lambda m, t: write_cellm(m, t / "x.cellm", "i4", rounder="gptq"),
+        BitsmithError,
+        "rounder gptq needs statistics",
+    ),
     "suffix": (lambda m, t: write_cellm(m, t / "x.gguf", "i4"), OutputError, "must end in .cellm"),
     "statistics": (
         lambda m, t: write_cellm(m, t / "x.cellm", "i4", like_seed=True, statistics=t / "stats"),

@@ -110,17 +110,14 @@ def write_cellm(
     not quantized is float16. `group` columns share a scale (32, 64 or 128; None: a row, with q1 128). Memory
     holds a slice of one tensor, its scales and one site's statistics.
 
-    Raises BitsmithError for an unknown kind, group or rounder and for statistics with `like_seed`;
+    Raises BitsmithError for an unknown kind, group, selection or rounder and for statistics with `like_seed`;
     UnsupportedError for weights that are no floats; DamagedFileError for one that is not finite; OutputError
     as `atomic_file` does and for a name that does not end in .cellm. Nothing is written then.
     """
     started = time.monotonic()
     grid = _grid(kind, like_seed, group)
     choice: Selection = selection or ("cellm" if like_seed else "text")
-    if out.suffix != ".cellm":
-        raise OutputError("cannot tell what to write: the output's name must end in .cellm", path=out)
-    if like_seed and statistics is not None:
-        raise BitsmithError("cellm's encodings use no statistics: leave out one of the two")
+    _refuse_options(out, choice, rounder, like_seed, statistics)
     with open_checkpoint(model) as checkpoint:
         _refuse_source(checkpoint)
         grids = {
@@ -132,9 +129,7 @@ def write_cellm(
         job = _Job(checkpoint, grids, guide, progress)
         metadata = cellm_metadata(checkpoint, like_seed=like_seed)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
-        size = write_cellm_file(
-            out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources
-        )  # fmt: skip
+        size = write_cellm_file(out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources)
         parameters = sum(ref.size for ref in checkpoint.values())
     named = next(known for known in KINDS if known == kind)
     seconds = time.monotonic() - started
@@ -343,11 +338,27 @@ class _Job:
 def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:
     if kind not in KINDS:
         raise BitsmithError(f"unknown kind {printable(kind)!r}; known: {', '.join(KINDS)}")
-    if kind == "f16" or (kind == "q1" and group == 128):
+    if kind == "q1" and group not in (None, 128):
+        raise BitsmithError(f"{Q1} has groups of 128 columns, not {group}")
+    if kind in ("f16", "q1"):
         group = None
     grids = _SEED_GRIDS if like_seed else _GRIDS
     suffix = "" if group is None else f"_g{group}"
     return None if kind == "f16" else grid_named(grids[kind] + suffix)
+
+
+def _refuse_options(
+    out: Path, selection: str, rounder: str, like_seed: bool, statistics: Path | None
+) -> None:
+    if out.suffix != ".cellm":
+        raise OutputError("cannot tell what to write: the output's name must end in .cellm", path=out)
+    if selection not in get_args(Selection):
+        known = ", ".join(get_args(Selection))
+        raise BitsmithError(f"unknown selection {printable(selection)!r}; known: {known}")
+    if like_seed and statistics is not None:
+        raise BitsmithError("cellm's encodings use no statistics: leave out one of the two")
+    if statistics is None:
+        check_rounder(rounder, None, None)
 
 
 def _refuse_source(checkpoint: Checkpoint) -> None:
