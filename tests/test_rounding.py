@@ -65,7 +65,7 @@ MOMENTS = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS.values(), ids=MOMENTS.keys())
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q8_0", "Q4_1", "IQ4_XS"])
+@pytest.mark.parametrize("name", ["Q1_0", "Q2_0", "NVFP4", "Q2_K", "Q3_K", "Q4_K", "Q8_0", "Q4_1", "IQ4_XS"])
 def test_a_hard_moment_never_spoils_weights(name: str, moment: np.ndarray) -> None:
     form, rows = format_named(name), weights(8, 512)
     rows[0] = 0

@@ -36,10 +36,15 @@ def random_tokens(vocab: int, chunks: int, ctx: int, seed: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def coded(tiny_qwen3_5: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny GGUF that has rows permuted, norms shifted, MTP tensors and all of the K and IQ4 formats."""
+    """A tiny GGUF that has rows permuted, norms shifted, MTP tensors and all of the K and IQ4 formats.
+
+    One tensor's scales are no float16: it stays as it is.
+    """
     out = tmp_path_factory.mktemp("coded") / "mixed.gguf"
     rules = [(f"blk.{n}.", TYPES[n % len(TYPES)]) for n in range(5)]
-    compress(tiny_qwen3_5, out, "Q2_K", tensor_types=[("token_embd", "Q8_0"), *rules])
+    compress(
+        tiny_qwen3_5, out, "Q2_K", tensor_types=[("token_embd", "Q8_0"), ("blk.2.ffn_up", "MXFP4"), *rules]
+    )
     return out
 
 
@@ -71,7 +76,9 @@ def test_packed_bytes_decode_to_the_value_after_a_step(tiny_qwen3_5: Path, coded
         )
 
 
-@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q6_K"])
+@pytest.mark.parametrize(
+    "name", ["Q1_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q6_K"]
+)
 def test_a_latent_code_starts_in_its_cell_beside_the_original(name: str) -> None:
     form = format_named(name)
     assert isinstance(form, BlockFormat)

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 
 from bitsmith import __version__
+from bitsmith.cli.generate import chat, generate
 from bitsmith.errors import BitsmithError
 from bitsmith.progress import Progress
 
@@ -28,6 +29,8 @@ lab = typer.Typer(
     help="Make tiny real models and synthetic checkpoints of real shapes.", no_args_is_help=True
 )
 app.add_typer(lab, name="lab")
+app.command()(generate)
+app.command()(chat)
 
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .safetensors file or a .gguf file.")
@@ -328,18 +331,6 @@ def compare(
         errors = run(ref, candidate, progress)
     print_weight_errors(errors)
     _write_json(json_out, {"tensors": [asdict(error) for error in errors]})
-
-
-@app.command()
-def generate(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A .gguf file.")],
-    prompt: Annotated[str, typer.Option("-p", "--prompt", help="Text to continue.")],
-    n_tokens: Annotated[int, typer.Option("-n", "--n-tokens", min=1, help="Tokens to generate.")] = 64,
-) -> None:
-    """Continue a prompt with real llama.cpp (needs the `llama` extra), greedily."""
-    from bitsmith.run.generate import generate as run
-
-    typer.echo(run(model, prompt, n_tokens))
 
 
 @app.command()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -19,6 +19,7 @@ from bitsmith.numerics.threads import for_ranges
 
 Codes = NDArray[np.uint8]
 Int16 = NDArray[np.int16]
+Scales = NDArray[Any]  # int16, or float32 where a format has `scale_values`
 
 _LEAST_WEIGHTS = 1 << 15  # worth a thread
 
@@ -27,11 +28,12 @@ class Fields(NamedTuple):
     """What a block stores beside its codes, for `n` blocks of `s` sub-blocks.
 
     `d` and `m` (`n`) are float16 values held as float32, `scales` and `mins` (`n s`) whole numbers.
+    Where a format has `scale_values`, `d` is 1 and `scales` are float32, each a stored value.
     """
 
     d: Float32
     m: Float32
-    scales: Int16
+    scales: Scales
     mins: Int16
 
     @classmethod
@@ -63,7 +65,9 @@ class BlockFormat(Format):
     `levels` are the grid in units of the scale by code; the first and last code that may be written are
     `first_code` and the last level's. Where levels are no whole numbers in a row, `level_table` has the level
     nearest to a place `p` at `floor(2 p) + len / 2`. `scale_limits` and `min_limits` are the least and the
-    largest whole number that a sub-block's scale and min may be; equal limits mean that it is fixed.
+    largest whole number that a sub-block's scale and min may be; equal limits mean that it is fixed. Where
+    scales are floats of their own, without a float16 `d`, `scale_values` are those that may be written, in
+    ascending order, and `scale_limits` the first and the last index.
     """
 
     sub_size: ClassVar[int]
@@ -71,6 +75,7 @@ class BlockFormat(Format):
     first_code: ClassVar[int] = 0
     level_table: ClassVar[Float32] = np.zeros(1, np.float32)
     scale_limits: ClassVar[tuple[int, int]] = (1, 1)
+    scale_values: ClassVar[Float32] = np.empty(0, np.float32)
     min_limits: ClassVar[tuple[int, int]] = (0, 0)
     piece_weights: ClassVar[int] = 1 << 18  # encoded or decoded at a time by one thread
 
@@ -83,7 +88,7 @@ class BlockFormat(Format):
         """Choose the fields for `rows` (`out in`) that minimise the importance-weighted squared error."""
         blocks = self._blocks(rows)
         weights = self._weights(importance)
-        fields = Fields.empty(len(blocks), self.subs)
+        fields = self._empty(len(blocks))
         self._for_ranges(
             len(blocks),
             lambda a, b: self._fit(blocks[a:b], weights, a, fields.part(a, b)),
@@ -106,7 +111,7 @@ class BlockFormat(Format):
     def unpack(self, blocks: Bytes) -> tuple[Fields, Codes]:
         """Return the fields and codes that bytes (`out row_bytes`) hold."""
         flat = blocks.reshape(-1, self.block_bytes)
-        fields = Fields.empty(len(flat), self.subs)
+        fields = self._empty(len(flat))
         codes = np.empty((len(flat), self.block_size), np.uint8)
         self._unpack(flat, fields, codes)
         return fields, codes
@@ -122,7 +127,7 @@ class BlockFormat(Format):
         return out.reshape(*rows.shape[:-1], self.row_bytes(rows.shape[-1]))
 
     def _encode_blocks(self, blocks: Float32, weights: Float32 | None, first: int, out: Bytes) -> None:
-        fields = Fields.empty(len(blocks), self.subs)
+        fields = self._empty(len(blocks))
         codes = np.empty(blocks.shape, np.uint8)
         self._fit(blocks, weights, first, fields)
         self._round(blocks, fields, codes)
@@ -142,6 +147,12 @@ class BlockFormat(Format):
 
     def _for_ranges(self, blocks: int, work: Callable[[int, int], None]) -> None:
         for_ranges(blocks, _LEAST_WEIGHTS // self.block_size, self.piece_weights // self.block_size, work)
+
+    def _empty(self, blocks: int) -> Fields:
+        fields = Fields.empty(blocks, self.subs)
+        if not len(self.scale_values):
+            return fields
+        return fields._replace(d=np.ones_like(fields.d), scales=np.ones(fields.scales.shape, np.float32))
 
     def _blocks(self, rows: Float32) -> Float32:
         return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, self.block_size)
@@ -183,7 +194,7 @@ def halves(blocks: Bytes, at: int) -> Float32:
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _dequantize(
-    d: Float32, m: Float32, scales: Int16, mins: Int16, codes: Codes, levels: Float32, out: Float32
+    d: Float32, m: Float32, scales: Scales, mins: Int16, codes: Codes, levels: Float32, out: Float32
 ) -> None:
     subs = scales.shape[1]
     size = codes.shape[1] // subs

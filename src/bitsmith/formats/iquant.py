@@ -16,14 +16,14 @@ _LEVELS = np.array(
 )
 
 
-def _nearest_table(levels: Float32) -> tuple[Codes, Float32]:
+def nearest_table(levels: Float32) -> tuple[Codes, Float32]:
     """Return the nearest code and level to a place `p` at `floor(2 p) + 256` (bin edges are halves)."""
     places = (np.arange(512) - 256 + 0.5) / 2
     codes = np.abs(places[:, None] - levels).argmin(axis=1)
     return codes.astype(np.uint8), levels[codes]
 
 
-_CODE_TABLE, _LEVEL_TABLE = _nearest_table(_LEVELS)
+_CODE_TABLE, _LEVEL_TABLE = nearest_table(_LEVELS)
 
 _STARTS = floats(
     -130, 118, -142, -122, -108, 136, 110, -160, 126, -190, -136, 152, -102, 92, -126, 178, -86, -114, -150,

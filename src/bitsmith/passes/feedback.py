@@ -136,12 +136,14 @@ def _copy(source: Tile, target: Tile) -> None:
 @njit(nogil=True, cache=True, error_model="numpy")
 def search_sub(
     base: Tile, target: Tile, feedback: Tile, weights: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile,
-    moves: Int, limits: Int, low: np.float32, high: np.float32, table: Float32, levels: Tile, best: Tile,
+    moves: Int, limits: Int, ladder: Float32, low: np.float32, high: np.float32, table: Float32,
+    levels: Tile, best: Tile,
 ) -> None:  # fmt: skip
     """Choose a sub-block's whole scale and min (`LANES`) and its levels (`size LANES`) by error feedback.
 
     `moves` (`n 2`) are added to the scale and min and clipped to `limits` (scale low, high, min low, high);
-    lanes keep what they had unless the cost falls below `best`, which then says the new cost.
+    with a `ladder` of scales, moves and limits are places on it. Lanes keep what they had unless the cost
+    falls below `best`, which then says the new cost.
     """
     size, kind = base.shape[0], base.dtype
     work, trial = np.empty((size, LANES), kind), np.empty((size, LANES), kind)
@@ -150,13 +152,15 @@ def search_sub(
     step, offset, inverse, cost = rows[0], rows[1], rows[2], rows[3]
     centre, centre_m, scale, least = rows[4], rows[5], rows[6], rows[7]
     for lane in range(LANES):
-        centre[lane] = scales[lane]
+        centre[lane] = np.searchsorted(ladder, scales[lane]) if ladder.size else scales[lane]
         centre_m[lane] = mins[lane]
     for move in range(moves.shape[0]):
         for lane in range(LANES):
             scale[lane] = min(
                 max(centre[lane] + np.float32(moves[move, 0]), np.float32(limits[0])), np.float32(limits[1])
             )
+            if ladder.size:
+                scale[lane] = ladder[int(scale[lane])]
             least[lane] = min(
                 max(centre_m[lane] + np.float32(moves[move, 1]), np.float32(limits[2])), np.float32(limits[3])
             )
@@ -203,7 +207,8 @@ def compensate_block(base: Tile, target: Tile, feedback: Tile) -> None:
 @njit(nogil=True, cache=True, error_model="numpy")
 def feed_block(
     base: Tile, target: Tile, feedback: Tile, weights: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile,
-    moves: Int, limits: Int, low: np.float32, high: np.float32, table: Float32, levels: Tile, errors: Tile,
+    moves: Int, limits: Int, ladder: Float32, low: np.float32, high: np.float32, table: Float32,
+    levels: Tile, errors: Tile,
 ) -> None:  # fmt: skip
     """Error feedback through one block.
 
@@ -221,7 +226,7 @@ def feed_block(
             best[lane] = HIGHEST
         search_sub(
             base[at:end], target[at:end], inner, weights[at:end], d, m, scales[s], mins[s], moves, limits,
-            low, high, table, levels[at:end], best,
+            ladder, low, high, table, levels[at:end], best,
         )  # fmt: skip
         for j in range(at, end):
             for lane in range(LANES):
@@ -237,8 +242,8 @@ def feed_block(
 @njit(nogil=True, cache=True, error_model="numpy")
 def research_block(
     base: Tile, gradient: Tile, hessian: Tile, sub_feedback: Tile, sub_weights: Tile, sub_inverse: Tile,
-    d: Tile, m: Tile, scales: Tile, mins: Tile, moves: Int, limits: Int, low: np.float32, high: np.float32,
-    table: Float32, levels: Tile, errors: Tile,
+    d: Tile, m: Tile, scales: Tile, mins: Tile, moves: Int, limits: Int, ladder: Float32, low: np.float32,
+    high: np.float32, table: Float32, levels: Tile, errors: Tile,
 ) -> None:  # fmt: skip
     """Choose each sub-block's whole numbers and levels anew, everything else in the row as it stands.
 
@@ -270,8 +275,8 @@ def research_block(
         _copy(aim, work)
         _cost_of(aim, work, sub_feedback[s], sub_weights[s], step, offset, levels[at:end], best, error)
         search_sub(
-            aim, aim, sub_feedback[s], sub_weights[s], d, m, scales[s], mins[s], moves, limits, low, high,
-            table, levels[at:end], best,
+            aim, aim, sub_feedback[s], sub_weights[s], d, m, scales[s], mins[s], moves, limits, ladder, low,
+            high, table, levels[at:end], best,
         )  # fmt: skip
         _move(base, hessian, d, m, scales, mins, levels, s, size, moved, errors, gradient)
 

@@ -108,6 +108,7 @@ class _Rows:
         self.low = form.levels[form.first_code]
         self.high = form.levels[-1]
         self.limits = np.array([*form.scale_limits, *form.min_limits])
+        self.ladder = form.scale_values
         whole = form.scale_limits[0] < form.scale_limits[1] and effort.scales
         pairs = form.min_limits[0] < form.min_limits[1]
         self.moves = (
@@ -142,7 +143,8 @@ class _Rows:
             kernels.feed_block(
                 self.base[at:end], target, own, weights[at:end],
                 self.d[block], self.m[block], self.scales[block], self.mins[block], self.moves, self.limits,
-                self.low, self.high, self.form.level_table, self.levels[at:end], self.errors[at:end],
+                self.ladder, self.low, self.high, self.form.level_table, self.levels[at:end],
+                self.errors[at:end],
             )  # fmt: skip
 
     def _fit(self, block: int, target: Tile) -> None:
@@ -175,12 +177,12 @@ class _Rows:
             subs = slice(block * self.form.subs, (block + 1) * self.form.subs)
             own, weights, inverse = (part[subs] for part in self.sub_factors)
             kernels.research_block(
-                base, gradient, hessian, own, weights, inverse, *fields, self.moves, self.limits, *grid,
-                levels, errors,
+                base, gradient, hessian, own, weights, inverse, *fields, self.moves, self.limits,
+                self.ladder, *grid, levels, errors,
             )  # fmt: skip
         if self.effort.descent:
             kernels.descend_block(base, gradient, hessian, *fields, *grid, levels, errors)
-        if self.effort.refit:
+        if self.effort.refit and not len(self.ladder):
             kernels.refit_block(base, gradient, hessian, *fields, levels, errors)
         return bool((before != errors).any())
 
@@ -188,10 +190,11 @@ class _Rows:
         """Return the rows' bytes (`rows row_bytes`)."""
         n, form = self.count, self.form
         total = n * self.blocks
+        scales = _by_row(self.scales[..., :n]).reshape(total, form.subs)
         fields = Fields(
             _by_row(self.d[:, :n]).reshape(total),
             _by_row(self.m[:, :n]).reshape(total),
-            _by_row(self.scales[..., :n]).astype(np.int16).reshape(total, form.subs),
+            scales if len(self.ladder) else scales.astype(np.int16),
             _by_row(self.mins[..., :n]).astype(np.int16).reshape(total, form.subs),
         )
         levels = _by_row(self.levels[:, :n]).reshape(total, form.block_size)

@@ -42,7 +42,7 @@ class FreeModel:
             source = original_tensor(original, local, view[name].shape)
             ref = stored[spec.gguf_name]
             form = None if ref.dtype in ("F32", "F16", "BF16", "F64") else format_named(ref.dtype)
-            if isinstance(form, BlockFormat):
+            if isinstance(form, BlockFormat) and not len(form.scale_values):  # its `d` is a parameter
                 rows = np.asarray(spec.to_gguf(source).read(), np.float32) if codes else None
                 self._free[local] = FreeBlocks(spec, ref, form, rows)
             elif ref.dtype == "F32":

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from bitsmith.errors import BitsmithError, UnsupportedError
+from bitsmith.store.cellm import CELLM_MAGIC, CellmCheckpoint, CellmInfo, open_cellm
+from bitsmith.store.cellm_writer import write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, View
 from bitsmith.store.gguf import GgufCheckpoint, open_gguf
 from bitsmith.store.gguf_layout import MAGIC, TensorInfo, Typed
@@ -14,6 +16,8 @@ from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 from bitsmith.store.stored import SourceFile
 
 __all__ = [
+    "CellmCheckpoint",
+    "CellmInfo",
     "Checkpoint",
     "ComputedTensor",
     "GgufCheckpoint",
@@ -23,16 +27,18 @@ __all__ = [
     "Typed",
     "View",
     "gguf_size_bytes",
+    "open_cellm",
     "open_checkpoint",
     "open_gguf",
     "open_safetensors",
+    "write_cellm_file",
     "write_gguf",
     "write_safetensors",
 ]
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open whatever checkpoint lies at `path`: a folder, a .safetensors file or a GGUF file.
+    """Open whatever checkpoint lies at `path`: a folder, a .safetensors, GGUF or .cellm file.
 
     Raises BitsmithError if there is none, UnsupportedError for a file of another kind, DamagedFileError for a
     damaged one.
@@ -46,9 +52,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return open_safetensors(path)
     if path.suffix == ".gguf" or _starts_with(path, MAGIC):
         return open_gguf(path)
+    if path.suffix == ".cellm" or _starts_with(path, CELLM_MAGIC):
+        return open_cellm(path)
     if _looks_like_safetensors(path):
         return open_safetensors(path)
-    raise UnsupportedError("is neither a .safetensors nor a .gguf file", path=path)
+    raise UnsupportedError("is neither a .safetensors nor a .gguf nor a .cellm file", path=path)
 
 
 def _open_folder(path: Path) -> Checkpoint:

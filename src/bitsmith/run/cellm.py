@@ -1,0 +1,452 @@
+"""Write a Hugging Face checkpoint as .cellm: as cellm's converter would, or with better scales."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from bitsmith.archs import TensorSpec, claim
+from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError, printable
+from bitsmith.formats import format_named
+from bitsmith.formats.format import Bytes, Float32
+from bitsmith.formats.integer import Coded, GridFormat, grid_named
+from bitsmith.numerics.finite import first_non_finite
+from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.passes.choice import Choice
+from bitsmith.passes.grid_feedback import choose_grid, feedback
+from bitsmith.passes.rounding import output_error
+from bitsmith.passes.trial import sample
+from bitsmith.progress import Progress, silent
+from bitsmith.run.encode import SLICE_BYTES, Rounder, check_rounder
+from bitsmith.store import open_checkpoint
+from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmCheckpoint, CellmInfo
+from bitsmith.store.cellm_writer import cellm_rows, write_cellm_file
+from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.gguf import GgufCheckpoint
+from bitsmith.store.safetensors import load_json
+from bitsmith.store.statistics import SiteStatistics, Statistics, open_statistics
+from bitsmith.store.stored import SourceFile
+
+Kind = Literal["f16", "i8", "i4", "i2", "q1"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Selection = Literal["cellm", "text", "layers"]
+"""Which matrices are quantized: those cellm's converter would, all of the text model, those of its layers."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_GRIDS = {"i8": "int8", "i4": "int4", "i2": "int2", "q1": "int1_g128"}
+_SEED_GRIDS = {"i8": "cellm-i8", "i4": "cellm-i4", "i2": "cellm-i2", "q1": f"cellm-{Q1}"}
+_LAYERS = ("model.layers.", "model.text_model.layers.", "model.language_model.layers.")
+_TEXT = (*_LAYERS, "language_model.model.layers.")
+_OUTER = ("embed_tokens.weight", "lm_head.weight")
+_TEXT_PREFIXES = ("model.text_model.", "language_model.", "model.")
+_VISION_PREFIXES = (
+    "model.vision_tower.vision_model.", "vision_tower.vision_model.", "model.vision_model.", "vision_model.",
+)  # fmt: skip
+_PROJECTOR_PREFIXES = ("model.connector.", "connector.", "multi_modal_projector.")
+
+
+@dataclass(frozen=True)
+class CellmTensor:
+    """One tensor as written, scales counted; `relative_error` is `sum (w - decoded)^2 / sum w^2`.
+
+    `held_error` is `sum |E x|² / sum |W x|²` over held-out inputs x, None where there are none.
+    """
+
+    name: str
+    dtype: str
+    grid: str | None
+    rounder: str
+    nbytes: int
+    relative_error: float
+    held_error: float | None = None
+
+
+@dataclass(frozen=True)
+class CellmRecord:
+    """What one conversion did; `bpw` are the file's bits per parameter."""
+
+    out: Path
+    kind: Kind
+    like_seed: bool
+    selection: Selection
+    file_bytes: int
+    parameters: int
+    tensors: tuple[CellmTensor, ...]
+    seconds: float
+
+    @property
+    def bpw(self) -> float:
+        """Bits of the file, header and padding included, per parameter."""
+        return 8 * self.file_bytes / max(1, self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {**asdict(self), "out": str(self.out), "bpw": self.bpw}
+
+
+def write_cellm(
+    model: Path,
+    out: Path,
+    kind: str,
+    *,
+    like_seed: bool = False,
+    group: int | None = None,
+    selection: Selection | None = None,
+    statistics: Path | None = None,
+    rounder: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> CellmRecord:
+    """Write `model` (a Hugging Face checkpoint, or a .cellm of floats) to the .cellm file `out`.
+
+    `like_seed` takes cellm's encodings and its choice of tensors. Without it all matrices of the text model
+    are quantized (`selection`) with searched scales; with `statistics` each is coded by the weighted search
+    or by error feedback, whichever `rounder` allows and does best on held-out inputs (`choose_grid`). What is
+    not quantized is float16. `group` columns share a scale (32, 64 or 128; None: a row, with q1 128). Memory
+    holds a slice of one tensor, its scales and one site's statistics.
+
+    Raises BitsmithError for an unknown kind, group, selection or rounder and for statistics with `like_seed`;
+    UnsupportedError for weights that are no floats; DamagedFileError for one that is not finite; OutputError
+    as `atomic_file` does and for a name that does not end in .cellm. Nothing is written then.
+    """
+    started = time.monotonic()
+    grid = _grid(kind, like_seed, group)
+    choice: Selection = selection or ("cellm" if like_seed else "text")
+    _refuse_options(out, choice, rounder, like_seed, statistics)
+    with open_checkpoint(model) as checkpoint:
+        _refuse_source(checkpoint)
+        grids = {
+            name: grid
+            for name, ref in checkpoint.items()
+            if grid is not None and is_selected(choice, grid, name, ref.shape)
+        }
+        guide = None if statistics is None else _Guide(checkpoint, statistics, rounder)
+        job = _Job(checkpoint, grids, guide, progress)
+        metadata = cellm_metadata(checkpoint, like_seed=like_seed)
+        sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
+        size = write_cellm_file(out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources)
+        parameters = sum(ref.size for ref in checkpoint.values())
+    named = next(known for known in KINDS if known == kind)
+    seconds = time.monotonic() - started
+    return CellmRecord(out, named, like_seed, choice, size, parameters, tuple(job.written), seconds)
+
+
+def is_selected(selection: Selection, grid: GridFormat, name: str, shape: Sequence[int]) -> bool:
+    """Tell whether a tensor is quantized to `grid`; the rules of `cellm` are its converter's.
+
+    Those of groups of columns are its `quantize` tool's.
+    """
+    if len(shape) != 2 or not name.endswith(".weight"):
+        return False
+    if selection == "text":
+        return "norm" not in name and (name.startswith(_TEXT) or _is_outer(name))
+    if selection == "layers":
+        return "norm" not in name and name.startswith(_TEXT)
+    if grid.bits == 4 and grid.group is not None:
+        return not any(part in name for part in ("norm", "embed", "lm_head"))
+    return {8: _is_i8, 4: _is_i4, 2: _is_i2, 1: _is_q1}[grid.bits](name)
+
+
+def cellm_metadata(checkpoint: Checkpoint, *, like_seed: bool = False) -> dict[str, Any]:
+    """Return the header's fields for a checkpoint, from its config.json (or from the .cellm that it is).
+
+    `like_seed` leaves out what cellm's converter does not know: Qwen3.5's vision prefix, the newer `dtype`.
+    Raises BitsmithError for a size that the config lacks.
+    """
+    if isinstance(checkpoint, CellmCheckpoint):
+        return dict(checkpoint.metadata)
+    config = checkpoint.config
+    nested = config.get("text_config")
+    text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
+    both = {**text, **{key: value for key, value in config.items() if value is not None}}
+    sizes = _sizes(checkpoint, both)
+    vision = _VISION_PREFIXES if like_seed else (*_VISION_PREFIXES, "model.visual.", "visual.")
+    dtype = both.get("torch_dtype") or (None if like_seed else both.get("dtype"))
+    return {
+        "model_type": text.get("model_type") or config.get("model_type") or "unknown",
+        "source_model_type": config.get("model_type"),
+        "source_safetensors_format": _safetensors_format(checkpoint.files),
+        "text_tensor_prefix": _prefix(checkpoint, _TEXT_PREFIXES),
+        "vision_tensor_prefix": _prefix(checkpoint, vision),
+        "projector_tensor_prefix": _prefix(checkpoint, _PROJECTOR_PREFIXES),
+        **sizes,
+        "head_dim": both.get("head_dim"),
+        "rms_norm_eps": both.get("rms_norm_eps", 1e-5),
+        "rope_theta": _rope_theta(both, text),
+        "bos_token_id": _token(config, text, "bos_token_id"),
+        "eos_token_id": _token(config, text, "eos_token_id"),
+        "max_position_embeddings": both.get("max_position_embeddings"),
+        "tie_word_embeddings": both.get("tie_word_embeddings"),
+        "source_torch_dtype": dtype,
+        "source_architectures": config.get("architectures"),
+        "source_quantization": config.get("quantization"),
+        "source_quantization_config": config.get("quantization_config"),
+        "source_text_config": dict(text),
+        "source_vision_config": config.get("vision_config"),
+        "source_projector_config": config.get("connector_config") or config.get("perceiver_config"),
+    }
+
+
+class _Guide:
+    """Statistics of what each tensor reads, what they make of it, and the metrics of one site."""
+
+    def __init__(self, checkpoint: Checkpoint, path: Path, rounder: str) -> None:
+        self._specs: dict[str, TensorSpec] = {spec.name: spec for spec, _ in claim(checkpoint)}
+        self._statistics: Statistics = open_statistics(path, self._specs.values())
+        self._rounder: Rounder = check_rounder(rounder, self._statistics, path)
+        self._site = ""
+        self._metrics: dict[tuple[float, float], InputMetric] = {}
+
+    def inputs(self, name: str) -> SiteStatistics | None:
+        """Return what a tensor's inputs are like, None where nobody knows."""
+        spec = self._specs.get(name)
+        return None if spec is None else self._statistics.hugging_face(spec)
+
+    def choice(self, ref: TensorRef, grid: GridFormat) -> Choice:
+        """Return how a tensor is rounded, by a sample of its rows."""
+        inputs, rows = self.inputs(ref.name), sample(ref)
+        if inputs is None or first_non_finite(rows) is not None:
+            return Choice("nearest")
+        return choose_grid(
+            grid, rows, inputs, self._rounder, metric_for=lambda *key: self._metric(inputs, *key)
+        )  # fmt: skip
+
+    def coded(self, name: str, grid: GridFormat, rows: Float32, choice: Choice) -> Coded:
+        """Return rows coded as was chosen."""
+        inputs = None if choice.rounder == "nearest" else self.inputs(name)
+        if inputs is None:
+            return grid.quantize(rows)
+        if choice.damping is None:
+            return grid.quantize(rows, inputs.importance)
+        return feedback(grid, rows, self._metric(inputs, choice.damping, choice.shrink))
+
+    def _metric(self, inputs: SiteStatistics, damping: float, shrink: float) -> InputMetric:
+        if inputs.moment is None:
+            raise BitsmithError("error feedback needs second moments", path=self._statistics.path)
+        if inputs.site != self._site:
+            self._site, self._metrics = inputs.site, {}
+        key = damping, shrink
+        if key not in self._metrics:
+            self._metrics[key] = InputMetric(inputs.moment, damping, shrink=shrink)
+        return self._metrics[key]
+
+
+class _Total:
+    """Sums over a tensor's slices: weights and errors, and what both make of held-out inputs."""
+
+    def __init__(self, inputs: SiteStatistics | None) -> None:
+        held = None if inputs is None else inputs.held
+        self._held = held if held is not None and len(held) else None
+        self._error = self._energy = self._held_error = self._held_energy = 0.0
+
+    def add(self, rows: Float32, decoded: Float32) -> None:
+        """Take a slice and what it decodes to."""
+        errors = rows - decoded
+        self._error += _squares(errors)
+        self._energy += _squares(rows)
+        if self._held is not None:
+            self._held_error += output_error(errors, self._held)
+            self._held_energy += output_error(rows, self._held)
+
+    def errors(self) -> tuple[float, float | None]:
+        """Return the relative error of the weights, and that of the outputs."""
+        outputs = self._held_error / self._held_energy if self._held_energy else 0.0
+        weights = self._error / self._energy if self._energy else 0.0
+        return weights, None if self._held is None else outputs
+
+
+class _Job:
+    """The tensors on their way out; scales wait in memory until the file comes to them."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        grids: Mapping[str, GridFormat],
+        guide: _Guide | None,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint, self._grids, self._guide, self._progress = checkpoint, grids, guide, progress
+        self._scales: dict[str, Bytes] = {}
+        self.written: list[CellmTensor] = []
+        self.infos = [info for name, ref in checkpoint.items() for info in self._listed(name, ref)]
+        self._total, self._done = sum(info.nbytes for info in self.infos), 0
+
+    def _listed(self, name: str, ref: TensorRef) -> Iterator[CellmInfo]:
+        grid = self._grids.get(name)
+        dtype = "f16" if grid is None else Q1 if grid.bits == 1 else f"i{grid.bits}"
+        yield CellmInfo(name, ref.shape, dtype)
+        if grid is not None and grid.bits > 1:
+            per_row = () if grid.group is None else (grid.groups(ref.shape[1]),)
+            yield CellmInfo(name + SCALE_SUFFIX, (ref.shape[0], *per_row), "f16")
+
+    def encode(self, info: CellmInfo) -> Iterator[Bytes]:
+        """Yield a tensor's bytes slice by slice."""
+        made = self._scaled(info) if info.name in self._scales else self._encoded(info)
+        for chunk in made:
+            yield chunk
+            self._done += chunk.size
+            self._progress("write", self._done, self._total)
+
+    def _scaled(self, info: CellmInfo) -> Iterator[Bytes]:
+        yield self._scales.pop(info.name)
+
+    def _encoded(self, info: CellmInfo) -> Iterator[Bytes]:
+        ref, grid, half = self._checkpoint[info.name], self._grids.get(info.name), format_named("F16")
+        scales, choice, total = [], Choice("nearest"), _Total(None)
+        if grid is not None and self._guide is not None:
+            choice, total = self._guide.choice(ref, grid), _Total(self._guide.inputs(info.name))
+        for start, stop in ref.slices(SLICE_BYTES):
+            rows = self._read(ref, start, stop)
+            if grid is None:
+                blocks = half.encode(rows)
+                decoded = half.decode(blocks)
+            else:
+                guide = self._guide
+                coded = grid.quantize(rows) if guide is None else guide.coded(info.name, grid, rows, choice)
+                blocks, decoded = cellm_rows(coded, info.dtype), grid.dequantize(coded)
+                scales.append(coded.scales.astype("<f2"))
+            total.add(rows, decoded)
+            yield blocks.reshape(-1)
+        nbytes = info.nbytes
+        if grid is not None and grid.bits > 1:
+            waiting = np.concatenate([part.reshape(-1) for part in scales]).view(np.uint8)
+            self._scales[info.name + SCALE_SUFFIX] = waiting
+            nbytes += waiting.size
+        name = None if grid is None else grid.name
+        self.written.append(CellmTensor(info.name, info.dtype, name, choice.rounder, nbytes, *total.errors()))
+
+    def _read(self, ref: TensorRef, start: int, stop: int) -> Float32:
+        """Return rows as a matrix (whatever has no columns as one row)."""
+        with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
+            values = np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
+        rows = values.reshape(len(values), -1) if values.ndim > 1 and values.size else values.reshape(1, -1)
+        place = first_non_finite(rows) if rows.size else None
+        if place is not None:
+            raise DamagedFileError(
+                f"is {rows[place]} in row {start + place[0]}, expected finite weights",
+                path=self._checkpoint.path,
+                tensor=ref.name,
+            )
+        return rows
+
+
+def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:
+    if kind not in KINDS:
+        raise BitsmithError(f"unknown kind {printable(kind)!r}; known: {', '.join(KINDS)}")
+    if kind == "q1" and group not in (None, 128):
+        raise BitsmithError(f"{Q1} has groups of 128 columns, not {group}")
+    if kind in ("f16", "q1"):
+        group = None
+    grids = _SEED_GRIDS if like_seed else _GRIDS
+    suffix = "" if group is None else f"_g{group}"
+    return None if kind == "f16" else grid_named(grids[kind] + suffix)
+
+
+def _refuse_options(
+    out: Path, selection: str, rounder: str, like_seed: bool, statistics: Path | None
+) -> None:
+    if out.suffix != ".cellm":
+        raise OutputError("cannot tell what to write: the output's name must end in .cellm", path=out)
+    if selection not in get_args(Selection):
+        known = ", ".join(get_args(Selection))
+        raise BitsmithError(f"unknown selection {printable(selection)!r}; known: {known}")
+    if like_seed and statistics is not None:
+        raise BitsmithError("cellm's encodings use no statistics: leave out one of the two")
+    if statistics is None:
+        check_rounder(rounder, None, None)
+
+
+def _refuse_source(checkpoint: Checkpoint) -> None:
+    if isinstance(checkpoint, GgufCheckpoint):
+        raise UnsupportedError("is a GGUF file, expected a Hugging Face checkpoint", path=checkpoint.path)
+    for name, ref in checkpoint.items():
+        if ref.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"is stored as {ref.dtype}; expected the original in {', '.join(_FLOATS)}",
+                path=checkpoint.path,
+                tensor=name,
+            )
+
+
+def _is_outer(name: str) -> bool:
+    return name.endswith(_OUTER) and not name.startswith("mtp.")
+
+
+def _is_i8(name: str) -> bool:
+    layer = any(part in name for part in _TEXT)
+    outer = name in ("model.embed_tokens.weight", "lm_head.weight", "model.lm_head.weight")
+    return (layer or outer) and not any(part in name for part in ("norm", "conv1d", ".linear_attn."))
+
+
+def _is_i4(name: str) -> bool:
+    return any(part in name for part in (".mlp.", ".self_attn.", "embed_tokens", "lm_head"))
+
+
+def _is_i2(name: str) -> bool:
+    return name.startswith(_LAYERS) and "norm" not in name
+
+
+def _is_q1(name: str) -> bool:
+    parts = (".mlp.", ".self_attn.", "linear_attn.", "embed_tokens", "lm_head")
+    return "norm" not in name and (name.startswith(_LAYERS) or any(part in name for part in parts))
+
+
+def _sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, int]:
+    names = {
+        "vocab_size": "vocab_size",
+        "hidden_dim": "hidden_size",
+        "intermediate_size": "intermediate_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+    }
+    for key in names.values():
+        if type(config.get(key)) is not int:
+            raise BitsmithError(f"config.json has no {key}, which the header needs", path=checkpoint.path)
+    return {field: config[key] for field, key in names.items()}
+
+
+def _rope_theta(both: Mapping[str, Any], text: Mapping[str, Any]) -> float:
+    for holder in (both, text.get("rope_parameters")):
+        if isinstance(holder, Mapping) and isinstance(holder.get("rope_theta"), int | float):
+            return float(holder["rope_theta"])
+    return 10000.0
+
+
+def _token(config: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int | None:
+    """Return a token id, the first where there are several."""
+    for holder in (config, text):
+        value = holder.get(key)
+        for token in value if isinstance(value, list) else [value]:
+            if type(token) is int and token >= 0:
+                return token
+    return None
+
+
+def _prefix(names: Iterable[str], prefixes: Sequence[str]) -> str | None:
+    listed = list(names)
+    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in listed)), None)
+
+
+def _safetensors_format(files: Sequence[Path]) -> str | None:
+    """Return what the first file that says so calls its format (`pt`)."""
+    for path in files:
+        source = SourceFile(path)
+        try:
+            length = int(source.read(0, 8).view("<u8")[0])
+            metadata = load_json(source.read(8, length).tobytes(), path, "header").get("__metadata__")
+        finally:
+            source.close()
+        if isinstance(metadata, dict) and "format" in metadata:
+            return str(metadata["format"])
+    return None
+
+
+def _squares(values: Float32) -> float:
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
