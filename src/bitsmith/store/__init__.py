@@ -11,6 +11,7 @@ from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, Vie
 from bitsmith.store.gguf import GgufCheckpoint, open_gguf
 from bitsmith.store.gguf_layout import MAGIC, TensorInfo, Typed
 from bitsmith.store.gguf_writer import gguf_size_bytes, write_gguf
+from bitsmith.store.packed import unpacked
 from bitsmith.store.safetensors import open_safetensors
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 from bitsmith.store.stored import SourceFile
@@ -49,13 +50,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
-        return open_safetensors(path)
+        return unpacked(open_safetensors(path))
     if path.suffix == ".gguf" or _starts_with(path, MAGIC):
         return open_gguf(path)
     if path.suffix == ".cellm" or _starts_with(path, CELLM_MAGIC):
         return open_cellm(path)
     if _looks_like_safetensors(path):
-        return open_safetensors(path)
+        return unpacked(open_safetensors(path))
     raise UnsupportedError("is neither a .safetensors nor a .gguf nor a .cellm file", path=path)
 
 
@@ -64,7 +65,7 @@ def _open_folder(path: Path) -> Checkpoint:
         raise BitsmithError("is an empty folder, expected a checkpoint", path=path)
     ggufs = sorted(path.glob("*.gguf"))
     if not ggufs or any(path.glob("*.safetensors*")):
-        return open_safetensors(path)
+        return unpacked(open_safetensors(path))
     if len(ggufs) > 1:
         names = ", ".join(file.name for file in ggufs)
         raise BitsmithError(f"has several GGUF files, name one of them: {names}", path=path)
