@@ -10,26 +10,20 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from bitsmith.archs import TensorSpec, claim
-from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError, printable
+from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
 from bitsmith.formats import format_named
-from bitsmith.formats.format import Bytes, Float32
-from bitsmith.formats.integer import Coded, GridFormat, grid_named
-from bitsmith.numerics.finite import first_non_finite
-from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.formats.format import Bytes
+from bitsmith.formats.integer import GridFormat, grid_named
 from bitsmith.passes.choice import Choice
-from bitsmith.passes.grid_feedback import choose_grid, feedback
-from bitsmith.passes.rounding import output_error
-from bitsmith.passes.trial import sample
 from bitsmith.progress import Progress, silent
-from bitsmith.run.encode import SLICE_BYTES, Rounder, check_rounder
+from bitsmith.run.encode import SLICE_BYTES, check_rounder
+from bitsmith.run.guide import Guide, Total, finite_rows
 from bitsmith.store import open_checkpoint
 from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmCheckpoint, CellmInfo
 from bitsmith.store.cellm_writer import cellm_rows, write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.safetensors import load_json
-from bitsmith.store.statistics import SiteStatistics, Statistics, open_statistics
 from bitsmith.store.stored import SourceFile
 
 Kind = Literal["f16", "i8", "i4", "i2", "q1"]
@@ -125,7 +119,7 @@ def write_cellm(
             for name, ref in checkpoint.items()
             if grid is not None and is_selected(choice, grid, name, ref.shape)
         }
-        guide = None if statistics is None else _Guide(checkpoint, statistics, rounder)
+        guide = None if statistics is None else Guide(checkpoint, statistics, rounder)
         job = _Job(checkpoint, grids, guide, progress)
         metadata = cellm_metadata(checkpoint, like_seed=like_seed)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
@@ -192,74 +186,6 @@ def cellm_metadata(checkpoint: Checkpoint, *, like_seed: bool = False) -> dict[s
     }
 
 
-class _Guide:
-    """Statistics of what each tensor reads, what they make of it, and the metrics of one site."""
-
-    def __init__(self, checkpoint: Checkpoint, path: Path, rounder: str) -> None:
-        self._specs: dict[str, TensorSpec] = {spec.name: spec for spec, _ in claim(checkpoint)}
-        self._statistics: Statistics = open_statistics(path, self._specs.values())
-        self._rounder: Rounder = check_rounder(rounder, self._statistics, path)
-        self._site = ""
-        self._metrics: dict[tuple[float, float], InputMetric] = {}
-
-    def inputs(self, name: str) -> SiteStatistics | None:
-        """Return what a tensor's inputs are like, None where nobody knows."""
-        spec = self._specs.get(name)
-        return None if spec is None else self._statistics.hugging_face(spec)
-
-    def choice(self, ref: TensorRef, grid: GridFormat) -> Choice:
-        """Return how a tensor is rounded, by a sample of its rows."""
-        inputs, rows = self.inputs(ref.name), sample(ref)
-        if inputs is None or first_non_finite(rows) is not None:
-            return Choice("nearest")
-        return choose_grid(
-            grid, rows, inputs, self._rounder, metric_for=lambda *key: self._metric(inputs, *key)
-        )  # fmt: skip
-
-    def coded(self, name: str, grid: GridFormat, rows: Float32, choice: Choice) -> Coded:
-        """Return rows coded as was chosen."""
-        inputs = None if choice.rounder == "nearest" else self.inputs(name)
-        if inputs is None:
-            return grid.quantize(rows)
-        if choice.damping is None:
-            return grid.quantize(rows, inputs.importance)
-        return feedback(grid, rows, self._metric(inputs, choice.damping, choice.shrink))
-
-    def _metric(self, inputs: SiteStatistics, damping: float, shrink: float) -> InputMetric:
-        if inputs.moment is None:
-            raise BitsmithError("error feedback needs second moments", path=self._statistics.path)
-        if inputs.site != self._site:
-            self._site, self._metrics = inputs.site, {}
-        key = damping, shrink
-        if key not in self._metrics:
-            self._metrics[key] = InputMetric(inputs.moment, damping, shrink=shrink)
-        return self._metrics[key]
-
-
-class _Total:
-    """Sums over a tensor's slices: weights and errors, and what both make of held-out inputs."""
-
-    def __init__(self, inputs: SiteStatistics | None) -> None:
-        held = None if inputs is None else inputs.held
-        self._held = held if held is not None and len(held) else None
-        self._error = self._energy = self._held_error = self._held_energy = 0.0
-
-    def add(self, rows: Float32, decoded: Float32) -> None:
-        """Take a slice and what it decodes to."""
-        errors = rows - decoded
-        self._error += _squares(errors)
-        self._energy += _squares(rows)
-        if self._held is not None:
-            self._held_error += output_error(errors, self._held)
-            self._held_energy += output_error(rows, self._held)
-
-    def errors(self) -> tuple[float, float | None]:
-        """Return the relative error of the weights, and that of the outputs."""
-        outputs = self._held_error / self._held_energy if self._held_energy else 0.0
-        weights = self._error / self._energy if self._energy else 0.0
-        return weights, None if self._held is None else outputs
-
-
 class _Job:
     """The tensors on their way out; scales wait in memory until the file comes to them."""
 
@@ -267,7 +193,7 @@ class _Job:
         self,
         checkpoint: Checkpoint,
         grids: Mapping[str, GridFormat],
-        guide: _Guide | None,
+        guide: Guide | None,
         progress: Progress,
     ) -> None:
         self._checkpoint, self._grids, self._guide, self._progress = checkpoint, grids, guide, progress
@@ -297,11 +223,11 @@ class _Job:
 
     def _encoded(self, info: CellmInfo) -> Iterator[Bytes]:
         ref, grid, half = self._checkpoint[info.name], self._grids.get(info.name), format_named("F16")
-        scales, choice, total = [], Choice("nearest"), _Total(None)
+        scales, choice, total = [], Choice("nearest"), Total(None)
         if grid is not None and self._guide is not None:
-            choice, total = self._guide.choice(ref, grid), _Total(self._guide.inputs(info.name))
+            choice, total = self._guide.choice(ref, grid), Total(self._guide.inputs(info.name))
         for start, stop in ref.slices(SLICE_BYTES):
-            rows = self._read(ref, start, stop)
+            rows = finite_rows(ref, start, stop, self._checkpoint.path)
             if grid is None:
                 blocks = half.encode(rows)
                 decoded = half.decode(blocks)
@@ -319,20 +245,6 @@ class _Job:
             nbytes += waiting.size
         name = None if grid is None else grid.name
         self.written.append(CellmTensor(info.name, info.dtype, name, choice.rounder, nbytes, *total.errors()))
-
-    def _read(self, ref: TensorRef, start: int, stop: int) -> Float32:
-        """Return rows as a matrix (whatever has no columns as one row)."""
-        with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
-            values = np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
-        rows = values.reshape(len(values), -1) if values.ndim > 1 and values.size else values.reshape(1, -1)
-        place = first_non_finite(rows) if rows.size else None
-        if place is not None:
-            raise DamagedFileError(
-                f"is {rows[place]} in row {start + place[0]}, expected finite weights",
-                path=self._checkpoint.path,
-                tensor=ref.name,
-            )
-        return rows
 
 
 def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:
@@ -445,8 +357,3 @@ def _safetensors_format(files: Sequence[Path]) -> str | None:
         if isinstance(metadata, dict) and "format" in metadata:
             return str(metadata["format"])
     return None
-
-
-def _squares(values: Float32) -> float:
-    flat = values.reshape(-1)
-    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
