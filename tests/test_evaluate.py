@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from bitsmith.errors import BitsmithError
 from bitsmith.lab.corpus import held_out_text
+from bitsmith.run.cellm import write_cellm
 from bitsmith.run.evaluate import INTERVAL, evaluate, evaluate_all
 from bitsmith.run.execute import compress
 
@@ -149,9 +150,14 @@ def test_vocabularies_of_different_words(demo_model: Path, tmp_path: Path, text:
 
 
 def test_a_candidate_without_a_tokenizer(demo_model: Path, tmp_path: Path, text: Path) -> None:
-    bare = shutil.copytree(demo_model, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
-    with pytest.raises(BitsmithError, match="bare: has no tokenizer"):
-        evaluate(demo_model, bare, text)
+    file = write_cellm(demo_model, tmp_path / "x.cellm", "i8").out
+    found = evaluate(demo_model, file, text, ctx_tokens=CTX, chunks=1)
+    said = f"{file}: has no tokenizer; only the vocabulary's size, 4096, agrees"
+    assert found.to_json()["warnings"] == [said]
+    assert 0 < found.mean_kld.value < 0.01
+    assert 8 < found.candidate.bpw < 8.2
+    with pytest.raises(BitsmithError, match=r"tokenizer\.json is missing"):
+        evaluate(file, demo_model, text, ctx_tokens=CTX, chunks=1)
 
 
 def test_logits_that_overflow_are_refused(demo_model: Path, tmp_path: Path, text: Path) -> None:

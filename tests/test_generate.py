@@ -297,12 +297,16 @@ def test_llama_cpp_writes_the_same_text_and_streams_it(ggufs: dict[str, Path]) -
     assert seeded[0] == seeded[1] != seeded[2]
 
 
-def test_a_cellm_file_takes_its_tokenizer_from_another_model(demo_model: Path, tmp_path: Path) -> None:
+def test_a_cellm_file_takes_its_tokenizer_from_elsewhere(demo_model: Path, tmp_path: Path) -> None:
     file = write_cellm(demo_model, tmp_path / "m.cellm", "f16").out
-    with pytest.raises(BitsmithError, match=r"m\.cellm: has no tokenizer"):
+    with pytest.raises(BitsmithError, match=r"m\.cellm: has no tokenizer: put its tokenizer.json beside it"):
         continue_prompt(file, PROMPT, 4)
-    found = continue_prompt(file, PROMPT, 16, chat=True, tokenizer=demo_model)
-    assert found.tokens == continue_prompt(demo_model, PROMPT, 16, chat=True).tokens
+    expected = continue_prompt(demo_model, PROMPT, 8, chat=True).tokens
+    for tokenizer in (demo_model, demo_model / "tokenizer.json"):
+        assert continue_prompt(file, PROMPT, 8, chat=True, tokenizer=tokenizer).tokens == expected
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(demo_model / name, tmp_path)
+    assert continue_prompt(tmp_path, PROMPT, 8, chat=True).tokens == expected
 
 
 def test_the_seed_decides_the_text(demo_model: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_folder_with_one_gguf_opens_it_and_with_two_asks(tmp_path: Path) -> No
     gguf(tmp_path / "x.gguf")
     assert set(open_checkpoint(tmp_path)) == {"w"}
     gguf(tmp_path / "y.gguf")
-    with pytest.raises(BitsmithError, match=r"several GGUF files.*x\.gguf, y\.gguf"):
+    with pytest.raises(BitsmithError, match=r"several model files.*x\.gguf, y\.gguf"):
         open_checkpoint(tmp_path)
     save(tmp_path / "model.safetensors")
     assert set(open_checkpoint(tmp_path)) == set(ARRAYS)

@@ -19,6 +19,7 @@ ARCHITECTURES: dict[str, type[Architecture]] = {}
 """Every architecture by its Hugging Face `model_type`, filled by subclassing `Architecture`."""
 
 _MISSING = object()
+_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _LISTED_NAMES = 40
 
 
@@ -316,6 +317,12 @@ def match(
     if missing:
         raise BitsmithError(f"missing: {_listed(missing)}", path=checkpoint.path)
     for name, (_, expected) in wanted.items():
+        if (dtype := checkpoint[name].dtype) in _INTEGERS:
+            raise UnsupportedError(
+                f"is stored as {dtype}: integers are codes of a packing that the config does not name",
+                path=checkpoint.path,
+                tensor=name,
+            )
         if (found := checkpoint[name].shape) != expected:
             raise BitsmithError(
                 f"shape is {_times(found)}, the config calls for {_times(expected)}",

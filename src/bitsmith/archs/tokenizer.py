@@ -26,6 +26,7 @@ PRE_TOKENIZER_REGEXES = {
 }
 """`tokenizer.ggml.pre` and the regex it stands for, as Qwen's tokenizer.json files write it."""
 
+TOKENIZER_NAME = "tokenizer.json"
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _SPECIAL_KEYS = {
     "bos": "bos",
@@ -50,7 +51,7 @@ def tokenizer_metadata(checkpoint: Checkpoint, arch: Architecture) -> tuple[dict
     byte-level BPE, an unknown pre-tokenizer regex, stripping tokens), DamagedFileError for a broken file.
     """
     folder = _folder_of(checkpoint)
-    file = folder / "tokenizer.json"
+    file = folder / TOKENIZER_NAME
     vocab_size = arch.number("vocab_size")
     if not file.is_file():
         keys: dict[str, Any] = {
@@ -85,9 +86,9 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """
     if "tokenizer.ggml.model" in checkpoint.metadata:
         return tokenizer_from_gguf(checkpoint.metadata, checkpoint.path)
-    file = _folder_of(checkpoint) / "tokenizer.json"
+    file = _folder_of(checkpoint) / TOKENIZER_NAME
     if not file.is_file():
-        raise BitsmithError("tokenizer.json is missing", path=file.parent)
+        raise BitsmithError(f"{TOKENIZER_NAME} is missing", path=file.parent)
     return _load_file(file)
 
 

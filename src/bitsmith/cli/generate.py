@@ -32,7 +32,11 @@ _Window = Annotated[int, typer.Option("--repeat-window", help="Tokens that the p
 _Seed = Annotated[int, typer.Option("--seed", help="The same seed gives the same text.")]
 _Tokenizer = Annotated[
     Path | None,
-    typer.Option("--tokenizer", metavar="MODEL", help="Where tokenizer and chat template are, if not there."),
+    typer.Option(
+        "--tokenizer",
+        metavar="PATH",
+        help="A tokenizer.json, its folder or a GGUF, for a MODEL that has no tokenizer beside it.",
+    ),
 ]
 _Ctx = Annotated[
     int | None, typer.Option("--ctx", min=1, help="Context in tokens; default: the model's positions.")
@@ -67,7 +71,7 @@ def generate(
         from bitsmith.run.generate import continue_with_llama
         from bitsmith.run.vocabulary import chat_prompt
 
-        text = chat_prompt(tokenizer or model, prompt) if chat else prompt
+        text = chat_prompt(model, prompt, tokenizer) if chat else prompt
         found = continue_with_llama(model, text, gen, sampling, ctx_tokens=ctx, emit=_write)
     else:
         from bitsmith.run.continuation import continue_prompt
@@ -95,9 +99,10 @@ def chat(
     from bitsmith.run.continuation import Chat
     from bitsmith.run.evaluate import open_model
     from bitsmith.run.sampling import Sampling
+    from bitsmith.run.vocabulary import open_teller
 
     sampling = Sampling(temperature, top_k, top_p, repeat_penalty, repeat_window, seed)
-    with open_model(model) as opened, open_model(tokenizer or model) as teller:
+    with open_model(model) as opened, open_teller(opened, tokenizer) as teller:
         talk = Chat(opened, sampling, teller, ctx)
         for line in _lines():
             try:

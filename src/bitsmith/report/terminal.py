@@ -236,6 +236,8 @@ def print_evaluation(evaluation: Evaluation) -> None:
             soft_wrap=True,
         )
     console.print(escape(protocol_line(evaluation)), highlight=False, soft_wrap=True)
+    for warning in evaluation.warnings:
+        console.print(f"warning: {escape(printable(warning))}", highlight=False, soft_wrap=True)
 
 
 def print_demo(demo: Demo, report: Path) -> None:

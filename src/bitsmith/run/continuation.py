@@ -16,7 +16,7 @@ from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import TextModel
 from bitsmith.run.generate import Continuation, Emit
 from bitsmith.run.sampling import GREEDY, Sampler, Sampling
-from bitsmith.run.vocabulary import Message, Vocabulary
+from bitsmith.run.vocabulary import Message, Vocabulary, open_teller
 
 CHAT_CTX_TOKENS = 8192
 
@@ -36,13 +36,13 @@ def continue_prompt(
     """Return what the model at `path` puts after `prompt`, at most `n_tokens` tokens; `emit` gets it growing.
 
     With `chat` the prompt is the user's message in the model's chat template. `ctx_tokens` bounds prompt and
-    answer together; by default the model's positions do. `tokenizer` names the model whose tokenizer, chat
-    template and stop tokens serve, for a file that has none, such as a .cellm alone.
+    answer together; by default the model's positions do. `tokenizer` is as for `open_teller`, for a file
+    that has none, such as a .cellm alone.
 
     Raises BitsmithError for a prompt that is empty or does not fit, for `chat` without a template, and as
     `Vocabulary` and `Decoder` do.
     """
-    with open_model(path) as model, open_model(tokenizer or path) as teller:
+    with open_model(path) as model, open_teller(model, tokenizer) as teller:
         vocabulary = Vocabulary(teller)
         text = vocabulary.chat_text([{"role": "user", "content": prompt}]) if chat else prompt
         tokens = vocabulary.encode(text)

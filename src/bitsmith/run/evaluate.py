@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ INTERVAL = "95 % paired bootstrap over chunks"
 PROTOCOL = "llama.cpp perplexity: non-overlapping chunks, positions ctx/2 to ctx-2 of each are scored"
 RESAMPLES = 2000
 MIN_CTX_TOKENS = 4
+
+_TOKENS = "tokenizer.ggml.tokens"
 
 _UNITS = {
     "ppl_ref": "perplexity",
@@ -94,6 +96,7 @@ class Evaluation:
     kld_99_9: Measure
     max_kld: Measure
     top1_agreement: Measure
+    warnings: tuple[str, ...] = ()
 
     @property
     def measures(self) -> dict[str, Measure]:
@@ -109,6 +112,7 @@ class Evaluation:
             "candidate": asdict(self.candidate),
             "protocol": asdict(self.protocol),
             "measures": {name: asdict(measure) for name, measure in self.measures.items()},
+            "warnings": list(self.warnings),
         }
 
     def rows(self) -> list[tuple[str, str, str]]:
@@ -146,11 +150,13 @@ def evaluate(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Evaluation:
-    """Measure `candidate` against `ref`, each a Hugging Face folder or a GGUF, on a UTF-8 text.
+    """Measure `candidate` against `ref`, each whatever `open_checkpoint` opens, on a UTF-8 text.
 
     llama.cpp's protocol: the text, tokenized by the reference, is cut into chunks of `ctx_tokens`; each
     starts from an empty context and its positions ctx/2…ctx-2 are scored on the token that follows. `chunks`
     caps how many are used. Intervals are 95 % percentile intervals of a seeded paired bootstrap over chunks.
+    A candidate without a tokenizer, such as a .cellm alone, is held against the reference's vocabulary by its
+    size; a warning says so.
 
     Raises BitsmithError for a text that is not UTF-8 or shorter than one chunk, for vocabularies that differ,
     and for logits that are not finite.
@@ -170,11 +176,15 @@ def evaluate_all(
     """Measure several candidates as `evaluate` does, running the reference forward once."""
     with open_model(ref) as reference:
         tokens, protocol = text_chunks(reference, text, ctx_tokens, chunks, seed)
+        warnings = []
         for path in candidates:  # refuse before the first forward
             with open_model(path) as model:
-                _check_vocabulary(reference, model)
+                warnings.append(_check_vocabulary(reference, model))
         states = _states(reference, tokens, progress, "reference")
-        return [_measured(reference, states, path, tokens, protocol, progress) for path in candidates]
+        return [
+            replace(_measured(reference, states, path, tokens, protocol, progress), warnings=said)
+            for path, said in zip(candidates, warnings, strict=True)
+        ]
 
 
 def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
@@ -277,9 +287,13 @@ def _read_text(path: Path) -> tuple[bytes, str]:
         ) from error
 
 
-def _check_vocabulary(reference: TextModel, candidate: TextModel) -> None:
+def _check_vocabulary(reference: TextModel, candidate: TextModel) -> tuple[str, ...]:
+    """Refuse a candidate with another vocabulary; return a warning where only its size can be compared."""
     check_heads(reference, candidate)
-    ours, theirs = (_tokenizer_keys(model)["tokenizer.ggml.tokens"] for model in (reference, candidate))
+    ours, theirs = _tokenizer_keys(reference)[_TOKENS], _keys(candidate).get(_TOKENS)
+    if not isinstance(theirs, list):
+        size = reference.head.n_rows
+        return (f"{candidate.checkpoint.path}: has no tokenizer; only the vocabulary's size, {size}, agrees",)
     if len(ours) != len(theirs):
         raise BitsmithError(
             f"the tokenizer has {len(theirs)} tokens, the reference's {len(ours)}",
@@ -292,15 +306,23 @@ def _check_vocabulary(reference: TextModel, candidate: TextModel) -> None:
                 "models with different vocabularies cannot be compared",
                 path=candidate.checkpoint.path,
             )
+    return ()
 
 
 def _tokenizer_keys(model: TextModel) -> dict[str, Any]:
     """Return the tokenizer's GGUF keys: as stored in a GGUF, as they would be exported for a folder."""
-    stored = model.source.metadata
-    keys = stored if model.source is not model.checkpoint else tokenizer_metadata(model.source, model.arch)[0]
-    if not isinstance(keys.get("tokenizer.ggml.tokens"), list):
-        raise BitsmithError("has no tokenizer, so its vocabulary is unknown", path=model.checkpoint.path)
+    keys = _keys(model)
+    if not isinstance(keys.get(_TOKENS), list):
+        raise BitsmithError(
+            "has no tokenizer: put its tokenizer.json beside it, or name one with --tokenizer",
+            path=model.checkpoint.path,
+        )
     return keys
+
+
+def _keys(model: TextModel) -> dict[str, Any]:
+    stored = model.source.metadata
+    return stored if model.source is not model.checkpoint else tokenizer_metadata(model.source, model.arch)[0]
 
 
 def _bos_token(model: TextModel) -> int | None:

@@ -10,11 +10,12 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from bitsmith.archs import load_tokenizer
-from bitsmith.archs.tokenizer import _folder_of, _read_json
+from bitsmith.archs.tokenizer import TOKENIZER_NAME, _folder_of, _read_json
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.run.evaluate import _bos_token, _tokenizer_keys, open_model
 from bitsmith.run.forward import TextModel
 from bitsmith.run.template import render
+from bitsmith.store import Checkpoint
 
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Control tokens that end a turn by their name; llama.cpp stops at them too (src/llama-vocab.cpp)."""
@@ -83,10 +84,27 @@ class Vocabulary:
         return {number for number in [*listed, *named] if type(number) is int}
 
 
-def chat_prompt(path: Path, text: str) -> str:
-    """Return `text` as the user's message in the chat template of the model at `path`."""
-    with open_model(path) as model:
-        return Vocabulary(model).chat_text([{"role": "user", "content": text}])
+def open_teller(model: TextModel, tokenizer: Path | None) -> TextModel:
+    """Return what tells tokens, chat template and stop tokens of `model`: itself, or what `tokenizer` names.
+
+    That is a tokenizer.json, whose folder's other JSON files count too, a folder with one, or a GGUF.
+
+    Raises BitsmithError where there is no tokenizer.
+    """
+    if tokenizer is None:
+        return model
+    is_file = tokenizer.name == TOKENIZER_NAME
+    if not (tokenizer if is_file else tokenizer / TOKENIZER_NAME).is_file():
+        return open_model(tokenizer)
+    alone = Checkpoint(tokenizer.parent if is_file else tokenizer, {})
+    alone.config = _read_json(alone.path / "config.json") or model.source.config
+    return TextModel(alone, model.arch, alone)
+
+
+def chat_prompt(path: Path, text: str, tokenizer: Path | None = None) -> str:
+    """Return `text` as the user's message in the chat template of the model at `path`, or of `tokenizer`."""
+    with open_model(path) as model, open_teller(model, tokenizer) as teller:
+        return Vocabulary(teller).chat_text([{"role": "user", "content": text}])
 
 
 class Pieces:

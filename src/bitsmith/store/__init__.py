@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bitsmith.errors import BitsmithError, UnsupportedError
+from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.store.cellm import CELLM_MAGIC, CellmCheckpoint, CellmInfo, open_cellm
 from bitsmith.store.cellm_writer import write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, View
@@ -41,8 +41,8 @@ __all__ = [
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open whatever checkpoint lies at `path`: a folder, a .safetensors, GGUF or .cellm file.
 
-    Raises BitsmithError if there is none, UnsupportedError for a file of another kind, DamagedFileError for a
-    damaged one.
+    A folder without safetensors is the one GGUF or .cellm file in it. Raises BitsmithError if there is none,
+    UnsupportedError for a file of another kind, DamagedFileError for a damaged one.
     """
     path = Path(path)
     if not path.exists():
@@ -63,13 +63,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_folder(path: Path) -> Checkpoint:
     if not any(path.iterdir()):
         raise BitsmithError("is an empty folder, expected a checkpoint", path=path)
-    ggufs = sorted(path.glob("*.gguf"))
-    if not ggufs or any(path.glob("*.safetensors*")):
+    files = [*sorted(path.glob("*.gguf")), *sorted(path.glob("*.cellm"))]
+    if not files or any(path.glob("*.safetensors*")):
         return unpacked(open_safetensors(path))
-    if len(ggufs) > 1:
-        names = ", ".join(file.name for file in ggufs)
-        raise BitsmithError(f"has several GGUF files, name one of them: {names}", path=path)
-    return open_gguf(ggufs[0])
+    if len(files) > 1:
+        names = ", ".join(printable(file.name) for file in files)
+        raise BitsmithError(f"has several model files, name one of them: {names}", path=path)
+    return open_gguf(files[0]) if files[0].suffix == ".gguf" else open_cellm(files[0])
 
 
 def _starts_with(path: Path, magic: bytes, offset: int = 0) -> bool:

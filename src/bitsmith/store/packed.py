@@ -44,7 +44,15 @@ class PackedTensor(TensorRef):
 
 
 class UnpackedView(View):
-    """A checkpoint whose packed weights read as plain ones; the digest is that of what is stored."""
+    """A checkpoint whose packed weights read as plain ones; its config no longer says otherwise.
+
+    `packing` names the method; the digest is that of what is stored.
+    """
+
+    def __init__(self, base: Checkpoint, tensors: Mapping[str, TensorRef], packing: str) -> None:
+        super().__init__(base, tensors)
+        self.config = {key: value for key, value in base.config.items() if key not in _CONFIG_KEYS}
+        self.packing = packing
 
     def close(self) -> None:
         """Close the checkpoint underneath."""
@@ -73,11 +81,14 @@ def unpacked(stored: Checkpoint) -> Checkpoint:
             "Give the original in BF16 or F16",
             path=stored.path,
         )
-    return UnpackedView(stored, packing(stored, found))
+    return UnpackedView(stored, packing(stored, found), method)
 
 
 PACKINGS: dict[str, Packing] = {}
 """Packings by the `quant_method` of a config's `quantization_config` (MLX: its `quantization`)."""
+
+
+_CONFIG_KEYS = ("quantization_config", "quantization")
 
 
 def _settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
