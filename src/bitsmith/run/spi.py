@@ -1,0 +1,153 @@
+"""The SPI recipe: critical linears stay as they are stored, the other linears become NF4."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitsmith.progress import Progress, silent
+from bitsmith.run.critical import CHUNKS, CTX_TOKENS, Selection, critical_linears, parse_critical
+from bitsmith.run.folder import FolderPlan, FolderRecord, plan_folder, write_folder
+
+SCHEME, KEPT = "NF4", "BF16"
+"""Schemes of `run.folder`: of the rest, and of what is kept as it is stored."""
+
+
+@dataclass(frozen=True)
+class SpiPlan:
+    """What `write_spi` would write, tensor by tensor."""
+
+    selection: Selection
+    folder: FolderPlan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        return {"selection": self.selection.to_json(), "folder": self.folder.to_json()}
+
+
+@dataclass(frozen=True)
+class SpiRecord:
+    """What `write_spi` wrote."""
+
+    selection: Selection
+    folder: FolderRecord
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        parts = {"selection": self.selection.to_json(), "folder": self.folder.to_json()}
+        return {"kind": "spi", **parts, "seconds": self.seconds}
+
+
+def plan_spi(
+    model: Path,
+    *,
+    critical: str | None = None,
+    by: str | None = None,
+    seed: int = 0,
+    assay: Path | None = None,
+    text: Path | None = None,
+    ctx_tokens: int = CTX_TOKENS,
+    chunks: int = CHUNKS,
+    statistics: Path | None = None,
+    rounder: str = "nearest",
+    progress: Progress = silent,
+) -> SpiPlan:
+    """Return what `write_spi` would write, with exact bytes; the linears are ranked for it.
+
+    Options and errors are `write_spi`'s.
+    """
+    selection = _selected(model, critical, by, seed, assay, text, ctx_tokens, chunks, progress)
+    folder = plan_folder(
+        model, SCHEME, tensor_types=tensor_types(selection), statistics=statistics, rounder=rounder
+    )
+    return SpiPlan(selection, folder)
+
+
+def write_spi(
+    model: Path,
+    out: Path,
+    *,
+    critical: str | None = None,
+    by: str | None = None,
+    seed: int = 0,
+    assay: Path | None = None,
+    text: Path | None = None,
+    ctx_tokens: int = CTX_TOKENS,
+    chunks: int = CHUNKS,
+    statistics: Path | None = None,
+    rounder: str = "nearest",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> SpiRecord:
+    """Write `model` (a Hugging Face folder) to the folder `out`: critical linears as stored, the rest NF4.
+
+    `critical` says how many are kept (`129`, `3.9GB`, `alpha>0.8`; default: 129/248 of the linears of the
+    text model), `by` how they are ranked (one of `run.critical.BY`; default `alpha-high`), `seed` draws the
+    random ranking. `assay` spares the spectra, `text` is the calibration text that `kld` measures on. The
+    published recipe used no calibration, so codes are `nearest` unless `statistics` and a `rounder` are
+    given.
+
+    Raises as `run.critical.critical_linears` and `run.folder.write_folder` do; nothing is written then.
+    """
+    started = time.monotonic()
+    selection = _selected(model, critical, by, seed, assay, text, ctx_tokens, chunks, progress)
+    folder = write_selected(
+        model, out, selection, statistics=statistics, rounder=rounder, overwrite=overwrite, progress=progress
+    )
+    return SpiRecord(selection, folder, time.monotonic() - started)
+
+
+def write_selected(
+    model: Path,
+    out: Path,
+    selection: Selection | None,
+    *,
+    statistics: Path | None = None,
+    rounder: str = "nearest",
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> FolderRecord:
+    """Write `model` with the linears of a selection kept (None: all of them NF4)."""
+    return write_folder(
+        model,
+        out,
+        SCHEME,
+        tensor_types=[] if selection is None else tensor_types(selection),
+        statistics=statistics,
+        rounder=rounder,
+        overwrite=overwrite,
+        progress=progress,
+    )
+
+
+def tensor_types(selection: Selection) -> list[tuple[str, str]]:
+    """Return the rules of `write_folder` that keep the selected linears as they are stored."""
+    return [(f"^{re.escape(name)}$", KEPT) for name in selection.names]
+
+
+def _selected(
+    model: Path,
+    amount: str | None,
+    by: str | None,
+    seed: int,
+    assay: Path | None,
+    text: Path | None,
+    ctx_tokens: int,
+    chunks: int,
+    progress: Progress,
+) -> Selection:
+    return critical_linears(
+        model,
+        by=by,
+        amount=None if amount is None else parse_critical(amount),
+        seed=seed,
+        assay=assay,
+        text=text,
+        ctx_tokens=ctx_tokens,
+        chunks=chunks,
+        progress=progress,
+    )
