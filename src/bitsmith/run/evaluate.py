@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def evaluate_all(
                 warnings.append(_check_vocabulary(reference, model))
         states = _states(reference, tokens, progress, "reference")
         return [
-            replace(_measured(reference, states, path, tokens, protocol, progress), warnings=said)
+            _measured(reference, states, path, tokens, protocol, said, progress)
             for path, said in zip(candidates, warnings, strict=True)
         ]
 
@@ -211,6 +211,7 @@ def _measured(
     path: Path,
     tokens: NDArray[np.int64],
     protocol: Protocol,
+    warnings: tuple[str, ...],
     progress: Progress,
 ) -> Evaluation:
     targets = tokens[:, protocol.ctx_tokens // 2 + 1 :].reshape(-1)
@@ -220,7 +221,7 @@ def _measured(
         _check_finite(scores, reference, model)
         found = estimates(scores.reshape(len(tokens)), protocol.resamples, protocol.seed)
         measures = {name: _measure(name, estimate) for name, estimate in found.items()}
-        return Evaluation(_artifact(reference), _artifact(model), protocol, **measures)
+        return Evaluation(_artifact(reference), _artifact(model), protocol, **measures, warnings=warnings)
 
 
 def _states(
