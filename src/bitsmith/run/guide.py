@@ -42,7 +42,7 @@ class Guide:
         if inputs is None or first_non_finite(rows) is not None:
             return Choice("nearest")
         return choose_grid(
-            grid, rows, inputs, self._rounder, metric_for=lambda *key: self._metric(inputs, *key)
+            grid, rows, inputs, self._rounder, metric_for=lambda *key: self.metric(inputs, *key)
         )  # fmt: skip
 
     def coded(self, name: str, grid: GridFormat, rows: Float32, choice: Choice) -> Coded:
@@ -52,9 +52,13 @@ class Guide:
             return grid.quantize(rows)
         if choice.damping is None:
             return grid.quantize(rows, inputs.importance)
-        return feedback(grid, rows, self._metric(inputs, choice.damping, choice.shrink))
+        return feedback(grid, rows, self.metric(inputs, choice.damping, choice.shrink))
 
-    def _metric(self, inputs: SiteStatistics, damping: float, shrink: float) -> InputMetric:
+    def metric(self, inputs: SiteStatistics, damping: float, shrink: float) -> InputMetric:
+        """Return the metric of a tensor's inputs; the tensors of a site share it.
+
+        Raises BitsmithError where second moments are missing.
+        """
         if inputs.moment is None:
             raise BitsmithError("error feedback needs second moments", path=self._statistics.path)
         if inputs.site != self._site:

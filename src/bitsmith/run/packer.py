@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from bitsmith.formats.format import Float32
-from bitsmith.run.encode import SLICE_BYTES
+from bitsmith.run.encode import SLICE_BYTES, Rounder
 from bitsmith.run.guide import Guide, finite_rows
 from bitsmith.store.atomic import Chunk
 from bitsmith.store.checkpoint import TensorRef
@@ -43,11 +43,12 @@ class Assigned:
 
 @dataclass(frozen=True)
 class Matrix:
-    """The weights to pack, and what guides the rounding (None: nothing does)."""
+    """The weights to pack, what guides the rounding (None: nothing does), and the rounder asked for."""
 
     ref: TensorRef
     path: Path
     guide: Guide | None = None
+    rounder: Rounder = "auto"
 
     def slices(self) -> Iterator[Float32]:
         """Yield all rows in order, some at a time, finite and as float32; from the start at every call.
