@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -174,17 +176,68 @@ def evaluate_all(
     progress: Progress = silent,
 ) -> list[Evaluation]:
     """Measure several candidates as `evaluate` does, running the reference forward once."""
-    with open_model(ref) as reference:
-        tokens, protocol = text_chunks(reference, text, ctx_tokens, chunks, seed)
-        warnings = []
+    with Reference(ref, text, ctx_tokens, chunks, seed, progress) as reference:
         for path in candidates:  # refuse before the first forward
-            with open_model(path) as model:
-                warnings.append(_check_vocabulary(reference, model))
-        states = _states(reference, tokens, progress, "reference")
-        return [
-            _measured(reference, states, path, tokens, protocol, said, progress)
-            for path, said in zip(candidates, warnings, strict=True)
-        ]
+            reference.check(path)
+        return [reference.measure(path)[0] for path in candidates]
+
+
+class Reference:
+    """A model whose forward over a text is run once, before the first of its candidates is measured.
+
+    Options and errors are `evaluate`'s. A context manager that closes the model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        text: Path,
+        ctx_tokens: int = 512,
+        chunks: int | None = None,
+        seed: int = 0,
+        progress: Progress = silent,
+    ) -> None:
+        self.model = open_model(path)
+        self._progress = progress
+        self._warnings: dict[Path, tuple[str, ...]] = {}
+        try:
+            self._tokens, self.protocol = text_chunks(self.model, text, ctx_tokens, chunks, seed)
+        except BaseException:
+            self.model.source.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.model.source.close()
+
+    def check(self, path: Path) -> None:
+        """Refuse a candidate with another vocabulary, without a forward."""
+        with open_model(path) as candidate:
+            self._warnings[path] = _check_vocabulary(self.model, candidate)
+
+    def measure(self, path: Path) -> tuple[Evaluation, TokenScores]:
+        """Return a candidate's measures, and what they were made of (`chunks tokens`)."""
+        if path not in self._warnings:
+            self.check(path)
+        tokens, protocol = self._tokens, self.protocol
+        targets = tokens[:, protocol.ctx_tokens // 2 + 1 :].reshape(-1)
+        with open_model(path) as candidate:
+            states = self._states, _states(candidate, tokens, self._progress, "candidate")
+            scores = compare(self.model, candidate, states, targets, self._progress)
+            _check_finite(scores, self.model, candidate)
+            scores = scores.reshape(len(tokens))
+            found = estimates(scores, protocol.resamples, protocol.seed)
+            measures = {name: _measure(name, estimate) for name, estimate in found.items()}
+            reference, weighed = _artifact(self.model), _artifact(candidate)
+        return Evaluation(reference, weighed, protocol, **measures, warnings=self._warnings[path]), scores
+
+    @cached_property
+    def _states(self) -> NDArray[np.float32]:
+        return _states(self.model, self._tokens, self._progress, "reference")
 
 
 def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
@@ -203,25 +256,6 @@ def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
         return TextModel(checkpoint, architecture_of(checkpoint), checkpoint)
     view = import_view(checkpoint)
     return TextModel(view, view.arch, checkpoint)
-
-
-def _measured(
-    reference: TextModel,
-    ref_states: NDArray[np.float32],
-    path: Path,
-    tokens: NDArray[np.int64],
-    protocol: Protocol,
-    warnings: tuple[str, ...],
-    progress: Progress,
-) -> Evaluation:
-    targets = tokens[:, protocol.ctx_tokens // 2 + 1 :].reshape(-1)
-    with open_model(path) as model:
-        states = ref_states, _states(model, tokens, progress, "candidate")
-        scores = compare(reference, model, states, targets, progress)
-        _check_finite(scores, reference, model)
-        found = estimates(scores.reshape(len(tokens)), protocol.resamples, protocol.seed)
-        measures = {name: _measure(name, estimate) for name, estimate in found.items()}
-        return Evaluation(_artifact(reference), _artifact(model), protocol, **measures, warnings=warnings)
 
 
 def _states(
