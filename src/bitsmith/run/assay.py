@@ -20,7 +20,7 @@ from bitsmith import __version__
 from bitsmith.archs import TensorSpec, architecture_of, claim, import_view
 from bitsmith.archs.arch import refuse_quantized
 from bitsmith.archs.generic import named_specs
-from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
+from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.numerics.power_law import RESAMPLES
 from bitsmith.progress import Progress, silent
 from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Protocol, Skipped
@@ -38,7 +38,7 @@ from bitsmith.run.verdict import (
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, content_key, result_folder
 
 RESULT_NAME = "assay.json"
 PAGE_NAME = "assay.html"
@@ -94,7 +94,7 @@ def assay(
     started = time.monotonic()
     pattern = _pattern(match)
     if out is not None:
-        _claim_folder(out, overwrite)
+        result_folder(out, RESULT_NAME, overwrite)
     with open_checkpoint(model) as checkpoint:
         content = _content(checkpoint)
         targets, skipped = _targets(content.pairs, pattern, checkpoint.path)
@@ -103,7 +103,8 @@ def assay(
         moments = _moments(statistics, targets)
         protocol = Protocol(__version__, SCHEMA, match, resamples, seed, _digest(moments), _named(text))
         jobs = _jobs(targets, content.config, moments, resamples, seed)
-        journal = None if out is None else Journal(out / JOURNAL_NAME, _key(checkpoint, protocol))
+        key = content_key(checkpoint, asdict(protocol))
+        journal = None if out is None else Journal(out / JOURNAL_NAME, key)
         with journal or nullcontext():
             activations = None if text is None else _activations(model, text, progress)
             found = _run(jobs, journal, checkpoint.path, progress)
@@ -119,17 +120,6 @@ def _pattern(match: str | None) -> re.Pattern[str]:
         return re.compile(match or "")
     except re.error as error:
         raise BitsmithError(f"match {match!r} is not a regular expression: {error}") from error
-
-
-def _claim_folder(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise OutputError("is a file, the output is a folder", path=out)
-    if (out / RESULT_NAME).exists() and not overwrite:
-        raise OutputError("exists; pass --overwrite", path=out / RESULT_NAME)
-    try:
-        out.mkdir(exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made: {error.strerror or error}", path=out) from error
 
 
 def _content(checkpoint: Checkpoint) -> _Content:
@@ -257,14 +247,6 @@ def _population(weights: Sequence[_Pair], skipped: Sequence[Skipped]) -> dict[st
             len(own), sum(ref.size for _, ref in own), sum(spec.name in left_out for spec, _ in own)
         )
     return parts
-
-
-def _key(checkpoint: Checkpoint, protocol: Protocol) -> str:
-    """Return a digest of what results depend on: the files' sizes and times, every tensor, the options."""
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    tensors = [(name, ref.dtype, ref.shape) for name, ref in checkpoint.items()]
-    facts = [files, tensors, checkpoint.config, asdict(protocol)]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
 def _moments(statistics: Moments | Path | None, targets: Sequence[Target]) -> Moments:

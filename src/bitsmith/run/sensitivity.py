@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
-from bitsmith.formats import Format, format_named
+from bitsmith.formats import format_named
 from bitsmith.progress import Progress, silent
 from bitsmith.run.forward import Steps, TextModel, Tokens, compare
 from bitsmith.run.groups import EMBEDDING, Group
@@ -115,6 +115,13 @@ class Sensitivities:
         return asdict(self)
 
 
+class Storage(Protocol):
+    """What becomes of a tensor's values in a format; a `Noise`, or anything else that can tell."""
+
+    def stored(self, tensor: SourceTensor, name: str) -> TensorRef:
+        """Return the tensor (`out in`, GGUF layout) as the format of that name stores it."""
+
+
 class Noise:
     """A tensor as a format stores it, and how much of its output that changes."""
 
@@ -122,9 +129,9 @@ class Noise:
         self._moments = moments
         self._seed = seed
 
-    def stored(self, tensor: SourceTensor, form: Format) -> TensorRef:
-        """Return the tensor (`out in`, GGUF layout) as `form` stores it, encoded and decoded when read."""
-        site = self._site(tensor)
+    def stored(self, tensor: SourceTensor, name: str) -> TensorRef:
+        """Return the tensor (`out in`, GGUF layout) as a format stores it, encoded and decoded when read."""
+        form, site = format_named(name), self._site(tensor)
         importance = None if site is None else site.diagonal
 
         def compute(start: int, stop: int) -> Float32:
@@ -185,7 +192,7 @@ class Change:
 class Prober:
     """Measures the mean KLD of changed weights, from the states that enter the first changed layer."""
 
-    def __init__(self, model: TextModel, tokens: Tokens, noise: Noise, progress: Progress = silent) -> None:
+    def __init__(self, model: TextModel, tokens: Tokens, noise: Storage, progress: Progress = silent) -> None:
         self._model, self._noise, self._progress = model, noise, progress
         self._steps = Steps(model)
         self.n_layers = self._steps.n_layers
@@ -273,7 +280,7 @@ class Prober:
         for group, name in change.formats:
             for tensor in group.tensors:
                 if tensor.hf_name in tensors or tensor.spec.role == "head":
-                    stored = self._noise.stored(tensor, format_named(name))
+                    stored = self._noise.stored(tensor, name)
                     tensors[tensor.hf_name] = tensor.spec.from_gguf(stored)
         arch = type(self._model.arch)(self._model.arch.config, tensors)  # a head of its own unties the model
         return TextModel(View(self._model.checkpoint, tensors), arch, self._model.source)

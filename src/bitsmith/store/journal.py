@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from bitsmith.errors import OutputError
+from bitsmith.store.checkpoint import Checkpoint
 
 
 class Journal:
@@ -64,6 +66,29 @@ class Journal:
                 self.entries[record["name"]] = record["value"]
             sound += len(line)
         return sound
+
+
+def content_key(checkpoint: Checkpoint, options: Any) -> str:
+    """Return a digest of what results depend on: the files' sizes and times, every tensor, the options."""
+    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
+    tensors = [(name, ref.dtype, ref.shape) for name, ref in checkpoint.items()]
+    facts = [files, tensors, checkpoint.config, options]
+    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+
+
+def result_folder(out: Path, result: str, overwrite: bool) -> None:
+    """Make the folder that a journal and then the file `result` go into.
+
+    Raises OutputError if `out` is a file, cannot be made, or holds a result already (unless `overwrite`).
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError("is a file, the output is a folder", path=out)
+    if (out / result).exists() and not overwrite:
+        raise OutputError("exists; pass --overwrite", path=out / result)
+    try:
+        out.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot be made: {error.strerror or error}", path=out) from error
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
