@@ -11,7 +11,7 @@ from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, Vie
 from bitsmith.store.gguf import GgufCheckpoint, open_gguf
 from bitsmith.store.gguf_layout import MAGIC, TensorInfo, Typed
 from bitsmith.store.gguf_writer import gguf_size_bytes, write_gguf
-from bitsmith.store.packed import unpacked
+from bitsmith.store.packings import unpacked
 from bitsmith.store.safetensors import open_safetensors
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 from bitsmith.store.stored import SourceFile

@@ -1,4 +1,7 @@
-"""Weights that files keep packed, with scales beside: read under their own names, decoded row by row."""
+"""Weights that files keep packed, with scales beside: read under their own names, decoded row by row.
+
+Ways of packing have a file each and register in `store.packings`.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from bitsmith.errors import UnsupportedError, printable
 from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef, View
+
+CONFIG_KEYS = ("quantization_config", "quantization")
+"""Where a config says how weights are packed."""
 
 Packing = Callable[[Checkpoint, Mapping[str, Any]], dict[str, TensorRef]]
 """Takes a checkpoint and its config's `quantization_config`; returns all its tensors, packed ones decoded."""
@@ -51,7 +56,7 @@ class UnpackedView(View):
 
     def __init__(self, base: Checkpoint, tensors: Mapping[str, TensorRef], packing: str) -> None:
         super().__init__(base, tensors)
-        self.config = {key: value for key, value in base.config.items() if key not in _CONFIG_KEYS}
+        self.config = {key: value for key, value in base.config.items() if key not in CONFIG_KEYS}
         self.packing = packing
 
     def close(self) -> None:
@@ -62,37 +67,3 @@ class UnpackedView(View):
     def source_digest(self) -> str:
         """The digest of the stored tensors."""
         return self.base.source_digest
-
-
-def unpacked(stored: Checkpoint) -> Checkpoint:
-    """Return `stored` with packed weights decoded on read, or itself where its config packs none.
-
-    Raises UnsupportedError for a packing that is not known, DamagedFileError for parts that do not fit.
-    """
-    settings = _settings(stored.config)
-    if settings is None:
-        return stored
-    method, found = settings
-    packing = PACKINGS.get(method)
-    if packing is None:
-        known = ", ".join(sorted(PACKINGS)) or "none"
-        raise UnsupportedError(
-            f"is quantized by {printable(method)}, which cannot be read; known: {known}. "
-            "Give the original in BF16 or F16",
-            path=stored.path,
-        )
-    return UnpackedView(stored, packing(stored, found), method)
-
-
-PACKINGS: dict[str, Packing] = {}
-"""Packings by the `quant_method` of a config's `quantization_config` (MLX: its `quantization`)."""
-
-
-_CONFIG_KEYS = ("quantization_config", "quantization")
-
-
-def _settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    found = config.get("quantization_config")
-    if isinstance(found, Mapping):
-        return str(found.get("quant_method", "one without a name")), found
-    return None
