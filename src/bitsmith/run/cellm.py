@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
@@ -18,9 +18,10 @@ from bitsmith.passes.choice import Choice
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import SLICE_BYTES, check_rounder
 from bitsmith.run.guide import Guide, Total, finite_rows
+from bitsmith.run.overrides import Override, first_match
 from bitsmith.store import open_checkpoint
 from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmCheckpoint, CellmInfo
-from bitsmith.store.cellm_writer import cellm_rows, write_cellm_file
+from bitsmith.store.cellm_writer import cellm_rows, cellm_size_bytes, write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.safetensors import load_json
@@ -61,6 +62,29 @@ class CellmTensor:
 
 
 @dataclass(frozen=True)
+class CellmPlan:
+    """What a conversion would write: each tensor of the file with its bytes, its grid (None: float16)."""
+
+    kind: Kind
+    file_bytes: int
+    parameters: int
+    tensors: tuple[tuple[CellmInfo, str | None], ...]
+
+    @property
+    def bpw(self) -> float:
+        """Bits of the file, header and padding included, per parameter."""
+        return 8 * self.file_bytes / max(1, self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        tensors = [
+            {"name": info.name, "dtype": info.dtype, "shape": info.shape, "grid": grid, "nbytes": info.nbytes}
+            for info, grid in self.tensors
+        ]
+        return {**asdict(self), "tensors": tensors, "bpw": self.bpw}
+
+
+@dataclass(frozen=True)
 class CellmRecord:
     """What one conversion did; `bpw` are the file's bits per parameter."""
 
@@ -91,6 +115,7 @@ def write_cellm(
     like_seed: bool = False,
     group: int | None = None,
     selection: Selection | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
     statistics: Path | None = None,
     rounder: str = "auto",
     overwrite: bool = False,
@@ -101,33 +126,87 @@ def write_cellm(
     `like_seed` takes cellm's encodings and its choice of tensors. Without it all matrices of the text model
     are quantized (`selection`) with searched scales; with `statistics` each is coded by the weighted search
     or by error feedback, whichever `rounder` allows and does best on held-out inputs (`choose_grid`). What is
-    not quantized is float16. `group` columns share a scale (32, 64 or 128; None: a row, with q1 128). Memory
-    holds a slice of one tensor, its scales and one site's statistics.
+    not quantized is float16. `group` columns share a scale (32, 64 or 128; None: a row, with q1 128).
+    `tensor_types` are (regex, kind) pairs, searched in a matrix's name; the first that matches says its kind
+    (`i8`, `i4_g32`, `f16`) instead. Memory holds a slice of one tensor, its scales and one site's statistics.
 
-    Raises BitsmithError for an unknown kind, group, selection or rounder and for statistics with `like_seed`;
-    UnsupportedError for weights that are no floats; DamagedFileError for one that is not finite; OutputError
-    as `atomic_file` does and for a name that does not end in .cellm. Nothing is written then.
+    Raises BitsmithError for an unknown kind, group, selection or rounder, for a rule without effect and for
+    statistics with `like_seed`; UnsupportedError for weights that are no floats; DamagedFileError for one
+    that is not finite; OutputError as `atomic_file` does and for a name that does not end in .cellm. Nothing
+    is written then.
     """
     started = time.monotonic()
-    grid = _grid(kind, like_seed, group)
-    choice: Selection = selection or ("cellm" if like_seed else "text")
-    _refuse_options(out, choice, rounder, like_seed, statistics)
+    wanted = _Wanted(kind, like_seed, group, selection, tensor_types)
+    _refuse_options(out, rounder, like_seed, statistics)
     with open_checkpoint(model) as checkpoint:
-        _refuse_source(checkpoint)
-        grids = {
-            name: grid
-            for name, ref in checkpoint.items()
-            if grid is not None and is_selected(choice, grid, name, ref.shape)
-        }
         guide = None if statistics is None else Guide(checkpoint, statistics, rounder)
-        job = _Job(checkpoint, grids, guide, progress)
+        job = _Job(checkpoint, wanted.grids(checkpoint), guide, progress)
         metadata = cellm_metadata(checkpoint, like_seed=like_seed)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
         size = write_cellm_file(out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources)
         parameters = sum(ref.size for ref in checkpoint.values())
-    named = next(known for known in KINDS if known == kind)
     seconds = time.monotonic() - started
-    return CellmRecord(out, named, like_seed, choice, size, parameters, tuple(job.written), seconds)
+    written = tuple(job.written)
+    return CellmRecord(out, wanted.kind, like_seed, wanted.selection, size, parameters, written, seconds)
+
+
+def plan_cellm(
+    model: Path,
+    kind: str,
+    *,
+    like_seed: bool = False,
+    group: int | None = None,
+    selection: Selection | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+) -> CellmPlan:
+    """Return what `write_cellm` would write, with exact bytes; options and errors are its own."""
+    wanted = _Wanted(kind, like_seed, group, selection, tensor_types)
+    with open_checkpoint(model) as checkpoint:
+        grids = wanted.grids(checkpoint)
+        infos = sorted(_Job(checkpoint, grids, None, silent).infos)
+        size = cellm_size_bytes(cellm_metadata(checkpoint, like_seed=like_seed), infos)
+        parameters = sum(ref.size for ref in checkpoint.values())
+    named = {name: grid.name for name, grid in grids.items()}
+    return CellmPlan(wanted.kind, size, parameters, tuple((info, named.get(info.name)) for info in infos))
+
+
+class _Wanted:
+    """The grids that are asked for: one for what `selection` selects, others by rules."""
+
+    def __init__(
+        self,
+        kind: str,
+        like_seed: bool,
+        group: int | None,
+        selection: str | None,
+        tensor_types: Sequence[tuple[str, str]],
+    ) -> None:
+        self._grid = _grid(kind, like_seed, group)
+        self.kind = next(known for known in KINDS if known == kind)
+        chosen = selection or ("cellm" if like_seed else "text")
+        if chosen not in get_args(Selection):
+            known = ", ".join(get_args(Selection))
+            raise BitsmithError(f"unknown selection {printable(chosen)!r}; known: {known}")
+        self.selection = cast("Selection", chosen)
+        self._rules = [Override(pattern, name) for pattern, name in tensor_types]
+        self._ruled = {name: _grid(*_kind_and_group(name, like_seed)) for _, name in tensor_types}
+
+    def grids(self, checkpoint: Checkpoint) -> dict[str, GridFormat]:
+        """Return the grid of each tensor that is quantized; refuse a checkpoint and rules that cannot be."""
+        _refuse_source(checkpoint)
+        found = {name: self._grid_of(name, ref) for name, ref in checkpoint.items()}
+        for rule in self._rules:
+            rule.refuse_idle()
+        return {name: grid for name, grid in found.items() if grid is not None}
+
+    def _grid_of(self, name: str, ref: TensorRef) -> GridFormat | None:
+        rule = None
+        if len(ref.shape) == 2 and name.endswith(".weight"):
+            rule = first_match(self._rules, name)
+        if rule is not None:
+            return self._ruled[rule.type]
+        grid = self._grid
+        return grid if grid is not None and is_selected(self.selection, grid, name, ref.shape) else None
 
 
 def is_selected(selection: Selection, grid: GridFormat, name: str, shape: Sequence[int]) -> bool:
@@ -259,14 +338,14 @@ def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:
     return None if kind == "f16" else grid_named(grids[kind] + suffix)
 
 
-def _refuse_options(
-    out: Path, selection: str, rounder: str, like_seed: bool, statistics: Path | None
-) -> None:
+def _kind_and_group(name: str, like_seed: bool) -> tuple[str, bool, int | None]:
+    kind, _, group = name.partition("_g")
+    return (kind, like_seed, int(group)) if group.isdecimal() else (name, like_seed, None)
+
+
+def _refuse_options(out: Path, rounder: str, like_seed: bool, statistics: Path | None) -> None:
     if out.suffix != ".cellm":
         raise OutputError("cannot tell what to write: the output's name must end in .cellm", path=out)
-    if selection not in get_args(Selection):
-        known = ", ".join(get_args(Selection))
-        raise BitsmithError(f"unknown selection {printable(selection)!r}; known: {known}")
     if like_seed and statistics is not None:
         raise BitsmithError("cellm's encodings use no statistics: leave out one of the two")
     if statistics is None:

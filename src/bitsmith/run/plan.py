@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -19,6 +18,7 @@ from bitsmith.formats import format_named
 from bitsmith.passes.transform import Model as Rewritten
 from bitsmith.passes.transform import Transform, model_of
 from bitsmith.run.mixes import MIXES, Mix, Model, assign, fitting_type, is_quantizable, mix_named
+from bitsmith.run.overrides import Override, first_match
 from bitsmith.store import TensorInfo, Typed, gguf_size_bytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
@@ -239,7 +239,7 @@ def plan_source(
 ) -> Plan:
     """Decide as `plan` does, for an opened source; the costly part, its metadata, is shared between plans."""
     mix = mix_named(type_name)
-    overrides = [_Override(pattern, name) for pattern, name in tensor_types]
+    overrides = [Override(pattern, format_named(name).name) for pattern, name in tensor_types]
     shapes = {tensor.gguf_name: tensor.ref.shape for tensor in source.tensors}
     wanted = assign(shapes, mix, Model(source.n_blocks, source.gqa, has_imatrix), pure=pure)
     rows = tuple(_row(tensor, wanted[tensor.gguf_name], overrides) for tensor in source.tensors)
@@ -290,7 +290,7 @@ def _typed_row(
 
 
 def _resolved(
-    source: Source, mix: Mix, rows: tuple[PlanRow, ...], pure: bool, overrides: Sequence[_Override]
+    source: Source, mix: Mix, rows: tuple[PlanRow, ...], pure: bool, overrides: Sequence[Override]
 ) -> Plan:
     infos = [TensorInfo(row.gguf_name, row.shape, row.type) for row in rows]
     return Plan(
@@ -305,46 +305,16 @@ def _resolved(
     )
 
 
-class _Override:
-    """A regex and the type it asks for, with what became of it."""
-
-    def __init__(self, pattern: str, type_name: str) -> None:
-        self.pattern = pattern
-        self.type = format_named(type_name).name
-        self.applied = False
-        self.idle_because = "no tensor has a name that matches"
-        try:
-            self._regex = re.compile(pattern, re.IGNORECASE)
-        except re.error as error:
-            raise BitsmithError(
-                f"tensor type {printable(pattern)!r}: bad regular expression: {error}"
-            ) from error
-
-    def matches(self, tensor: SourceTensor) -> bool:
-        """Tell whether the regex is found in the tensor's Hugging Face or GGUF name."""
-        return bool(self._regex.search(tensor.hf_name) or self._regex.search(tensor.gguf_name))
-
-    def refuse_idle(self) -> None:
-        """Raise BitsmithError if no tensor took its type from this override."""
-        if not self.applied:
-            raise BitsmithError(
-                f"tensor type {printable(self.pattern)}={self.type} changes nothing: {self.idle_because}"
-            )
-
-
-def _row(tensor: SourceTensor, wanted: str, overrides: Iterable[_Override]) -> PlanRow:
-    matching = [override for override in overrides if override.matches(tensor)]
+def _row(tensor: SourceTensor, wanted: str, overrides: Iterable[Override]) -> PlanRow:
+    names = tensor.hf_name, tensor.gguf_name
     reason = "mix"
     if not is_quantizable(tensor.gguf_name, tensor.ref.shape):
         reason = "never quantized"
-        for override in matching:
-            override.idle_because = f"llama.cpp never quantizes {tensor.hf_name}"
-    elif matching:
-        first, *others = matching
-        wanted, first.applied = first.type, True
-        reason = f"override {first.pattern}"
-        for override in others:
-            override.idle_because = f"{first.pattern} comes before it"
+        for override in overrides:
+            if override.matches(*names):
+                override.idle_because = f"llama.cpp never quantizes {tensor.hf_name}"
+    elif (first := first_match(overrides, *names)) is not None:
+        wanted, reason = first.type, f"override {first.pattern}"
     stored = fitting_type(wanted, tensor.ref.shape[-1])
     return _planned(tensor, stored, reason, wanted if stored != wanted else None)
 

@@ -77,6 +77,13 @@ def write_cellm_file(
     return total
 
 
+def cellm_size_bytes(metadata: Mapping[str, Any], tensors: Iterable[CellmInfo]) -> int:
+    """Return the exact size of the file that `write_cellm_file` would write."""
+    infos = sorted(tensors)
+    header, offsets = _header(metadata, infos)
+    return offsets[-1] + infos[-1].nbytes if infos else PREAMBLE_BYTES + len(header)
+
+
 def cellm_rows(coded: Coded, dtype: str) -> Bytes:
     """Return the bytes of coded rows (`rows row_bytes`) as a .cellm file has them; q1 has its scales too."""
     if dtype != Q1:
