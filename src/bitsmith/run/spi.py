@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitsmith.progress import Progress, silent
-from bitsmith.run.critical import CHUNKS, CTX_TOKENS, Selection, critical_linears, parse_critical
+from bitsmith.run.critical import CHUNKS, CTX_TOKENS, Linear, Selection, critical_linears, parse_critical
 from bitsmith.run.folder import FolderPlan, FolderRecord, plan_folder, write_folder
 
 SCHEME, KEPT = "NF4", "BF16"
@@ -62,7 +63,11 @@ def plan_spi(
     """
     selection = _selected(model, critical, by, seed, assay, text, ctx_tokens, chunks, progress)
     folder = plan_folder(
-        model, SCHEME, tensor_types=tensor_types(selection), statistics=statistics, rounder=rounder
+        model,
+        SCHEME,
+        tensor_types=tensor_types(selection.linears, selection.names),
+        statistics=statistics,
+        rounder=rounder,
     )
     return SpiPlan(selection, folder)
 
@@ -95,38 +100,25 @@ def write_spi(
     """
     started = time.monotonic()
     selection = _selected(model, critical, by, seed, assay, text, ctx_tokens, chunks, progress)
-    folder = write_selected(
-        model, out, selection, statistics=statistics, rounder=rounder, overwrite=overwrite, progress=progress
-    )
-    return SpiRecord(selection, folder, time.monotonic() - started)
-
-
-def write_selected(
-    model: Path,
-    out: Path,
-    selection: Selection | None,
-    *,
-    statistics: Path | None = None,
-    rounder: str = "nearest",
-    overwrite: bool = False,
-    progress: Progress = silent,
-) -> FolderRecord:
-    """Write `model` with the linears of a selection kept (None: all of them NF4)."""
-    return write_folder(
+    folder = write_folder(
         model,
         out,
         SCHEME,
-        tensor_types=[] if selection is None else tensor_types(selection),
+        tensor_types=tensor_types(selection.linears, selection.names),
         statistics=statistics,
         rounder=rounder,
         overwrite=overwrite,
         progress=progress,
     )
+    return SpiRecord(selection, folder, time.monotonic() - started)
 
 
-def tensor_types(selection: Selection) -> list[tuple[str, str]]:
-    """Return the rules of `write_folder` that keep the selected linears as they are stored."""
-    return [(f"^{re.escape(name)}$", KEPT) for name in selection.names]
+def tensor_types(linears: Sequence[Linear], kept: Collection[str]) -> list[tuple[str, str]]:
+    """Return the rules of `write_folder` by which `kept` linears stay as stored and all the others are NF4.
+
+    Also DeltaNet's in_proj_a and in_proj_b, which `write_folder` alone would keep: the recipe counts them.
+    """
+    return [(f"^{re.escape(linear.name)}$", KEPT if linear.name in kept else SCHEME) for linear in linears]
 
 
 def _selected(
