@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.stored import INTEGERS
 
 Component = Literal["text", "mtp", "vision"]
 
@@ -19,7 +20,6 @@ ARCHITECTURES: dict[str, type[Architecture]] = {}
 """Every architecture by its Hugging Face `model_type`, filled by subclassing `Architecture`."""
 
 _MISSING = object()
-_INTEGERS = ("I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 _LISTED_NAMES = 40
 
 
@@ -317,7 +317,7 @@ def match(
     if missing:
         raise BitsmithError(f"missing: {_listed(missing)}", path=checkpoint.path)
     for name, (_, expected) in wanted.items():
-        if (dtype := checkpoint[name].dtype) in _INTEGERS:
+        if (dtype := checkpoint[name].dtype) in INTEGERS:
             raise UnsupportedError(
                 f"is stored as {dtype}: integers are codes of a packing that the config does not name",
                 path=checkpoint.path,

@@ -17,6 +17,7 @@ import numpy as np
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError, printable
 from bitsmith.formats.format import Float32
 from bitsmith.formats.integer import Coded, GridFormat, unpack_codes
+from bitsmith.formats.minifloat import E4M3
 from bitsmith.store.checkpoint import Bytes, Rows, TensorRef
 from bitsmith.store.safetensors import is_unicode, load_json
 from bitsmith.store.stored import Decoder, SourceFile, StoredCheckpoint, StoredTensor, plain_decoder
@@ -276,13 +277,10 @@ def _q1_decoder(columns: int) -> Decoder:
 
 
 def _f8_values() -> Float32:
-    """Return the 256 values of cellm's f8e4m3: bias 7, subnormals, and 240 for the largest exponent."""
+    """Return the 256 values of cellm's f8e4m3: as OCP's, but 240 for all of the largest exponent."""
     codes = np.arange(256)
-    exponent, mantissa = codes >> 3 & 15, (codes & 7) / 8
-    size = np.where(exponent == 0, np.ldexp(mantissa, -6), np.ldexp(1 + mantissa, exponent - 7))
-    size = np.where(exponent == 15, 240.0, size)
-    values: Float32 = np.where(codes & 128, -size, size).astype(np.float32)
-    return values
+    values: Float32 = np.where(codes >> 3 & 15 == 15, np.where(codes & 128, -240, 240), E4M3)
+    return values.astype(np.float32)
 
 
 _F8 = _f8_values()

@@ -17,6 +17,9 @@ CONFIG_KEYS = ("quantization_config", "quantization")
 Packing = Callable[[Checkpoint, Mapping[str, Any]], dict[str, TensorRef]]
 """Takes a checkpoint and its config's `quantization_config`; returns all its tensors, packed ones decoded."""
 
+PACKINGS: dict[str, Packing] = {}
+"""Packings by the `quant_method` of a config's `quantization_config` (MLX: its `quantization`)."""
+
 
 class PackedTensor(TensorRef):
     """A weight held by several stored tensors, its `parts`; `decode(start, stop)` returns rows as float32.
@@ -48,15 +51,21 @@ class PackedTensor(TensorRef):
         return self._decode(start, self.n_rows if stop is None else stop)
 
 
+def _without(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in CONFIG_KEYS}
+
+
 class UnpackedView(View):
     """A checkpoint whose packed weights read as plain ones; its config no longer says otherwise.
 
-    `packing` names the method; the digest is that of what is stored.
+    `packing` names the method, None where the config names none; the digest is that of what is stored.
     """
 
-    def __init__(self, base: Checkpoint, tensors: Mapping[str, TensorRef], packing: str) -> None:
+    def __init__(self, base: Checkpoint, tensors: Mapping[str, TensorRef], packing: str | None) -> None:
         super().__init__(base, tensors)
-        self.config = {key: value for key, value in base.config.items() if key not in CONFIG_KEYS}
+        self.config = _without(base.config)
+        if isinstance(text := self.config.get("text_config"), dict):
+            self.config["text_config"] = _without(text)
         self.packing = packing
 
     def close(self) -> None:

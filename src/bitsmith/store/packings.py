@@ -2,40 +2,84 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from bitsmith.errors import UnsupportedError, printable
-from bitsmith.store.checkpoint import Checkpoint
-from bitsmith.store.packed import Packing, UnpackedView
+from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.compressed_tensors import METHOD, read_compressed
+from bitsmith.store.fp8 import read_fp8
+from bitsmith.store.mlx import read_mlx
+from bitsmith.store.mlx_layout import hugging_face_layout
+from bitsmith.store.packed import PACKINGS, UnpackedView
+from bitsmith.store.stored import FLOATS
+
+PACKINGS |= {METHOD: read_compressed, "fp8": read_fp8, "mlx": read_mlx}
+
+_CODES = re.compile(r"(^|\.)(q?weight(_packed)?|qzeros|W_q|codes|\w+_(blocks|packed))$")
 
 
 def unpacked(stored: Checkpoint) -> Checkpoint:
-    """Return `stored` with packed weights decoded on read, or itself where its config packs none.
+    """Return `stored` as its model has it: packed weights decoded on read, MLX's layout undone.
 
-    Raises UnsupportedError for a packing that is not known, DamagedFileError for parts that do not fit.
+    A config that says that weights are packed where all of them are plain floats is taken as left over.
+
+    Raises UnsupportedError for a packing that is not known and for codes without settings in the config,
+    DamagedFileError for parts that do not fit.
     """
     settings = _settings(stored.config)
     if settings is None:
+        _refuse_codes(stored)
+        tensors = dict(stored)
+    elif all(ref.dtype in FLOATS for ref in stored.values()):
+        tensors = dict(stored)
+    else:
+        tensors = _decoded(stored, *settings)
+    seen = hugging_face_layout(stored, tensors)
+    if seen is tensors and settings is None:
         return stored
-    method, found = settings
+    return UnpackedView(stored, seen, None if settings is None else settings[0])
+
+
+def _decoded(stored: Checkpoint, method: str, settings: Mapping[str, Any]) -> dict[str, TensorRef]:
     packing = PACKINGS.get(method)
     if packing is None:
-        known = ", ".join(sorted(PACKINGS)) or "none"
         raise UnsupportedError(
-            f"is quantized by {printable(method)}, which cannot be read; known: {known}. "
-            "Give the original in BF16 or F16",
+            f"is quantized by {printable(method)}, which cannot be read; known: "
+            f"{', '.join(sorted(PACKINGS))}. Give the original in BF16 or F16",
             path=stored.path,
         )
-    return UnpackedView(stored, packing(stored, found), method)
-
-
-PACKINGS: dict[str, Packing] = {}
-"""Packings by the `quant_method` of a config's `quantization_config` (MLX: its `quantization`)."""
+    return packing(stored, settings)
 
 
 def _settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None:
-    found = config.get("quantization_config")
-    if isinstance(found, Mapping):
-        return str(found.get("quant_method", "one without a name")), found
+    """Return the method and its settings; mlx-lm repeats its own as `quantization_config`, unnamed."""
+    nested = config.get("text_config")
+    for where in (config, nested if isinstance(nested, Mapping) else {}):
+        if found := where.get("quantization"):
+            return "mlx", found if isinstance(found, Mapping) else {}
+        if found := where.get("quantization_config"):
+            return _named(found)
     return None
+
+
+def _named(found: Any) -> tuple[str, Mapping[str, Any]]:
+    if not isinstance(found, Mapping):
+        return str(found), {}
+    method = found.get("quant_method")
+    if method is None and found.keys() >= {"bits", "group_size"}:
+        method = "mlx"
+    return "a method without a name" if method is None else str(method), found
+
+
+def _refuse_codes(stored: Checkpoint) -> None:
+    """Refuse codes that nothing says how to read: taken as numbers they would be weights of nonsense."""
+    for name, ref in stored.items():
+        if ref.dtype not in FLOATS and not ref.dtype.startswith("F8") and _CODES.search(name):
+            raise UnsupportedError(
+                f"is stored as {ref.dtype}: codes of packed weights, but there is no quantization_config in "
+                "a config.json beside them that says how",
+                path=stored.path,
+                tensor=name,
+            )

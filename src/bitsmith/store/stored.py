@@ -29,6 +29,8 @@ PLAIN = {
     "BOOL": "<u1",
 }
 """numpy's name of the bits that hold one element of each dtype without blocks."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+INTEGERS = frozenset(PLAIN.keys() - FLOATS)
 
 Decoder = Callable[[Bytes], Rows]  # stored bytes, flat -> elements, flat
 

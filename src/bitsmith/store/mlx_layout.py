@@ -1,0 +1,143 @@
+"""Undoes what MLX does to Qwen3.5 besides packing: other names, norms plus one, the convolution's axes.
+
+mlx-lm and mlx-vlm store the text model under `language_model.`, the vision tower under `vision_tower.`,
+`1 + w` for the norms that act so, and the kernel of `conv1d` as `channels width 1` (Hugging Face:
+`channels 1 width`). Loading again, mlx-lm tells by that kernel whether the norms have been shifted
+(mlx_lm/models/qwen3_5.py, `sanitize`), and so does this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from bitsmith.errors import DamagedFileError, UnsupportedError
+from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
+
+_MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
+_LAYER_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight")
+_ONE_PLUS = (*_LAYER_NORMS, ".q_norm.weight", ".k_norm.weight", "model.norm.weight")
+_KERNEL = ".linear_attn.conv1d.weight"
+_PATCHES = "patch_embed.proj.weight"
+_SHIFTED = (
+    0.5  # a mean beyond it speaks for 1 + w: published norms have means of w near 0, decayed in training
+)
+_CLEAR = 0.9  # share of the norms that must speak against a layout before it is refused
+
+
+class Changed(TensorRef):
+    """A stored tensor under another name, its rows changed on read; the bytes stay those that are stored."""
+
+    def __init__(
+        self,
+        base: TensorRef,
+        name: str,
+        change: Callable[[Rows], Rows] | None = None,
+        shape: tuple[int, ...] | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        self.base, self.name = base, name
+        self.shape, self.dtype = shape or base.shape, dtype or base.dtype
+        self._change = change
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self.base.nbytes
+
+    def read(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Return rows `[start, stop)` as Hugging Face has them."""
+        rows = self.base.read(start, stop)
+        return rows if self._change is None else self._change(rows)
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
+        """Return the stored bytes of rows `[start, stop)`, or those of the changed values."""
+        return self.base.raw(start, stop) if self._change is None else super().raw(start, stop)
+
+
+def hugging_face_layout(stored: Checkpoint, tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
+    """Return `tensors` of `stored` under Hugging Face names and in its layout; the same where they are so.
+
+    Reads the layer norms of a Qwen3.5, nothing of other models. Norms lose their 1 in float32.
+
+    Raises UnsupportedError where kernels and norms say different things, and for MTP tensors among shifted
+    norms; DamagedFileError for kernels of both layouts and for names that meet.
+    """
+    if stored.config.get("model_type") not in _MODEL_TYPES:
+        return tensors
+    kernels = [ref.shape for name, ref in tensors.items() if name.endswith(_KERNEL) and len(ref.shape) == 3]
+    ours = [shape for shape in kernels if shape[1] == 1 and shape[2] > 1]
+    theirs = [shape for shape in kernels if shape[2] == 1 and shape[1] > 1]
+    if ours and theirs:
+        raise DamagedFileError("holds conv1d kernels in MLX's layout and others", path=stored.path)
+    _refuse_contradiction(stored, tensors, bool(ours), bool(theirs))
+    return _restored(stored, tensors) if theirs else tensors
+
+
+def _refuse_contradiction(
+    stored: Checkpoint, tensors: Mapping[str, TensorRef], ours: bool, theirs: bool
+) -> None:
+    """Refuse norms that are in another layout than the kernels; no published model is near the limits."""
+    means = _means(tensors)
+    if not len(means):
+        return
+    shifted, twice = (float(np.mean(means > _SHIFTED + extra)) for extra in (0, 1))
+    middle = f"means of the layers' norms have the median {np.median(means):.3f}"
+    if ours and shifted >= _CLEAR:
+        found = "conv1d is as Hugging Face stores it, but the norms look shifted by one, as MLX stores them"
+    elif theirs and shifted < 1 - _CLEAR:
+        found = "conv1d is as MLX stores it, but the norms do not look shifted by one"
+    elif theirs and twice >= _CLEAR:
+        found = "conv1d is as MLX stores it, but the norms look shifted by one twice"
+    else:
+        return
+    raise UnsupportedError(f"{found} ({middle}): give the original", path=stored.path)
+
+
+def _means(tensors: Mapping[str, TensorRef]) -> Rows:
+    norms = [ref for name, ref in tensors.items() if name.endswith(_LAYER_NORMS) and "mtp." not in name]
+    return np.array([float(np.mean(ref.read())) for ref in norms if len(ref.shape) == 1 and ref.size])
+
+
+def _restored(stored: Checkpoint, tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    model = "model.language_model." if "text_config" in stored.config else "model."
+    prefixes = {
+        "language_model.model.": model,
+        "language_model.lm_head.": "lm_head.",
+        "vision_tower.": "model.visual.",
+    }
+    found: dict[str, TensorRef] = {}
+    for name, ref in tensors.items():
+        if "mtp." in name:
+            raise UnsupportedError(
+                "is an MTP tensor in MLX's layout, where nothing tells whether its norms are shifted: "
+                "give the original",
+                path=stored.path,
+                tensor=name,
+            )
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), "")
+        renamed = prefixes.get(prefix, "") + name.removeprefix(prefix)
+        if renamed in found:
+            raise DamagedFileError(f"is {renamed!r} as another is", path=stored.path, tensor=name)
+        found[renamed] = _changed(ref, renamed)
+    return found
+
+
+def _changed(ref: TensorRef, name: str) -> TensorRef:
+    """Return a tensor as Hugging Face has it: what was moved is moved back, what was shifted loses its 1."""
+    if name.endswith(_KERNEL) and len(ref.shape) == 3:
+        return _moved(ref, name, 2, 1)
+    if name.endswith(_PATCHES) and len(ref.shape) == 5 and ref.shape[2] == ref.shape[3] != ref.shape[4]:
+        return _moved(ref, name, 4, 1)
+    if name.endswith(_ONE_PLUS) and len(ref.shape) == 1:
+        return Changed(ref, name, lambda rows: rows - np.float32(1), dtype="F32")
+    return Changed(ref, name)
+
+
+def _moved(ref: TensorRef, name: str, source: int, target: int) -> TensorRef:
+    shape = list(ref.shape)
+    shape.insert(target, shape.pop(source))
+    return Changed(
+        ref, name, lambda rows: np.ascontiguousarray(np.moveaxis(rows, source, target)), tuple(shape)
+    )
