@@ -116,7 +116,7 @@ class GridFormat:
         scales = np.zeros((len(rows), self.groups(columns)), np.float32)
         zeros = np.zeros(scales.shape, np.uint8)
         rounds = 1 if self.bits == 1 else _ROUNDS if search else 0
-        weights, factors = _weights(importance, columns), _factors(self, search)
+        weights, factors = column_weights(importance, columns), _factors(self, search)
         offsets = np.array([0] if self.symmetric or not search else [0, -1, 1], np.int64)
         grid = self.levels[0], self.levels[1] - self.levels[0], np.float32(self.top)
 
@@ -208,7 +208,11 @@ def _for_rows(rows: Float32, work: Callable[[int, int], None]) -> None:
     for_ranges(len(rows), max(1, _LEAST_WEIGHTS // columns), max(1, _MOST_WEIGHTS // columns), work)
 
 
-def _weights(importance: Float32 | None, columns: int) -> Float64:
+def column_weights(importance: Float32 | None, columns: int) -> Float64:
+    """Return an importance (`in`) over its largest, with a floor; ones without it.
+
+    Raises BitsmithError for one that is not such a vector.
+    """
     if importance is None:
         return np.ones(columns)
     exact = np.asarray(importance, dtype=np.float64)

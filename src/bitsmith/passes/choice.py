@@ -75,27 +75,55 @@ def choose(
     layers before it, about as large, relative to the inputs, as the errors this matrix adds to its outputs,
     and summed up over layers. The metric is shrunk towards its diagonal by that much (see `noise_share`).
     """
-    if rounder == "nearest" or inputs is None or not isinstance(form, BlockFormat):
+    if not isinstance(form, BlockFormat):
+        return Choice("nearest")
+    return choose_by(
+        lambda importance: form.decode(form.encode(rows, importance)),
+        lambda metric: form.decode(round_rows(form, rows, metric)),
+        rows,
+        inputs,
+        rounder,
+        metric_for=metric_for,
+        dampings=dampings,
+    )
+
+
+def choose_by(
+    searched: Callable[[Float32 | None], Float32],
+    fed_back: Callable[[InputMetric], Float32] | None,
+    rows: Float32,
+    inputs: SiteInputs | None,
+    rounder: str = "auto",
+    *,
+    metric_for: Callable[[float, float], InputMetric] | None = None,
+    dampings: Sequence[float] = DAMPINGS,
+) -> Choice:
+    """Choose as `choose` does, for anything that can be coded.
+
+    `searched(importance)` and `fed_back(metric)` return what `rows` decode to, coded by the weighted search
+    (None: `nearest`) and by error feedback (None: it takes none).
+    """
+    if rounder == "nearest" or inputs is None:
         return Choice("nearest")
     moment, held = inputs.moment, inputs.held
-    if rounder == "weighted" or moment is None:
+    if rounder == "weighted" or moment is None or fed_back is None:
         return Choice("weighted")
     if held is None or not len(held):
         return Choice("gptq", DAMPING) if rounder == "gptq" else Choice("weighted")
     whole = output_error(rows, held)
 
-    def error(blocks: np.ndarray) -> float:
-        left = output_error(rows - form.decode(blocks), held)
+    def error(decoded: Float32) -> float:
+        left = output_error(rows - decoded, held)
         return left / whole if whole > 0 else left
 
     build = metric_for or (lambda damping, shrink: InputMetric(moment, damping, shrink=shrink))
-    errors = {"weighted": error(form.encode(rows, inputs.importance))}
+    errors = {"weighted": error(searched(inputs.importance))}
     if rounder == "auto":
-        errors["nearest"] = error(form.encode(rows))
+        errors["nearest"] = error(searched(None))
     shrink = noise_share(errors["weighted"])
     tried = {f"gptq {damping:g}": damping for damping in dampings}
     for name, damping in tried.items():
-        errors[name] = error(round_rows(form, rows, build(damping, shrink)))
+        errors[name] = error(fed_back(build(damping, shrink)))
     best = min(errors, key=lambda name: (errors[name], name != "weighted"))
     return Choice(best.split()[0], tried.get(best), errors, shrink if best in tried else 0.0)
 

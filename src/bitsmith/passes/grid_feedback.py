@@ -17,10 +17,10 @@ from bitsmith.errors import BitsmithError
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.integer import Coded, GridFormat
-from bitsmith.numerics.input_metric import DAMPING, InputMetric
-from bitsmith.passes.choice import DAMPINGS, Choice, SiteInputs, noise_share
+from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.passes.choice import Choice, SiteInputs, choose_by
 from bitsmith.passes.feedback import LANES, add_products
-from bitsmith.passes.rounding import EFFORT, Effort, output_error, round_rows
+from bitsmith.passes.rounding import EFFORT, Effort, round_rows
 
 _SUB = 32
 _TURNS = 2  # rounds of codes after the scale of a row was refitted to the ones before
@@ -60,29 +60,17 @@ def choose_grid(
 
     `nearest` is the search with equal weights. Columns in the order of `rows`.
     """
-    if rounder == "nearest" or inputs is None or grid.seed:
+    if grid.seed:
         return Choice("nearest")
-    moment, held = inputs.moment, inputs.held
-    if rounder == "weighted" or moment is None or not takes_feedback(grid, rows.shape[1]):
-        return Choice("weighted")
-    if held is None or not len(held):
-        return Choice("gptq", DAMPING) if rounder == "gptq" else Choice("weighted")
-    whole = output_error(rows, held)
-
-    def error(coded: Coded) -> float:
-        left = output_error(rows - grid.dequantize(coded), held)
-        return left / whole if whole > 0 else left
-
-    build = metric_for or (lambda damping, shrink: InputMetric(moment, damping, shrink=shrink))
-    errors = {"weighted": error(grid.quantize(rows, inputs.importance))}
-    if rounder == "auto":
-        errors["nearest"] = error(grid.quantize(rows))
-    shrink = noise_share(errors["weighted"])
-    tried = {f"gptq {damping:g}": damping for damping in DAMPINGS}
-    for name, damping in tried.items():
-        errors[name] = error(feedback(grid, rows, build(damping, shrink)))
-    best = min(errors, key=lambda name: (errors[name], name != "weighted"))
-    return Choice(best.split()[0], tried.get(best), errors, shrink if best in tried else 0.0)
+    fed = takes_feedback(grid, rows.shape[1])
+    return choose_by(
+        lambda importance: grid.dequantize(grid.quantize(rows, importance)),
+        (lambda metric: grid.dequantize(feedback(grid, rows, metric))) if fed else None,
+        rows,
+        inputs,
+        rounder,
+        metric_for=metric_for,
+    )
 
 
 def takes_feedback(grid: GridFormat, columns: int) -> bool:

@@ -46,11 +46,19 @@ EFFORT = Effort()
 FEEDBACK_ONLY = Effort(sweeps=0, scales=False)
 
 
-def round_rows(form: Format, rows: Float32, metric: InputMetric, effort: Effort = EFFORT) -> Bytes:
+def round_rows(
+    form: Format,
+    rows: Float32,
+    metric: InputMetric,
+    effort: Effort = EFFORT,
+    *,
+    steps: Float32 | None = None,
+) -> Bytes:
     """Encode `rows` (`out in`, GGUF layout) to bytes (`out row_bytes`), minimising `tr(E H Eᵀ)`.
 
-    A row's bytes depend on that row, the metric and the effort alone. Formats without blocks are encoded as
-    they are. Raises BitsmithError for rows that do not fit the format or the metric.
+    With `steps` (`out blocks`) blocks keep these as their factors, and codes alone are chosen. A row's bytes
+    depend on that row, its steps, the metric and the effort alone. Formats without blocks are encoded as they
+    are. Raises BitsmithError for rows that do not fit the format or the metric.
     """
     row_bytes = form.row_bytes(rows.shape[-1])
     if not isinstance(form, BlockFormat):
@@ -65,16 +73,21 @@ def round_rows(form: Format, rows: Float32, metric: InputMetric, effort: Effort 
     def work(first: int, last: int) -> None:
         for at in range(first, last, LANES):
             end = min(at + LANES, last)
-            out[at:end] = _round_tile(form, rows[at:end], groups, effort)
+            given = None if steps is None else steps[at:end]
+            out[at:end] = _round_tile(form, rows[at:end], groups, effort, given)
 
     for_ranges(len(rows), LANES, LANES, work)
     return out
 
 
-def _round_tile(form: BlockFormat, rows: Float32, groups: list[Group], effort: Effort) -> Bytes:
+def _round_tile(
+    form: BlockFormat, rows: Float32, groups: list[Group], effort: Effort, steps: Float32 | None
+) -> Bytes:
     parts, at = [], 0
     for group in groups:
         tile = _Rows(form, rows[:, at : at + group.width], group, effort)
+        if steps is not None:
+            tile.given = steps[:, at // form.block_size : (at + group.width) // form.block_size]
         tile.feed()
         for _ in range(effort.sweeps):
             if not tile.sweep():
@@ -92,6 +105,8 @@ def _offsets(steps: list[int], pairs: bool) -> NDArray[np.int64]:
 
 class _Rows:
     """At most `LANES` rows over one group of columns, their fields and codes (as levels)."""
+
+    given: Float32 | None = None  # each block's factor (`rows blocks`), where it is not to be fitted
 
     def __init__(self, form: BlockFormat, rows: Float32, group: Group, effort: Effort) -> None:
         self.form, self.group, self.effort = form, group, effort
@@ -136,10 +151,10 @@ class _Rows:
             target = self.base[at:end].copy()
             kernels.add_products(self.group.feedback, at, 0, self.errors, 0, at, target)
             own = self._square(self.group.feedback, block)
-            moved = target.copy()
-            if block:
-                kernels.compensate_block(self.base[at:end], moved, own)
-            self._fit(block, moved)
+            if self.given is None:
+                self._fit(block, target, own)
+            else:
+                self.d[block, : self.count] = self.given[:, block]
             kernels.feed_block(
                 self.base[at:end], target, own, weights[at:end],
                 self.d[block], self.m[block], self.scales[block], self.mins[block], self.moves, self.limits,
@@ -147,9 +162,12 @@ class _Rows:
                 self.errors[at:end],
             )  # fmt: skip
 
-    def _fit(self, block: int, target: Tile) -> None:
+    def _fit(self, block: int, target: Tile, feedback: Tile) -> None:
         size = self.form.block_size
-        rows = np.ascontiguousarray(target[:, : self.count].T, np.float32)
+        moved = target.copy()
+        if block:
+            kernels.compensate_block(self.base[block * size : (block + 1) * size], moved, feedback)
+        rows = np.ascontiguousarray(moved[:, : self.count].T, np.float32)
         importance = None if self.importance is None else self.importance[block * size : (block + 1) * size]
         fields = self.form.fit(rows, importance)
         self.d[block, : self.count], self.m[block, : self.count] = fields.d, fields.m
@@ -182,7 +200,7 @@ class _Rows:
             )  # fmt: skip
         if self.effort.descent:
             kernels.descend_block(base, gradient, hessian, *fields, *grid, levels, errors)
-        if self.effort.refit and not len(self.ladder):
+        if self.effort.refit and self.given is None and not len(self.ladder):
             kernels.refit_block(base, gradient, hessian, *fields, levels, errors)
         return bool((before != errors).any())
 
