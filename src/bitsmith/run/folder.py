@@ -3,3 +3,236 @@
 How matrices are packed is a `Packer`'s (`run.packer`): compressed-tensors' in `run.pack_compressed`,
 bitsandbytes' in `run.pack_bitsandbytes`.
 """
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitsmith.errors import UnsupportedError
+from bitsmith.progress import Progress, silent
+from bitsmith.run.encode import Rounder, check_rounder
+from bitsmith.run.folder_layout import KEPT, SCHEMES, FolderRow, Layout, Piece, lay_out
+from bitsmith.run.guide import Guide
+from bitsmith.run.packer import Encoding, Matrix, Outcome
+from bitsmith.store import CellmCheckpoint, Checkpoint, GgufCheckpoint, open_checkpoint, write_safetensors
+from bitsmith.store.atomic import Chunk
+from bitsmith.store.packed import PackedTensor
+from bitsmith.store.safetensors import side_file
+from bitsmith.store.safetensors_writer import SHARD_BYTES, safetensors_size_bytes
+from bitsmith.store.stored import StoredTensor
+
+__all__ = [
+    "KEPT",
+    "SCHEMES",
+    "FolderPlan",
+    "FolderRecord",
+    "FolderRow",
+    "FolderTensor",
+    "plan_folder",
+    "write_folder",
+]
+
+SIDE_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json", "preprocessor_config.json", "processor_config.json",
+    "image_processor_config.json", "video_preprocessor_config.json", "LICENSE", "NOTICE",
+)  # fmt: skip
+"""What is copied beside the weights, as it is; code and pickles never are."""
+
+
+@dataclass(frozen=True)
+class FolderPlan:
+    """What `write_folder` would write; `file_bytes` are those of all shards, headers included."""
+
+    scheme: str
+    rows: tuple[FolderRow, ...]
+    file_bytes: int
+    parameters: int
+
+    @property
+    def bpw(self) -> float:
+        """Bits of the shards per parameter."""
+        return 8 * self.file_bytes / max(1, self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain values."""
+        return {**asdict(self), "bpw": self.bpw}
+
+
+@dataclass(frozen=True)
+class FolderTensor(FolderRow):
+    """One tensor as written; `relative_error` is `sum (w - q)² / sum w²`, 0 for what is not packed.
+
+    `held_error` is `sum |E x|² / sum |W x|²` over held-out inputs x, None where there are none.
+    """
+
+    rounder: str = ""
+    relative_error: float = 0.0
+    held_error: float | None = None
+
+
+@dataclass(frozen=True)
+class FolderRecord:
+    """What one conversion did; `file_bytes` are those of all shards, headers included."""
+
+    out: Path
+    scheme: str
+    tensors: tuple[FolderTensor, ...]
+    file_bytes: int
+    parameters: int
+    seconds: float
+
+    @property
+    def bpw(self) -> float:
+        """Bits of the shards per parameter."""
+        return 8 * self.file_bytes / max(1, self.parameters)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return {**asdict(self), "out": str(self.out), "bpw": self.bpw}
+
+
+def write_folder(
+    model: Path,
+    out: Path,
+    scheme: str,
+    *,
+    group: int | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    ignore: Sequence[str] = (),
+    statistics: Path | None = None,
+    rounder: str = "auto",
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress = silent,
+) -> FolderRecord:
+    """Write `model` (a Hugging Face checkpoint of floats) to the folder `out`, its linears packed.
+
+    `scheme` (one of `SCHEMES`) holds for the linears of the text model's layers, except DeltaNet's in_proj_a
+    and in_proj_b; `group` columns share a scale (0: a row; None: the scheme's own). `tensor_types` are
+    (regex searched in the name, scheme) for linears of the text model, the head included, and the first
+    match wins; `ignore` names modules that stay as they are, or `re:` patterns that their names match.
+    Everything else keeps its dtype: embeddings, norms, convolutions, vision, MTP. A matrix whose width no
+    group divides keeps it too (`note`). With `statistics` the codes are found as `rounder` says
+    (`choose_grid`), without by the search. Tokenizer, templates and generation settings are copied.
+
+    Raises BitsmithError for an unknown scheme, group or rounder, for schemes of two packings, for an `ignore`
+    or a regex that names no linear, and for what the packing's loaders cannot take; UnsupportedError for a
+    source that is packed itself; DamagedFileError for a weight that is not finite; OutputError as
+    `write_safetensors` does. Nothing is written then.
+    """
+    started = time.monotonic()
+    with _opened(model) as checkpoint:
+        layout = lay_out(checkpoint, scheme, group, tensor_types, ignore)
+        job = _Job(checkpoint, layout, statistics, rounder, progress)
+        config = dict(checkpoint.config)
+        if layout.settings is not None:
+            config["quantization_config"] = layout.settings
+        write_safetensors(
+            out,
+            layout.data(job.chunks),
+            config,
+            shard_bytes=shard_bytes,
+            files=_side_files(model if model.is_dir() else model.parent),
+            overwrite=overwrite,
+            sources=[*checkpoint.files, *([] if statistics is None else [statistics])],
+        )
+        size = safetensors_size_bytes(layout.data(), shard_bytes=shard_bytes)
+        parameters = sum(ref.size for ref in checkpoint.values())
+    return FolderRecord(out, scheme, job.written(), size, parameters, time.monotonic() - started)
+
+
+def plan_folder(
+    model: Path,
+    scheme: str,
+    *,
+    group: int | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    ignore: Sequence[str] = (),
+    statistics: Path | None = None,
+    rounder: str = "auto",
+    shard_bytes: int = SHARD_BYTES,
+) -> FolderPlan:
+    """Return what `write_folder` would write, with exact bytes. Raises as it does."""
+    with _opened(model) as checkpoint:
+        layout = lay_out(checkpoint, scheme, group, tensor_types, ignore)
+        _Job(checkpoint, layout, statistics, rounder, silent)
+        size = safetensors_size_bytes(layout.data(), shard_bytes=shard_bytes)
+        return FolderPlan(scheme, layout.rows, size, sum(ref.size for ref in checkpoint.values()))
+
+
+class _Job:
+    """The tensors on their way out."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        layout: Layout,
+        statistics: Path | None,
+        rounder: str,
+        progress: Progress,
+    ) -> None:
+        self._checkpoint, self._layout, self._progress = checkpoint, layout, progress
+        self._guide = None if statistics is None else Guide(checkpoint, statistics, rounder)
+        self._rounder: Rounder = (
+            check_rounder(rounder, None, None) if self._guide is None else self._guide.rounder
+        )
+        self._encodings: dict[str, Encoding] = {}
+        self._total, self._done = sum(row.nbytes for row in layout.rows), 0
+
+    def chunks(self, piece: Piece) -> Iterator[Chunk]:
+        """Yield a stored tensor's bytes."""
+        name, part = piece.source, piece.part
+        for chunk in self._copied(name) if part is None else self._packed(name, part):
+            yield chunk
+            self._done += chunk.nbytes if isinstance(chunk, np.ndarray) else len(chunk)
+            self._progress("write", self._done, self._total)
+
+    def written(self) -> tuple[FolderTensor, ...]:
+        """Return the records in the source's order."""
+        return tuple(map(self._record, self._layout.rows))
+
+    def _copied(self, name: str) -> Iterator[Chunk]:
+        ref = self._checkpoint[name]
+        for start, stop in ref.slices():
+            yield ref.raw(start, stop)
+
+    def _packed(self, name: str, part: str) -> Iterator[Chunk]:
+        if name not in self._encodings:
+            matrix = Matrix(self._checkpoint[name], self._checkpoint.path, self._guide, self._rounder)
+            self._encodings[name] = self._layout.packer.encode(self._layout.packed[name], matrix)
+        yield from self._encodings[name].chunks(part)
+
+    def _record(self, row: FolderRow) -> FolderTensor:
+        encoding = self._encodings.get(row.name)
+        outcome = Outcome("", 0.0) if encoding is None else encoding.outcome()
+        return FolderTensor(**vars(row), **vars(outcome))
+
+
+def _opened(model: Path) -> Checkpoint:
+    """Open a checkpoint whose tensors are copied as they are stored."""
+    checkpoint = open_checkpoint(model)
+    computed = next((ref for ref in checkpoint.values() if not isinstance(ref, StoredTensor)), None)
+    if (
+        computed is None
+        and checkpoint.config
+        and not isinstance(checkpoint, GgufCheckpoint | CellmCheckpoint)
+    ):
+        return checkpoint
+    checkpoint.close()
+    said = "is no Hugging Face checkpoint: safetensors with a config.json"
+    if isinstance(computed, PackedTensor):
+        said = f"is packed as {computed.dtype} already; give the checkpoint it was made of"
+    raise UnsupportedError(said, path=model)
+
+
+def _side_files(folder: Path) -> dict[str, bytes]:
+    found = {name: side_file(folder, name) for name in SIDE_FILES}
+    return {name: data for name, data in found.items() if data is not None}

@@ -27,7 +27,7 @@ class Guide:
     def __init__(self, checkpoint: Checkpoint, path: Path, rounder: str) -> None:
         self._specs: dict[str, TensorSpec] = {spec.name: spec for spec, _ in claim(checkpoint)}
         self._statistics: Statistics = open_statistics(path, self._specs.values())
-        self._rounder: Rounder = check_rounder(rounder, self._statistics, path)
+        self.rounder: Rounder = check_rounder(rounder, self._statistics, path)
         self._site = ""
         self._metrics: dict[tuple[float, float], InputMetric] = {}
 
@@ -42,7 +42,7 @@ class Guide:
         if inputs is None or first_non_finite(rows) is not None:
             return Choice("nearest")
         return choose_grid(
-            grid, rows, inputs, self._rounder, metric_for=lambda *key: self.metric(inputs, *key)
+            grid, rows, inputs, self.rounder, metric_for=lambda *key: self.metric(inputs, *key)
         )  # fmt: skip
 
     def coded(self, name: str, grid: GridFormat, rows: Float32, choice: Choice) -> Coded:

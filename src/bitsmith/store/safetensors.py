@@ -87,13 +87,22 @@ def is_unicode(name: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
+def side_file(folder: Path, name: str) -> bytes | None:
+    """Return a small file that lies beside the weights, None where there is none.
+
+    Raises DamagedFileError for one of more than 100 MB and for a link out of the folder.
+    """
+    path = folder / name
+    if not path.exists():
+        return None
+    _refuse_leaving(folder, path)
+    return _small_file(path)
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """Read config.json if there is one; what would let remote code run is left out."""
-    path = folder / "config.json"
-    if not path.exists():
-        return {}
-    _refuse_leaving(folder, path)
-    return load_json(_small_file(path), path, "config", ignore=_TRUST_KEYS)
+    data = side_file(folder, "config.json")
+    return {} if data is None else load_json(data, folder / "config.json", "config", ignore=_TRUST_KEYS)
 
 
 def _small_file(path: Path) -> bytes:

@@ -21,6 +21,7 @@ from bitsmith.store.safetensors import (
 )
 
 SHARD_BYTES = 5_000_000_000
+_METADATA = {"format": "pt"}
 
 
 class TensorData(NamedTuple):
@@ -59,7 +60,7 @@ def write_safetensors(
     _refuse_unsound(listed)
     shards = _sharded(listed, shard_bytes)
     names = _shard_names(len(shards))
-    headers = [_header(shard, metadata or {"format": "pt"}) for shard in shards]
+    headers = [_header(shard, metadata or _METADATA) for shard in shards]
     texts = _side_files(config, files or {}, dict(zip(names, shards, strict=True)))
     last = INDEX_NAME if INDEX_NAME in texts else SINGLE_NAME
     nbytes = sum(map(len, [*headers, *texts.values()])) + sum(tensor.nbytes for tensor in listed)
@@ -70,6 +71,18 @@ def write_safetensors(
             _write_shard(part / name, header, shard, folder / name)
         for name in sorted(texts, key=lambda name: (name == last, name)):
             (part / name).write_bytes(texts[name])
+
+
+def safetensors_size_bytes(
+    tensors: Iterable[TensorData],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Return the bytes of all shards that `write_safetensors` would write; no chunk is asked for."""
+    listed = [TensorData(*tensor) for tensor in tensors]
+    headers = (_header(shard, metadata or _METADATA) for shard in _sharded(listed, shard_bytes))
+    return sum(map(len, headers)) + sum(tensor.nbytes for tensor in listed)
 
 
 def write_safetensors_file(path: Path, tensors: Iterable[TensorData]) -> None:
