@@ -78,12 +78,20 @@ class CompressedTensorsPacker:
         """Return the `quantization_config`: a group per scheme, and every kept linear by name.
 
         One scheme targets `Linear`; several name their modules, which is what vLLM looks for in fused ones.
-        Raises BitsmithError for linears that vLLM fuses and that are not packed alike.
+        transformers 5.23 loads packed zero points only where it decodes while loading (`dequantize`), and
+        then by one scheme. Raises BitsmithError for an asymmetric scheme beside another, and for linears that
+        vLLM fuses and that are not packed alike.
         """
         _refuse_torn(rows, kept)
         groups: dict[tuple[str, int], list[str]] = {}
         for row in rows:
             groups.setdefault((row.scheme, row.group), []).append(row.module)
+        asymmetric = [key for key in groups if not _named_grid(*key).symmetric]
+        if asymmetric and len(groups) > 1:
+            said = " and ".join(f"{scheme} in groups of {group}" for scheme, group in groups)
+            raise BitsmithError(
+                f"{said} cannot be in one folder: transformers loads zero points of one scheme alone"
+            )
         return {
             "quant_method": METHOD,
             "format": PACK_FORMAT,
@@ -99,6 +107,7 @@ class CompressedTensorsPacker:
             },
             "ignore": list(kept),
             "kv_cache_scheme": None,
+            **({"dequantize": True} if asymmetric else {}),
         }
 
 
