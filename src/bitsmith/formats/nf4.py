@@ -156,6 +156,12 @@ class FourBit:
         self._for_blocks(weights, work)
         return scales
 
+    def searched(self, weights: Float32, importance: Float32 | None = None) -> Nested:
+        """Return the scales of a whole matrix's flat `weights`, quantized again: `fit`, then `choose`."""
+        nested = nest(self.fit(weights, importance))
+        self.choose(weights, nested, 0, importance)
+        return nested
+
     def choose(
         self, weights: Float32, nested: Nested, start: int, importance: Float32 | None = None, first: int = 0
     ) -> None:

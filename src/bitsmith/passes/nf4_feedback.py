@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -9,8 +10,9 @@ import numpy as np
 from bitsmith.errors import BitsmithError
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields
 from bitsmith.formats.format import Bytes, Float32
-from bitsmith.formats.nf4 import FourBit
+from bitsmith.formats.nf4 import FourBit, nest
 from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.passes.choice import Choice, SiteInputs, choose_by
 from bitsmith.passes.rounding import EFFORT, Effort, round_rows
 
 _BLOCK = 64  # columns at a time; a scale of more is repeated
@@ -36,6 +38,45 @@ def feedback(
     steps = np.repeat(scales, form.block_size // blocks.block_size).reshape(len(rows), -1) / blocks.fine
     places = round_rows(blocks, rows, metric, replace(effort, refit=False), steps=steps)
     return blocks.codes[places].reshape(-1)
+
+
+def feedback_importance(form: FourBit, metric: InputMetric) -> Float32:
+    """Return what a column's own error costs when the later ones make up for it (`in`)."""
+    groups = metric.groups(min(_BLOCK, form.block_size))
+    weights: Float32 = np.concatenate([group.weights for group in groups]).astype(np.float32)
+    return weights
+
+
+def choose_four_bit(
+    form: FourBit,
+    rows: Float32,
+    inputs: SiteInputs | None,
+    rounder: str = "auto",
+    *,
+    metric_for: Callable[[float, float], InputMetric] | None = None,
+) -> Choice:
+    """Choose a tensor's rounder by a sample of its `rows` (`out in`), as `passes.choice.choose` does.
+
+    `nearest` are bitsandbytes' own codes. Columns in the order of `rows`.
+    """
+    flat = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1)
+
+    def decoded(codes: Codes, scales: Float32) -> Float32:
+        return form.dequantize(codes, scales).reshape(rows.shape)
+
+    def searched(importance: Float32 | None) -> Float32:
+        if importance is None:
+            largest = form.absmax(flat)
+            return decoded(form.nearest(flat, largest), nest(largest).scales())
+        scales = form.searched(flat, importance).scales()
+        return decoded(form.nearest(flat, scales), scales)
+
+    def fed_back(metric: InputMetric) -> Float32:
+        scales = form.searched(flat, feedback_importance(form, metric)).scales()
+        return decoded(feedback(form, rows, scales, metric), scales)
+
+    fed = fed_back if form.takes_feedback(rows.shape[1]) else None
+    return choose_by(searched, fed, rows, inputs, rounder, metric_for=metric_for)
 
 
 class _Blocks(BlockFormat):

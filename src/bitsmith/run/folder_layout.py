@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from bitsmith.archs import TensorSpec, architecture_of, claim
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.run.pack_bitsandbytes import BitsandbytesPacker
 from bitsmith.run.pack_compressed import CompressedTensorsPacker
 from bitsmith.run.packer import Assigned, Packer
 from bitsmith.store import Checkpoint, TensorData, TensorRef
@@ -18,7 +19,7 @@ from bitsmith.store.atomic import Chunk
 KEPT = "BF16"
 """The scheme of what is not packed: it keeps its dtype, which is BF16 in most checkpoints."""
 
-PACKERS: tuple[Packer, ...] = (CompressedTensorsPacker(),)
+PACKERS: tuple[Packer, ...] = (CompressedTensorsPacker(), BitsandbytesPacker())
 SCHEMES = (*(scheme for packer in PACKERS for scheme in packer.schemes), KEPT)
 
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitsmith.errors import UnsupportedError, printable
+from bitsmith.store.bitsandbytes import read_bitsandbytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.compressed_tensors import METHOD, read_compressed
 from bitsmith.store.fp8 import read_fp8
@@ -15,7 +16,7 @@ from bitsmith.store.mlx_layout import hugging_face_layout
 from bitsmith.store.packed import PACKINGS, UnpackedView
 from bitsmith.store.stored import FLOATS
 
-PACKINGS |= {METHOD: read_compressed, "fp8": read_fp8, "mlx": read_mlx}
+PACKINGS |= {"bitsandbytes": read_bitsandbytes, METHOD: read_compressed, "fp8": read_fp8, "mlx": read_mlx}
 
 _CODES = re.compile(r"(^|\.)(q?weight(_packed)?|qzeros|W_q|codes|\w+_(blocks|packed))$")
 
