@@ -25,7 +25,7 @@ from bitsmith.run.transforms import WeightError
 if TYPE_CHECKING:  # these load torch, which printing a plan must not
     from bitsmith.lab.demo import Demo
     from bitsmith.run.calibrate import Calibration
-    from bitsmith.run.evaluate import Evaluation
+    from bitsmith.run.evaluate import Evaluation, Protocol
     from bitsmith.run.transform_search import Search
 
 Rows = tuple[Sequence[str], list[Sequence[str]]]
@@ -66,7 +66,11 @@ def evaluation_rows(evaluation: Evaluation) -> Rows:
 
 def protocol_line(evaluation: Evaluation) -> str:
     """Return in one line how the figures were measured: text, context, chunks, scored tokens."""
-    p = evaluation.protocol
+    return protocol_text(evaluation.protocol)
+
+
+def protocol_text(p: Protocol) -> str:
+    """Return a protocol in one line."""
     return (
         f"{p.name}; text {printable(p.text)} (SHA-256 {p.text_sha256[:12]}…), context {p.ctx_tokens} tokens, "
         f"{p.chunks} of {p.chunks_available} chunks, {p.scored_tokens:,} scored tokens; "

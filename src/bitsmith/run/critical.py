@@ -184,8 +184,13 @@ def linears_of(pairs: Sequence[tuple[TensorSpec, TensorRef]]) -> tuple[Linear, .
     return tuple(
         Linear(spec.name, spec.role, spec.layer, ref.shape, ref.nbytes)
         for spec, ref in pairs
-        if spec.component == "text" and spec.layer is not None and len(ref.shape) == 2
+        if is_text_linear(spec) and spec.layer is not None
     )
+
+
+def is_text_linear(spec: TensorSpec) -> bool:
+    """Tell whether a tensor is a linear of one of the text model's blocks."""
+    return spec.component == "text" and spec.layer is not None and len(spec.shape) == 2
 
 
 def critical_linears(

@@ -232,8 +232,13 @@ class Reference:
             scores = scores.reshape(len(tokens))
             found = estimates(scores, protocol.resamples, protocol.seed)
             measures = {name: _measure(name, estimate) for name, estimate in found.items()}
-            reference, weighed = _artifact(self.model), _artifact(candidate)
-        return Evaluation(reference, weighed, protocol, **measures, warnings=self._warnings[path]), scores
+            weighed = _artifact(candidate)
+        return Evaluation(self.artifact, weighed, protocol, **measures, warnings=self._warnings[path]), scores
+
+    @property
+    def artifact(self) -> Artifact:
+        """The model's size."""
+        return _artifact(self.model)
 
     @cached_property
     def _states(self) -> NDArray[np.float32]:
