@@ -39,13 +39,13 @@ from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.journal import Journal, content_key, result_folder
+from bitsmith.store.stored import INTEGERS
 
 RESULT_NAME = "assay.json"
 PAGE_NAME = "assay.html"
 JOURNAL_NAME = ".assay.journal"
 
 _Pair = tuple[TensorSpec, TensorRef]
-_FLOATS = re.compile(r"^(F|BF|Q|IQ|MXFP|NVFP|TQ)\d")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def assay(
     that a killed run goes on, and `assay.json` is written at the end.
 
     Raises BitsmithError naming the tensor and the value for one that is not finite, UnsupportedError for
-    quantized (FP8, GPTQ) weights, OutputError if `assay.json` exists (unless `overwrite`).
+    weights packed in a way that is not known, OutputError if `assay.json` exists (unless `overwrite`).
     """
     started = time.monotonic()
     pattern = _pattern(match)
@@ -152,7 +152,7 @@ def _targets(
 
 
 def _not_assayed(ref: TensorRef, matched: bool) -> str | None:
-    if not _FLOATS.match(ref.dtype):
+    if ref.dtype in INTEGERS:
         return f"holds {ref.dtype}, no weights"
     if len(ref.shape) < 2 or ref.size == 0:
         return "is empty" if ref.size == 0 else "is a vector"
@@ -214,7 +214,7 @@ def _result(
     started: float,
 ) -> Assay:
     matrices = tuple(result for result in found if isinstance(result, MatrixAssay))
-    weights = [(spec, ref) for spec, ref in content.pairs if _FLOATS.match(ref.dtype)]
+    weights = [(spec, ref) for spec, ref in content.pairs if ref.dtype not in INTEGERS]
     population = _population(weights, skipped)
     rows = component_rows(matrices, population)
     return Assay(
