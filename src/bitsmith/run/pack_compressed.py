@@ -84,11 +84,11 @@ class CompressedTensorsPacker:
         """
         _refuse_torn(rows, kept)
         groups: dict[tuple[str, int], list[str]] = {}
-        for row in rows:
+        for row in sorted(rows, key=lambda row: (self.schemes.index(row.scheme), -row.group)):
             groups.setdefault((row.scheme, row.group), []).append(row.module)
         asymmetric = [key for key in groups if not _named_grid(*key).symmetric]
         if asymmetric and len(groups) > 1:
-            said = " and ".join(f"{scheme} in groups of {group}" for scheme, group in groups)
+            said = " and ".join(_said(*key) for key in groups)
             raise BitsmithError(
                 f"{said} cannot be in one folder: transformers loads zero points of one scheme alone"
             )
@@ -175,7 +175,7 @@ def _weights(grid: GridFormat) -> dict[str, Any]:
 
 
 def _refuse_torn(rows: Sequence[Assigned], kept: Sequence[str]) -> None:
-    schemes = {row.module: f"{row.scheme} in groups of {row.group}" for row in rows}
+    schemes = {row.module: _said(row.scheme, row.group) for row in rows}
     schemes |= dict.fromkeys(kept, "as stored")
     for module in schemes:
         parent, _, last = module.rpartition(".")
@@ -184,3 +184,7 @@ def _refuse_torn(rows: Sequence[Assigned], kept: Sequence[str]) -> None:
             if last == parts[0] and len({scheme for scheme in found.values() if scheme is not None}) > 1:
                 said = ", ".join(f"{name} {scheme}" for name, scheme in found.items())
                 raise BitsmithError(f"vLLM loads {parent}.{whole} as one, which needs one scheme: {said}")
+
+
+def _said(scheme: str, group: int) -> str:
+    return f"{scheme} in groups of {group}" if group else f"{scheme} by rows"
