@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from bitsmith import __version__
+from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
+from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, write_json
 from bitsmith.errors import BitsmithError
-from bitsmith.progress import Progress
 
 app = typer.Typer(
     help="Measure, compress and verify LLM checkpoints.",
@@ -29,50 +26,8 @@ lab = typer.Typer(
     help="Make tiny real models and synthetic checkpoints of real shapes.", no_args_is_help=True
 )
 app.add_typer(lab, name="lab")
-app.command()(generate)
-app.command()(chat)
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .safetensors file or a .gguf file.")
-]
-JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        tasks: dict[str, Any] = {}
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
-def _write_json(path: Path | None, record: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
-
-
-def _tensor_types(rules: list[str]) -> list[tuple[str, str]]:
-    pairs = [rule.rpartition("=") for rule in rules]
-    for rule, (pattern, equals, name) in zip(rules, pairs, strict=True):
-        if not (pattern and equals and name):
-            raise BitsmithError(f"--tensor-type {rule!r} is not of the form REGEX=TYPE")
-    return [(pattern, name) for pattern, _, name in pairs]
 
 
 @app.command()
@@ -83,7 +38,7 @@ def inspect(model: Model, json_out: JsonOut = None) -> None:
 
     inspection = run(model)
     print_inspection(inspection)
-    _write_json(json_out, inspection.to_json())
+    write_json(json_out, inspection.to_json())
 
 
 @app.command()
@@ -122,7 +77,7 @@ def assay(
         if not seed_table:
             raise BitsmithError("name a MODEL, or ask for --seed-table")
         return
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = run(
             model, out, match=match, statistics=stats, text=text, overwrite=overwrite, progress=progress
         )
@@ -163,7 +118,7 @@ def calibrate(
     from bitsmith.report.terminal import print_calibration
     from bitsmith.run.calibrate import calibrate_or_convert as run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         found = run(
             model,
             out,
@@ -177,121 +132,10 @@ def calibrate(
             progress=progress,
         )
     print_calibration(found)
-    _write_json(json_out, found.to_json())
+    write_json(json_out, found.to_json())
 
 
-@app.command()
-def compress(
-    model: Model,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="The .gguf to write.")] = None,
-    type_name: Annotated[
-        str | None,
-        typer.Option("--type", help="A stock mix by llama.cpp's name, e.g. IQ4_XS; default Q4_K_M."),
-    ] = None,
-    recipe: Annotated[
-        Literal["auto", "sbgq-iq4xs"] | None,
-        typer.Option(
-            "--recipe",
-            help="auto: every tensor's type by measurement, within --target or --fit; "
-            "sbgq-iq4xs: rotation, gauges, importance (with --stats or --text) and its table of types.",
-        ),
-    ] = None,
-    transforms: Annotated[
-        str | None,
-        typer.Option(
-            "--transforms",
-            metavar="auto|none|NAME,…",
-            help="Exact changes before rounding: auto keeps what helps on held-out text; or names, as "
-            "gauge,permute,rotate:seed=1 (gauge and permute stand for all scale-* and permute-*).",
-        ),
-    ] = None,
-    target: Annotated[
-        str | None, typer.Option("--target", help="Size to allocate: 4.66bpw, 4.86GiB, 5.2GB or plain bytes.")
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option("--fit", help="Memory to fit, weights, KV cache and state together: 8GiB.")
-    ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=1, help="Tokens of context for --fit.")] = 8192,
-    stats: Annotated[
-        Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix (.gguf, .dat).")
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option("--text", help="Text to calibrate on where there are no --stats.")
-    ] = None,
-    rounder: Annotated[
-        Literal["nearest", "weighted", "gptq", "auto"],
-        typer.Option("--rounder", help="How codes are found; auto takes what does best on held-out text."),
-    ] = "auto",
-    sequential: Annotated[
-        bool | None,
-        typer.Option(
-            help="Statistics behind the compressed layers before; default where that takes minutes at most."
-        ),
-    ] = None,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Fit scales, F32 tensors and codes by KL to the original; slow.")
-    ] = False,
-    tune_steps: Annotated[
-        int | None, typer.Option("--tune-steps", min=1, help="Steps of --tune; default as in its record.")
-    ] = None,
-    plan: Annotated[
-        Path | None, typer.Option("--plan", help="A plan as YAML: every tensor's type, as one wrote before.")
-    ] = None,
-    plan_out: Annotated[
-        Path | None, typer.Option("--plan-out", help="Write the plan as YAML, to edit and pass to --plan.")
-    ] = None,
-    pure: Annotated[
-        bool, typer.Option("--pure", help="The mix's base type for every quantized tensor.")
-    ] = False,
-    tensor_type: Annotated[
-        list[str] | None,
-        typer.Option("--tensor-type", metavar="REGEX=TYPE", help="Override by regex on the HF or GGUF name."),
-    ] = None,
-    no_fallback: Annotated[
-        bool, typer.Option("--no-fallback", help="Refuse where a row does not fit the type's blocks.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with exact bytes; write nothing else.")
-    ] = False,
-    overwrite: Overwrite = False,
-    json_out: JsonOut = None,
-) -> None:
-    """Compress MODEL to a GGUF that llama.cpp runs."""
-    from bitsmith.report.terminal import print_plan, print_record
-    from bitsmith.run.job import Job, run, run_dry
-
-    job = Job(
-        model=model,
-        out=out,
-        type_name=type_name,
-        recipe=recipe,
-        transforms=transforms,
-        target=target,
-        fit=fit,
-        ctx_tokens=ctx,
-        statistics=stats,
-        text=text,
-        rounder=rounder,
-        sequential=sequential,
-        tune=tune,
-        tune_steps=tune_steps,
-        plan_file=plan,
-        plan_out=plan_out,
-        pure=pure,
-        tensor_types=tuple(_tensor_types(tensor_type or [])),
-        no_fallback=no_fallback,
-        overwrite=overwrite,
-    )
-    if dry_run:
-        with _progress() as progress:
-            planned = run_dry(job, progress)
-        print_plan(planned)
-        _write_json(json_out, planned.to_json())
-        return
-    with _progress() as progress:
-        record = run(job, progress)
-    print_record(record)
-    _write_json(json_out, record.to_json())
+app.command()(compress)
 
 
 @app.command()
@@ -311,10 +155,10 @@ def evaluate(
     from bitsmith.report.terminal import print_evaluation
     from bitsmith.run.evaluate import evaluate as run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         evaluation = run(ref, candidate, text, ctx_tokens=ctx, chunks=chunks, progress=progress)
     print_evaluation(evaluation)
-    _write_json(json_out, evaluation.to_json())
+    write_json(json_out, evaluation.to_json())
 
 
 @app.command()
@@ -327,10 +171,14 @@ def compare(
     from bitsmith.report.terminal import print_weight_errors
     from bitsmith.run.transforms import compare_weights as run
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         errors = run(ref, candidate, progress)
     print_weight_errors(errors)
-    _write_json(json_out, {"tensors": [asdict(error) for error in errors]})
+    write_json(json_out, {"tensors": [asdict(error) for error in errors]})
+
+
+app.command()(generate)
+app.command()(chat)
 
 
 @app.command()
@@ -343,7 +191,7 @@ def demo(
     from bitsmith.report.html import write_demo_report
     from bitsmith.report.terminal import print_demo
 
-    with _progress() as progress:
+    with progress_bars() as progress:
         result = run(out, type_name, progress=progress)
     report = write_demo_report(out / "report.html", result)
     print_demo(result, report)
@@ -380,7 +228,7 @@ def lab_train(
         seed=seed,
         compile=compiled,
     )
-    with _progress() as progress:
+    with progress_bars() as progress:
         train(out, spec, progress=progress)
     typer.echo(f"wrote {out}; losses in {out / 'training_log.jsonl'}")
 
@@ -404,7 +252,7 @@ def lab_synth(
     from bitsmith.lab.synth import synth
 
     options: dict[str, Any] = {"mtp": mtp, "vision": vision, "tied": tied, "layers": layers}
-    with _progress() as progress:
+    with progress_bars() as progress:
         synth(out, size, seed=seed, progress=progress, **options)
     typer.echo(f"wrote {out}")
 

@@ -53,6 +53,7 @@ class CellmTensor:
     """
 
     name: str
+    shape: tuple[int, ...]
     dtype: str
     grid: str | None
     rounder: str
@@ -323,7 +324,9 @@ class _Job:
             self._scales[info.name + SCALE_SUFFIX] = waiting
             nbytes += waiting.size
         name = None if grid is None else grid.name
-        self.written.append(CellmTensor(info.name, info.dtype, name, choice.rounder, nbytes, *total.errors()))
+        self.written.append(
+            CellmTensor(info.name, ref.shape, info.dtype, name, choice.rounder, nbytes, *total.errors())
+        )
 
 
 def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:

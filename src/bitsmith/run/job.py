@@ -12,6 +12,7 @@ from bitsmith.numerics.divergence import Estimate
 from bitsmith.passes.transform import model_of, transform_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.budget import DEFAULT_CTX_TOKENS, Target, parse_fit, parse_target
+from bitsmith.run.cellm import Selection
 from bitsmith.run.execute import Record, compress, plan_for, statistics_of
 from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
@@ -57,6 +58,7 @@ class Made(Record):
         }
 
 
+SPI = "spi"
 SEQUENTIAL_WORK = 6e12
 """Weights times tokens up to which sequential statistics are the default: about 15 minutes on two cores."""
 
@@ -66,7 +68,10 @@ _SEARCHED = "transforms are searched for when the file is written; its header wi
 
 @dataclass(frozen=True)
 class Job:
-    """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each."""
+    """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each.
+
+    Those after `overwrite` are for outputs other than GGUF: see `write_cellm`, `write_folder`, `write_spi`.
+    """
 
     model: Path
     out: Path | None = None
@@ -88,6 +93,13 @@ class Job:
     tensor_types: tuple[tuple[str, str], ...] = ()
     no_fallback: bool = False
     overwrite: bool = False
+    group: int | None = None
+    like_seed: bool = False
+    selection: Selection | None = None
+    ignore: tuple[str, ...] = ()
+    critical: str | None = None
+    by: str | None = None
+    seed: int = 0
 
     def goal(self) -> Target | None:
         """Return the size to allocate, None where types are given.

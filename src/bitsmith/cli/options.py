@@ -1,0 +1,49 @@
+"""What several commands share: arguments, the progress bars, JSON beside what is printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from bitsmith.progress import Progress
+
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .safetensors, .gguf or .cellm file.")
+]
+JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+
+
+@contextmanager
+def progress_bars() -> Iterator[Progress]:
+    """Show a bar with the time left for each stage, on a terminal's stderr."""
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def write_json(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a record as JSON where a file is asked for."""
+    if path is not None:
+        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,137 @@
+"""Compress to whatever recipe, name and type ask for: a GGUF, a .cellm file, a Hugging Face folder."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from bitsmith.errors import BitsmithError, OutputError, printable
+from bitsmith.progress import Progress, silent
+from bitsmith.run import job as gguf
+from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_cellm
+from bitsmith.run.execute import Record
+from bitsmith.run.folder import SCHEMES, FolderPlan, FolderRecord, plan_folder, write_folder
+from bitsmith.run.job import SPI, Job
+from bitsmith.run.plan import Plan
+from bitsmith.run.spi import SpiPlan, SpiRecord, plan_spi, write_spi
+
+Output = Literal["gguf", "cellm", "folder", "spi"]
+Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord
+Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan
+
+_ALIASES = {"int8": "i8", "int4": "i4", "int2": "i2", "int1": "q1", "q1_0_g128": "q1"}
+_ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite"}
+_KNOWN: dict[Output, set[str]] = {
+    "cellm": _ALL | {"tensor_types", "group", "like_seed", "selection"},
+    "folder": _ALL | {"tensor_types", "group", "ignore"},
+    "spi": _ALL - {"type_name"} | {"text", "recipe", "critical", "by", "seed"},
+}
+_PACKED_ONLY = {"group", "like_seed", "selection", "ignore", "critical", "by", "seed"}
+_FLAGS = {"statistics": "stats", "plan_file": "plan", "tensor_types": "tensor-type", "selection": "select"}
+
+
+def compress(job: Job, progress: Progress = silent) -> Written:
+    """Compress as the job says, to the kind of file that `output_of` finds.
+
+    Raises as `run.job.run`, `write_cellm`, `write_folder` and `write_spi` do, and BitsmithError for options
+    that the kind does not know.
+    """
+    output = output_of(job)
+    common: dict[str, Any] = {"statistics": job.statistics, "overwrite": job.overwrite, "progress": progress}
+    out = destination(job, output)
+    if output == "cellm":
+        return write_cellm(job.model, out, **_cellm(job), rounder=job.rounder, **common)
+    if output == "folder":
+        return write_folder(job.model, out, **_folder(job), rounder=job.rounder, **common)
+    if output == "spi":
+        return write_spi(job.model, out, **_spi(job), **common)
+    return gguf.run(job, progress)
+
+
+def plan(job: Job, progress: Progress = silent) -> Planned:
+    """Return what `compress` would write, with exact bytes; writes nothing but a plan that is asked for."""
+    output = output_of(job)
+    destination(job, output)
+    if output == "cellm":
+        return plan_cellm(job.model, **_cellm(job))
+    if output == "folder":
+        return plan_folder(job.model, **_folder(job), statistics=job.statistics, rounder=job.rounder)
+    if output == "spi":
+        return plan_spi(job.model, **_spi(job), statistics=job.statistics, progress=progress)
+    return gguf.run_dry(job, progress)
+
+
+def output_of(job: Job) -> Output:
+    """Return what is to be written: the name's suffix decides, without one the recipe or the type.
+
+    Raises BitsmithError for a type or a recipe of another kind, and for options that the kind does not know.
+    """
+    suffix = None if job.out is None else job.out.suffix
+    scheme = (job.type_name or "").upper()
+    output: Output = "gguf"
+    if job.recipe == SPI:
+        output = "spi"
+    elif suffix == ".cellm":
+        output = "cellm"
+    elif scheme in SCHEMES and (suffix != ".gguf" or scheme not in ("BF16", "F16")):
+        output = "folder"
+    if output in ("folder", "spi") and suffix in (".gguf", ".cellm"):
+        what = "recipe spi" if output == "spi" else scheme
+        raise OutputError(f"{what} makes a folder, whose name has no such suffix", path=job.out)
+    _refuse_unknown(job, output)
+    return output
+
+
+def destination(job: Job, output: Output) -> Path:
+    """Return where to write: `out`, or a name made of the model's and the type's in the current folder."""
+    if job.out is not None or output == "gguf":
+        return job.destination
+    model = job.model.resolve()
+    what = SPI if output == "spi" else (job.type_name or "").upper()
+    return Path(f"{model.name if model.is_dir() else model.stem}-{what}")
+
+
+def _refuse_unknown(job: Job, output: Output) -> None:
+    given = {field.name for field in fields(Job) if getattr(job, field.name) != field.default}
+    unknown = given & _PACKED_ONLY if output == "gguf" else given - _KNOWN[output]
+    if unknown:
+        names = ", ".join(sorted(f"--{_FLAGS.get(name, name.replace('_', '-'))}" for name in unknown))
+        what = {"gguf": "a GGUF", "cellm": "a .cellm file", "folder": "a packed folder", "spi": "recipe spi"}
+        raise BitsmithError(f"{what[output]} is not made with {names}")
+
+
+def _cellm(job: Job) -> dict[str, Any]:
+    kind, _, group = (job.type_name or "").lower().partition("_g")
+    if job.type_name is None:
+        raise BitsmithError(f"a .cellm file needs a type: --type {'|'.join(KINDS)}")
+    if kind == "q1_0" or not group.isdecimal():
+        kind, group = job.type_name.lower(), ""
+    return {
+        "kind": _ALIASES.get(kind, kind),
+        "group": int(group) if group else job.group,
+        "like_seed": job.like_seed,
+        "selection": job.selection,
+        "tensor_types": job.tensor_types,
+    }
+
+
+def _folder(job: Job) -> dict[str, Any]:
+    return {
+        "scheme": (job.type_name or "").upper(),
+        "group": job.group,
+        "tensor_types": job.tensor_types,
+        "ignore": job.ignore,
+    }
+
+
+def _spi(job: Job) -> dict[str, Any]:
+    if job.text is not None and job.by is not None and not job.by.startswith("kld"):
+        raise BitsmithError(f"--text is for --by kld, not for {printable(job.by)}")
+    return {
+        "critical": job.critical,
+        "by": job.by,
+        "seed": job.seed,
+        "text": job.text,
+        "rounder": "nearest" if job.statistics is None else job.rounder,
+    }
