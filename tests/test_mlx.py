@@ -215,6 +215,9 @@ def test_the_layout_of_mlx_is_undone(demo_model: Path, tmp_path: Path) -> None:
                 expected = (torch.from_numpy(expected).bfloat16() + 1.0).float().numpy() - np.float32(1)
                 assert ours[name].dtype == "F32"
             assert np.array_equal(ours[name].read(), expected), name
+            if ours[name].dtype == ref.dtype:
+                assert np.array_equal(ours[name].raw(), ref.raw()), name
+                assert np.array_equal(ours[name].raw(3, 5), ref.raw(3, 5)), name
     assert {size.type: size.bpw for size in inspect(folder).sizes}["BF16"] > 16
 
 

@@ -71,10 +71,8 @@ def _grid(stored: Checkpoint, settings: Mapping[str, Any], module: str) -> _Grid
     said = own if isinstance(own, Mapping) else settings
     mode = said.get("mode", AFFINE)
     bits, group = (said.get(key, default) for key, default in (("bits", 4), ("group_size", 64)))
-    known = (4,), (32,)
-    if mode == AFFINE:
-        known = BITS, GROUPS
-    if mode not in _PARTS or bits not in known[0] or group not in known[1]:
+    fits = (bits, group) == (4, 32) if mode == MXFP4 else mode == AFFINE and bits in BITS and group in GROUPS
+    if not fits:
         given = printable(f"mode {mode!r}, {bits!r} bits, groups of {group!r}", 100)
         raise UnsupportedError(
             f"is packed by MLX in {given}; known: affine of {', '.join(map(str, BITS))} bits in groups of "

@@ -8,7 +8,7 @@ mlx-lm and mlx-vlm store the text model under `language_model.`, the vision towe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -26,20 +26,12 @@ _SHIFTED = (
 _CLEAR = 0.9  # share of the norms that must speak against a layout before it is refused
 
 
-class Changed(TensorRef):
-    """A stored tensor under another name, its rows changed on read; the bytes stay those that are stored."""
+class Renamed(TensorRef):
+    """A stored tensor under another name."""
 
-    def __init__(
-        self,
-        base: TensorRef,
-        name: str,
-        change: Callable[[Rows], Rows] | None = None,
-        shape: tuple[int, ...] | None = None,
-        dtype: str | None = None,
-    ) -> None:
+    def __init__(self, base: TensorRef, name: str) -> None:
         self.base, self.name = base, name
-        self.shape, self.dtype = shape or base.shape, dtype or base.dtype
-        self._change = change
+        self.shape, self.dtype = base.shape, base.dtype
 
     @property
     def nbytes(self) -> int:
@@ -48,12 +40,50 @@ class Changed(TensorRef):
 
     def read(self, start: int = 0, stop: int | None = None) -> Rows:
         """Return rows `[start, stop)` as Hugging Face has them."""
-        rows = self.base.read(start, stop)
-        return rows if self._change is None else self._change(rows)
+        return self.base.read(start, stop)
 
     def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
-        """Return the stored bytes of rows `[start, stop)`, or those of the changed values."""
-        return self.base.raw(start, stop) if self._change is None else super().raw(start, stop)
+        """Return the bytes of rows `[start, stop)` as Hugging Face would store them."""
+        return self.base.raw(start, stop)
+
+
+class Moved(Renamed):
+    """One whose axis `source`, not the rows', goes back to `target`."""
+
+    def __init__(self, base: TensorRef, name: str, source: int, target: int) -> None:
+        super().__init__(base, name)
+        axes = list(range(len(base.shape)))
+        axes.insert(target, axes.pop(source))
+        self._axes = axes
+        self.shape = tuple(base.shape[axis] for axis in axes)
+
+    def read(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Return rows `[start, stop)` with their axes in order."""
+        return np.ascontiguousarray(self.base.read(start, stop).transpose(self._axes))
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
+        """Return the stored bytes of rows `[start, stop)` with their axes in order."""
+        stored = self.base.raw(start, stop).reshape(
+            -1, *self.base.shape[1:], self.nbytes // max(1, self.size)
+        )
+        moved = stored.transpose(*self._axes, len(self._axes))
+        return np.ascontiguousarray(moved).reshape(-1)
+
+
+class Unshifted(Renamed):
+    """A norm less the one that MLX added, in float32."""
+
+    def __init__(self, base: TensorRef, name: str) -> None:
+        super().__init__(base, name)
+        self.dtype = "F32"
+
+    def read(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Return rows `[start, stop)` less one."""
+        return self.base.read(start, stop) - np.float32(1)
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
+        """Return the bytes of rows `[start, stop)` as float32."""
+        return self.read(start, stop).view(np.uint8)
 
 
 def hugging_face_layout(stored: Checkpoint, tensors: dict[str, TensorRef]) -> dict[str, TensorRef]:
@@ -127,17 +157,9 @@ def _restored(stored: Checkpoint, tensors: Mapping[str, TensorRef]) -> dict[str,
 def _changed(ref: TensorRef, name: str) -> TensorRef:
     """Return a tensor as Hugging Face has it: what was moved is moved back, what was shifted loses its 1."""
     if name.endswith(_KERNEL) and len(ref.shape) == 3:
-        return _moved(ref, name, 2, 1)
+        return Moved(ref, name, 2, 1)
     if name.endswith(_PATCHES) and len(ref.shape) == 5 and ref.shape[2] == ref.shape[3] != ref.shape[4]:
-        return _moved(ref, name, 4, 1)
+        return Moved(ref, name, 4, 1)
     if name.endswith(_ONE_PLUS) and len(ref.shape) == 1:
-        return Changed(ref, name, lambda rows: rows - np.float32(1), dtype="F32")
-    return Changed(ref, name)
-
-
-def _moved(ref: TensorRef, name: str, source: int, target: int) -> TensorRef:
-    shape = list(ref.shape)
-    shape.insert(target, shape.pop(source))
-    return Changed(
-        ref, name, lambda rows: np.ascontiguousarray(np.moveaxis(rows, source, target)), tuple(shape)
-    )
+        return Unshifted(ref, name)
+    return Renamed(ref, name)

@@ -14,7 +14,7 @@ from bitsmith.store.fp8 import read_fp8
 from bitsmith.store.mlx import read_mlx
 from bitsmith.store.mlx_layout import hugging_face_layout
 from bitsmith.store.packed import PACKINGS, UnpackedView
-from bitsmith.store.stored import FLOATS
+from bitsmith.store.stored import FLOATS, INTEGERS
 
 PACKINGS |= {"bitsandbytes": read_bitsandbytes, METHOD: read_compressed, "fp8": read_fp8, "mlx": read_mlx}
 
@@ -30,13 +30,11 @@ def unpacked(stored: Checkpoint) -> Checkpoint:
     DamagedFileError for parts that do not fit.
     """
     settings = _settings(stored.config)
-    if settings is None:
-        _refuse_codes(stored)
-        tensors = dict(stored)
-    elif all(ref.dtype in FLOATS for ref in stored.values()):
+    if settings is None or all(ref.dtype in FLOATS for ref in stored.values()):
         tensors = dict(stored)
     else:
         tensors = _decoded(stored, *settings)
+    _refuse_codes(stored, tensors)
     seen = hugging_face_layout(stored, tensors)
     if seen is tensors and settings is None:
         return stored
@@ -71,16 +69,18 @@ def _named(found: Any) -> tuple[str, Mapping[str, Any]]:
     method = found.get("quant_method")
     if method is None and found.keys() >= {"bits", "group_size"}:
         method = "mlx"
+    if method is None and (found.get("load_in_4bit") or found.get("load_in_8bit")):
+        method = "bitsandbytes"  # as transformers wrote it before methods had names
     return "a method without a name" if method is None else str(method), found
 
 
-def _refuse_codes(stored: Checkpoint) -> None:
+def _refuse_codes(stored: Checkpoint, tensors: Mapping[str, TensorRef]) -> None:
     """Refuse codes that nothing says how to read: taken as numbers they would be weights of nonsense."""
-    for name, ref in stored.items():
-        if ref.dtype not in FLOATS and not ref.dtype.startswith("F8") and _CODES.search(name):
+    for name, ref in tensors.items():
+        if ref.dtype in INTEGERS and _CODES.search(name):
             raise UnsupportedError(
-                f"is stored as {ref.dtype}: codes of packed weights, but there is no quantization_config in "
-                "a config.json beside them that says how",
+                f"is stored as {ref.dtype}: codes of packed weights, and no quantization_config in a "
+                "config.json beside them says how to read them",
                 path=stored.path,
                 tensor=name,
             )
