@@ -95,6 +95,22 @@ def test_transformers_computes_what_is_evaluated(whole: Folder, mixed: Folder) -
     assert np.abs(logits(loaded(mixed[0])) - evaluated(mixed[0])).max() < 2e-5
 
 
+def test_a_nested_text_model_loads_alone_and_inside(
+    tiny_qwen3_5: Path, whole: Folder, tmp_path: Path
+) -> None:
+    rules = [("down_proj", "W8A16"), ("in_proj_(qkv|z)", "W8A16")]
+    write_folder(tiny_qwen3_5, tmp_path / "mixed", "W4A16", group=64, tensor_types=rules)
+    for folder in (whole[0], tmp_path / "mixed"):
+        alone = loaded(folder)
+        assert type(alone).__name__ == "Qwen3_5ForCausalLM"
+        assert np.abs(logits(alone) - evaluated(folder)).max() < 2e-5
+    inside = loaded(tmp_path / "mixed", transformers.AutoModelForImageTextToText)
+    assert np.abs(logits(inside) - evaluated(tmp_path / "mixed")).max() < 2e-5
+    with open_checkpoint(tmp_path / "mixed") as checkpoint:
+        found = {ref.dtype for name, ref in checkpoint.items() if "mlp.down" in name or "in_proj_z" in name}
+    assert found == {"int8_g64", "BF16"}  # the MTP layer's stays
+
+
 def test_zero_points_load_with_the_products_in_bf16(asymmetric: Folder) -> None:
     folder, _ = asymmetric
     model = loaded(folder)
@@ -170,7 +186,11 @@ def test_every_linear_is_targeted_or_ignored_by_name(
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     packed = {one.name.removesuffix(".weight") for one in whole[1].tensors if one.scheme != "BF16"}
     found = settings(whole[0])
-    assert set(found["ignore"]) == (linears | mtp_linears(tiny_qwen3_5)) - packed
+    kept = (linears | mtp_linears(tiny_qwen3_5)) - packed
+    alone = {
+        name.replace("model.language_model.", "model.") for name in kept
+    }  # as AutoModelForCausalLM has them
+    assert set(found["ignore"]) == kept | alone and len(alone - kept) == 6
     assert [group["targets"] for group in found["config_groups"].values()] == [["Linear"]]
     four, eight = settings(mixed[0])["config_groups"].values()
     assert (four["weights"]["num_bits"], eight["weights"]["num_bits"]) == (4, 8)

@@ -29,7 +29,7 @@ from bitsmith.passes.choice import Choice
 from bitsmith.passes.nf4_feedback import choose_four_bit, feedback, feedback_importance
 from bitsmith.passes.trial import sample
 from bitsmith.run.guide import Total
-from bitsmith.run.packer import Assigned, Matrix, Outcome, Part
+from bitsmith.run.packer import Assigned, Matrix, Outcome, Part, names_in_both
 from bitsmith.store.bitsandbytes import METHOD, STATE
 from bitsmith.store.site_statistics import SiteStatistics
 
@@ -38,7 +38,6 @@ _DTYPES = {"BF16": "bfloat16", "F16": "float16"}
 _OFFSET_BYTES = 32  # room for the offset's digits in the JSON, filled up with spaces
 _CODES, _SCALES, _STEPS = "weight", "weight.absmax", "weight.nested_absmax"
 _BOOK, _MAP = "weight.quant_map", "weight.nested_quant_map"
-_MULTIMODAL, _TEXT = "model.language_model.", "model."
 
 
 class BitsandbytesPacker:
@@ -83,7 +82,6 @@ class BitsandbytesPacker:
         schemes = sorted({row.scheme for row in rows})
         if len(schemes) > 1:
             raise BitsmithError(f"a folder holds one of {' and '.join(schemes)}, not both")
-        text = [_TEXT + name.removeprefix(_MULTIMODAL) for name in kept if name.startswith(_MULTIMODAL)]
         head = [] if any(row.module == "lm_head" for row in rows) else ["lm_head"]
         dtypes = [_dtype(row) for row in rows]
         return {
@@ -96,7 +94,7 @@ class BitsandbytesPacker:
             "bnb_4bit_quant_storage": "uint8",
             "llm_int8_enable_fp32_cpu_offload": False,
             "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": list(dict.fromkeys([*kept, *text, *head])),
+            "llm_int8_skip_modules": list(dict.fromkeys([*names_in_both(kept), *head])),
             "llm_int8_threshold": 6.0,
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.integer import GridFormat, grid_named
 from bitsmith.passes.choice import Choice
 from bitsmith.run.guide import Total
-from bitsmith.run.packer import Assigned, Matrix, Outcome, Part
+from bitsmith.run.packer import NESTED, Assigned, Matrix, Outcome, Part, names_in_both
 from bitsmith.store.compressed_tensors import (
     METHOD,
     PACK_FORMAT,
@@ -77,7 +78,8 @@ class CompressedTensorsPacker:
     def config(self, rows: Sequence[Assigned], kept: Sequence[str]) -> Mapping[str, Any]:
         """Return the `quantization_config`: a group per scheme, and every kept linear by name.
 
-        One scheme targets `Linear`; several name their modules, which is what vLLM looks for in fused ones.
+        One scheme targets `Linear`; several name their modules, which is what vLLM looks for in fused ones,
+        by patterns where loaders have more than one name for them.
         transformers 5.23 loads packed zero points only where it decodes while loading (`dequantize`), and
         then by one scheme. Raises BitsmithError for an asymmetric scheme beside another, and for linears that
         vLLM fuses and that are not packed alike.
@@ -98,14 +100,14 @@ class CompressedTensorsPacker:
             "quantization_status": "compressed",
             "config_groups": {
                 f"group_{number}": {
-                    "targets": modules if len(groups) > 1 else ["Linear"],
+                    "targets": list(map(_target, modules)) if len(groups) > 1 else ["Linear"],
                     "weights": _weights(_named_grid(scheme, group)),
                     "input_activations": None,
                     "output_activations": None,
                 }
                 for number, ((scheme, group), modules) in enumerate(groups.items())
             },
-            "ignore": list(kept),
+            "ignore": names_in_both(kept),
             "kv_cache_scheme": None,
             **({"dequantize": True} if asymmetric else {}),
         }
@@ -172,6 +174,11 @@ def _weights(grid: GridFormat) -> dict[str, Any]:
         "group_size": grid.group,
         "dynamic": False,
     }
+
+
+def _target(module: str) -> str:
+    """Return a target for a module: its name, or a pattern for what transformers and vLLM call it."""
+    return f"re:.*{re.escape('.' + module.removeprefix(NESTED))}$" if module.startswith(NESTED) else module
 
 
 def _refuse_torn(rows: Sequence[Assigned], kept: Sequence[str]) -> None:

@@ -13,6 +13,9 @@ from bitsmith.run.guide import Guide, finite_rows
 from bitsmith.store.atomic import Chunk
 from bitsmith.store.checkpoint import TensorRef
 
+NESTED, _ALONE = "model.language_model.", "model."
+"""Prefixes of a text model's modules: inside a multimodal model, and alone."""
+
 
 class Part(NamedTuple):
     """One stored tensor of a packed matrix, `MODULE.suffix`: `weight_packed`, `weight.absmax`."""
@@ -104,3 +107,12 @@ class Packer(Protocol):
 
     def config(self, rows: Sequence[Assigned], kept: Sequence[str]) -> Mapping[str, Any]:
         """Return the `quantization_config` for the packed `rows`, and modules of linears that are `kept`."""
+
+
+def names_in_both(modules: Sequence[str]) -> list[str]:
+    """Return `modules` and, of a text model nested in a multimodal one, the names that it has when alone.
+
+    transformers loads such a folder either way: `AutoModelForCausalLM` takes the text model out of it.
+    """
+    alone = [_ALONE + name.removeprefix(NESTED) for name in modules if name.startswith(NESTED)]
+    return [*modules, *alone]
