@@ -242,8 +242,8 @@ def unpack_nibbles(packed: Bytes) -> Codes:
 NF4 = FourBit("NF4", _NF4)
 """Levels at the quantiles of a normal distribution, from -1 to 1."""
 
-FP4 = FourBit("FP4", (*(level / 12 for level in _FP4), *(-level / 12 for level in _FP4)))
-"""Floats of 1 sign bit, 2 bits of exponent and 1 of mantissa, the largest scaled to 1."""
+FP4 = FourBit("FP4", (*(level / 12 for level in _FP4), *(-(level / 12) for level in _FP4)))
+"""Floats of 1 sign bit, 2 bits of exponent and 1 of mantissa, the largest 1; a zero of each sign."""
 
 
 def _dynamic_map() -> Float32:
