@@ -273,6 +273,7 @@ DAMAGE: dict[str, tuple[Callable[[Tensors, Settings], Any], str]] = {
     "floats without scales": (
         lambda t, s: t.update({"c.weight": torch.ones(2, 2).to(torch.float8_e4m3fn)}), "c.weight.*F8_E4M3"
     ),
+    "stored twice": (replaced(weight=torch.ones(2, 9)), "a.weight'.*F32 and packed as well"),
     "no groups": (said(config_groups={}), "config_groups holds no schemes"),
     "a preset": (said(config_groups={"W4A16": ["Linear"]}), "names a preset"),
     "ignored": (said(ignore=["re:a"]), "ignores a"),

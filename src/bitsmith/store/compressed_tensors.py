@@ -80,12 +80,19 @@ def read_compressed(stored: Checkpoint, settings: Mapping[str, Any]) -> dict[str
             tensors[f"{module}.{_WEIGHT}"] = weight.tensor()
     for name, ref in stored.items():
         if name not in taken and not _ACTIVATIONS.search(name):
-            if name.rpartition(".")[2] in _BESIDE or ref.dtype.startswith("F8"):
-                raise DamagedFileError(
-                    f"is {ref.dtype} without the others of its weight", path=_file(ref, stored), tensor=name
-                )
+            _refuse_stray(stored, ref, name in tensors)
             tensors[name] = ref
     return tensors
+
+
+def _refuse_stray(stored: Checkpoint, ref: TensorRef, is_packed: bool) -> None:
+    said = None
+    if is_packed:
+        said = f"is stored as {ref.dtype} and packed as well"
+    elif ref.name.rpartition(".")[2] in _BESIDE or ref.dtype.startswith("F8"):
+        said = f"is {ref.dtype} without the others of its weight"
+    if said is not None:
+        raise DamagedFileError(said, path=_file(ref, stored), tensor=ref.name)
 
 
 @dataclass(frozen=True)
@@ -236,9 +243,7 @@ class _Weight:
         first, last = start // each, -(-stop // each)
         lying = zeros.raw(first, last).view("<u4").reshape(last - first, -1)
         packed = np.ascontiguousarray(lying.T).view(np.uint8)
-        codes = unpack_codes(packed, bits, (last - first) * each)[
-            :, start - first * each : stop - first * each
-        ]
+        codes = unpack_codes(packed, bits, stop - first * each)[:, start - first * each :]
         return codes.T.astype(np.float32) - np.float32(1 << (bits - 1))
 
     def _rows_of(self, ref: TensorRef, start: int, stop: int) -> Float32:
