@@ -216,6 +216,7 @@ def critical_linears(
     by = _ranking(by, amount, text)
     with open_checkpoint(model) as checkpoint:
         linears = linears_of(claim(checkpoint))
+        amount = _checked(amount, linears)
         measure, _ = rule_named(by)
         scores: Scores | None = None
         protocol: str | None = None
@@ -281,22 +282,32 @@ def choose(
     order, passing over what no longer fits, so it is never exceeded; `kld` then ranks by KLD per byte, since
     that buys most. Raises BitsmithError where nothing or more than everything would be kept.
     """
-    amount = amount or default_amount(linears)
-    measure, end = rule_named(by)
+    amount = _checked(amount, linears)
+    _, end = rule_named(by)
     ranked = _ranked(linears, scores, amount, by, seed)
     if amount.count is not None:
-        if not 0 < amount.count <= len(linears):
-            raise BitsmithError(f"{amount.count} linears cannot be kept of {len(linears)}")
         kept = {linear.name for linear in ranked[: amount.count]}
     elif amount.budget_bytes is not None:
         kept = _filled(ranked, amount.budget_bytes)
+    elif scores is not None and amount.threshold is not None:
+        kept = _beyond(linears, scores, amount.threshold, end)
     else:
-        kept = _beyond(linears, scores or {}, amount.threshold or 0.0, end)
+        raise BitsmithError("a random ranking has no threshold; give a count or a size")
     if not kept:
-        least = "the smallest linear is larger" if amount.budget_bytes is not None else measure
-        raise BitsmithError(f"{amount} keeps nothing: {least}")
+        raise BitsmithError(f"{amount} keeps nothing")
     names = tuple(linear.name for linear in linears if linear.name in kept)
     return Selection(by, amount, seed, tuple(linears), scores, names, protocol)
+
+
+def _checked(amount: Amount | None, linears: Sequence[Linear]) -> Amount:
+    """Return the amount, the default for None; refuse one that no ranking can keep."""
+    amount = amount or default_amount(linears)
+    if amount.count is not None and not 0 < amount.count <= len(linears):
+        raise BitsmithError(f"{amount.count} linears cannot be kept of {len(linears)}")
+    least = min((linear.nbytes for linear in linears), default=0)
+    if amount.budget_bytes is not None and amount.budget_bytes < least:
+        raise BitsmithError(f"{amount} keeps nothing: the smallest linear has {least:,}")
+    return amount
 
 
 def _ranked(
@@ -347,8 +358,6 @@ def _ranking(by: str | None, amount: Amount | None, text: Path | None) -> str:
         raise BitsmithError(f"{amount} ranks by {implied}, not by {chosen}; leave one of the two out")
     if rule[0] == "kld" and text is None:
         raise BitsmithError("ranking by kld measures on a calibration text; give one")
-    if rule[0] == "random" and amount is not None and amount.threshold is not None:
-        raise BitsmithError("a random ranking has no threshold; give a count or a size")
     return chosen
 
 

@@ -218,7 +218,7 @@ def _inverse(study: SpiStudy) -> ClaimCheck:
         return _claim(claim, "NOT TESTED", f"no row {inverse(RULES[0])} in this study")
     one = found[0]
     outcome: Outcome = "HELD" if one.better else "NOT TESTED" if one.better is None else "NOT HELD"
-    said = ", ".join(_said(one) for one in _compared(study, "inverse") if one.rule.endswith("high"))
+    said = ", ".join(map(_said, _compared(study, "inverse")))
     found_text = f"at equal bytes {said}; which end is meant was not published"
     return _claim(claim, outcome, found_text, one.measure)
 
@@ -251,18 +251,17 @@ def _size_checks(sizes: SeedSizes) -> Iterator[ClaimCheck]:
     )
     original = abs(sizes.original / SEED_ORIGINAL_BYTES - 1) <= _NEAR
     yield _claim(
-        f"the original takes {_gb(SEED_ORIGINAL_BYTES)}",
+        f"the original takes {_gb(SEED_ORIGINAL_BYTES)} of memory",
         _held(original),
-        f"{sizes.parameters:,} parameters are {_gb(sizes.original)} in 16 bits, "
+        f"{sizes.parameters:,} parameters take {_gb(sizes.original)} in 16 bits, "
         f"{_gb(2 * sizes.original)} in 32",
     )
     text, whole = sizes.hybrid(SEED_KEPT_BYTES)
     yield _claim(
-        f"the hybrid takes {_gb(SEED_HYBRID_BYTES)}",
+        f"the hybrid takes {_gb(SEED_HYBRID_BYTES)} of memory",
         _held(text <= SEED_HYBRID_BYTES <= whole),
-        f"possible with {_gb(SEED_KEPT_BYTES)} kept: {_gb(text)} of tensors for the text model alone, "
-        f"{_gb(whole)} with vision and MTP in 16 bits (other linears at {sizes.nf4_bpw:.3f} bpw, embedding "
-        "in 16 bits); memory at run time comes on top and is unmeasured",
+        f"its tensors take {_gb(text)} (text model alone) to {_gb(whole)} (with vision and MTP in 16 bits), "
+        f"other linears at {sizes.nf4_bpw:.3f} bpw; what running it takes besides is unmeasured",
     )
 
 

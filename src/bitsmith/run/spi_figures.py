@@ -11,7 +11,7 @@ from scipy.stats import rankdata
 
 from bitsmith.numerics.divergence import MIN_CHUNKS
 from bitsmith.numerics.resampling import difference_of_ratios
-from bitsmith.run.critical import inverse
+from bitsmith.run.critical import inverse, rule_named
 from bitsmith.run.evaluate import INTERVAL, RESAMPLES, Measure
 from bitsmith.run.spi_rows import (
     MEASURED,
@@ -47,8 +47,10 @@ def _of_rule(table: SpiTable, rule: str) -> Iterator[Comparison]:
         return
     if len(table.random) >= MIN_CHUNKS:
         yield _with_random(table, row)
-    controls: tuple[tuple[Against, str], ...] = (("inverse", inverse(rule)), ("measured", MEASURED))
-    for against, name in controls:
+    controls: dict[Against, str] = {"inverse": inverse(rule), "measured": MEASURED}
+    if rule_named(rule)[1] == "low":
+        del controls["inverse"]  # said already of the other end
+    for against, name in controls.items():
         control = table.row(name)
         if control is not None:
             measure = difference(row, control)
