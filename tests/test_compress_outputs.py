@@ -10,8 +10,10 @@ from typer.testing import CliRunner
 
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError
+from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.run.cellm import write_cellm
 from bitsmith.run.compress import compress, destination, output_of, plan
+from bitsmith.run.continuation import continue_prompt
 from bitsmith.run.job import Job
 from bitsmith.store import open_checkpoint
 
@@ -106,3 +108,15 @@ def test_the_command_prints_and_records(tiny_qwen3: Path, tmp_path: Path, argume
     found = json.loads(record.read_text())
     assert f"{found['file_bytes']:,} bytes" in made.output
     assert f"{found['bpw']:.4f} bpw" in made.output
+
+
+def test_a_cellm_takes_its_tokenizer_along(tmp_path: Path) -> None:
+    out = tmp_path / "demo.cellm"
+    write_cellm(DEMO_MODEL, out, "i8")
+    beside = tmp_path / "demo.cellm.tokenizer"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (beside / name).read_bytes() == (DEMO_MODEL / name).read_bytes()
+    command = ["generate", str(out), "-p", "import os", "--gen", "4", "--temperature", "0"]
+    found = CliRunner().invoke(app, command)
+    assert found.exit_code == 0, found.output
+    assert continue_prompt(DEMO_MODEL, "import os", 4).text in found.output

@@ -299,6 +299,7 @@ def test_llama_cpp_writes_the_same_text_and_streams_it(ggufs: dict[str, Path]) -
 
 def test_a_cellm_file_takes_its_tokenizer_from_elsewhere(demo_model: Path, tmp_path: Path) -> None:
     file = write_cellm(demo_model, tmp_path / "m.cellm", "f16").out
+    shutil.rmtree(tmp_path / "m.cellm.tokenizer")
     with pytest.raises(BitsmithError, match=r"m\.cellm: has no tokenizer: put its tokenizer.json beside it"):
         continue_prompt(file, PROMPT, 4)
     expected = continue_prompt(demo_model, PROMPT, 8, chat=True).tokens

@@ -27,6 +27,15 @@ PRE_TOKENIZER_REGEXES = {
 """`tokenizer.ggml.pre` and the regex it stands for, as Qwen's tokenizer.json files write it."""
 
 TOKENIZER_NAME = "tokenizer.json"
+TOKENIZER_SUFFIX = ".tokenizer"
+"""Of the folder beside a weight file that has no place for them, with the `TOKENIZER_FILES`."""
+
+TOKENIZER_FILES = (
+    TOKENIZER_NAME, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "generation_config.json",
+)  # fmt: skip
+"""What a Hugging Face folder tells of text: tokens, chat template, settings for generating."""
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _SPECIAL_KEYS = {
     "bos": "bos",
@@ -50,7 +59,7 @@ def tokenizer_metadata(checkpoint: Checkpoint, arch: Architecture) -> tuple[dict
     Raises UnsupportedError for a tokenizer that llama.cpp would read differently (another model than
     byte-level BPE, an unknown pre-tokenizer regex, stripping tokens), DamagedFileError for a broken file.
     """
-    folder = _folder_of(checkpoint)
+    folder = tokenizer_folder(checkpoint)
     file = folder / TOKENIZER_NAME
     vocab_size = arch.number("vocab_size")
     if not file.is_file():
@@ -86,7 +95,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """
     if "tokenizer.ggml.model" in checkpoint.metadata:
         return tokenizer_from_gguf(checkpoint.metadata, checkpoint.path)
-    file = _folder_of(checkpoint) / TOKENIZER_NAME
+    file = tokenizer_folder(checkpoint) / TOKENIZER_NAME
     if not file.is_file():
         raise BitsmithError(f"{TOKENIZER_NAME} is missing", path=file.parent)
     return _load_file(file)
@@ -148,8 +157,13 @@ def _load_file(file: Path) -> Tokenizer:
         raise DamagedFileError(f"is not a tokenizer: {printable(str(error))}", path=file) from error
 
 
-def _folder_of(checkpoint: Checkpoint) -> Path:
-    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """Return where the tokenizer is: the folder itself; for a file `FILE.tokenizer`, or else its folder."""
+    path = checkpoint.path
+    if path.is_dir():
+        return path
+    own = path.with_name(path.name + TOKENIZER_SUFFIX)
+    return own if own.is_dir() else path.parent
 
 
 def _read_json(file: Path) -> dict[str, Any]:

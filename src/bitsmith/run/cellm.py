@@ -10,6 +10,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from bitsmith.archs.tokenizer import TOKENIZER_FILES, TOKENIZER_NAME, TOKENIZER_SUFFIX, tokenizer_folder
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
 from bitsmith.formats import format_named
 from bitsmith.formats.format import Bytes
@@ -20,11 +21,12 @@ from bitsmith.run.encode import SLICE_BYTES, check_rounder
 from bitsmith.run.guide import Guide, Total, finite_rows
 from bitsmith.run.overrides import Override, first_match
 from bitsmith.store import open_checkpoint
+from bitsmith.store.atomic import atomic_folder
 from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmCheckpoint, CellmInfo
 from bitsmith.store.cellm_writer import cellm_rows, cellm_size_bytes, write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
-from bitsmith.store.safetensors import load_json
+from bitsmith.store.safetensors import load_json, side_files
 from bitsmith.store.stored import SourceFile
 
 Kind = Literal["f16", "i8", "i4", "i2", "q1"]
@@ -134,7 +136,7 @@ def write_cellm(
     Raises BitsmithError for an unknown kind, group, selection or rounder, for a rule without effect and for
     statistics with `like_seed`; UnsupportedError for weights that are no floats; DamagedFileError for one
     that is not finite; OutputError as `atomic_file` does and for a name that does not end in .cellm. Nothing
-    is written then.
+    is written then. The tokenizer goes to `OUT.tokenizer`, where generating and evaluating find it.
     """
     started = time.monotonic()
     wanted = _Wanted(kind, like_seed, group, selection, tensor_types)
@@ -146,6 +148,7 @@ def write_cellm(
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
         size = write_cellm_file(out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources)
         parameters = sum(ref.size for ref in checkpoint.values())
+        _write_tokenizer(tokenizer_folder(checkpoint), out)
     seconds = time.monotonic() - started
     written = tuple(job.written)
     return CellmRecord(out, wanted.kind, like_seed, wanted.selection, size, parameters, written, seconds)
@@ -169,6 +172,17 @@ def plan_cellm(
         parameters = sum(ref.size for ref in checkpoint.values())
     named = {name: grid.name for name, grid in grids.items()}
     return CellmPlan(wanted.kind, size, parameters, tuple((info, named.get(info.name)) for info in infos))
+
+
+def _write_tokenizer(folder: Path, out: Path) -> None:
+    """Copy the tokenizer beside the file, which has no place for it; nothing where there is none."""
+    found = side_files(folder, TOKENIZER_FILES)
+    if TOKENIZER_NAME not in found:
+        return
+    target = out.with_name(out.name + TOKENIZER_SUFFIX)
+    with atomic_folder(target, last=TOKENIZER_NAME, stale=lambda _: True, overwrite=True) as part:
+        for name, data in found.items():
+            (part / name).write_bytes(data)
 
 
 class _Wanted:

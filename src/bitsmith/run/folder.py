@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bitsmith.archs.tokenizer import TOKENIZER_FILES, tokenizer_folder
 from bitsmith.errors import UnsupportedError
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, check_rounder
@@ -23,7 +24,7 @@ from bitsmith.run.packer import Encoding, Matrix, Outcome
 from bitsmith.store import CellmCheckpoint, Checkpoint, GgufCheckpoint, open_checkpoint, write_safetensors
 from bitsmith.store.atomic import Chunk
 from bitsmith.store.packed import PackedTensor
-from bitsmith.store.safetensors import side_file
+from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, safetensors_size_bytes
 from bitsmith.store.stored import StoredTensor
 
@@ -39,10 +40,8 @@ __all__ = [
 ]
 
 SIDE_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "generation_config.json", "preprocessor_config.json", "processor_config.json",
-    "image_processor_config.json", "video_preprocessor_config.json", "LICENSE", "NOTICE",
+    *TOKENIZER_FILES, "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "LICENSE", "NOTICE",
 )  # fmt: skip
 """What is copied beside the weights, as it is; code and pickles never are."""
 
@@ -140,7 +139,7 @@ def write_folder(
             layout.data(job.chunks),
             config,
             shard_bytes=shard_bytes,
-            files=_side_files(model if model.is_dir() else model.parent),
+            files=side_files(tokenizer_folder(checkpoint), SIDE_FILES),
             overwrite=overwrite,
             sources=[*checkpoint.files, *([] if statistics is None else [statistics])],
         )
@@ -231,8 +230,3 @@ def _opened(model: Path) -> Checkpoint:
     if isinstance(computed, PackedTensor):
         said = f"is packed as {computed.dtype} already; give the checkpoint it was made of"
     raise UnsupportedError(said, path=model)
-
-
-def _side_files(folder: Path) -> dict[str, bytes]:
-    found = {name: side_file(folder, name) for name in SIDE_FILES}
-    return {name: data for name, data in found.items() if data is not None}

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from bitsmith.archs import load_tokenizer
-from bitsmith.archs.tokenizer import TOKENIZER_NAME, _folder_of, _read_json
+from bitsmith.archs.tokenizer import TOKENIZER_NAME, _read_json, tokenizer_folder
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.run.evaluate import _bos_token, _tokenizer_keys, open_model
 from bitsmith.run.forward import TextModel
@@ -75,7 +75,7 @@ class Vocabulary:
     def _stops(self, model: TextModel) -> set[int]:
         configs: list[Mapping[str, Any]] = [model.source.config, model.arch.text_config]
         if model.source.config:
-            configs.append(_read_json(_folder_of(model.source) / "generation_config.json"))
+            configs.append(_read_json(tokenizer_folder(model.source) / "generation_config.json"))
         given = [config.get("eos_token_id") for config in configs]
         given += [self._keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in _END_KEYS]
         listed = [number for one in given for number in (one if isinstance(one, list) else [one])]

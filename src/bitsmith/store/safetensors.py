@@ -99,6 +99,12 @@ def side_file(folder: Path, name: str) -> bytes | None:
     return _small_file(path)
 
 
+def side_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
+    """Return those of the small files `names` that lie in a folder. Raises as `side_file` does."""
+    found = {name: side_file(folder, name) for name in names}
+    return {name: data for name, data in found.items() if data is not None}
+
+
 def _config(folder: Path) -> dict[str, Any]:
     """Read config.json if there is one; what would let remote code run is left out."""
     data = side_file(folder, "config.json")
