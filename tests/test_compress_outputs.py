@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -77,6 +78,9 @@ def test_dry_runs_say_the_written_bytes(tiny_qwen3: Path, tmp_path: Path) -> Non
         out = tmp_path / name
         files = [out] if out.is_file() else list(out.glob("*.safetensors"))
         assert planned.file_bytes == record.file_bytes == sum(file.stat().st_size for file in files)
+        for line in (tmp_path / f"{name}.sha256").read_text().splitlines():
+            digest, _, file = line.partition("  ")
+            assert hashlib.sha256((tmp_path / file).read_bytes()).hexdigest() == digest
 
 
 def test_a_rule_gives_a_matrix_of_a_cellm_its_own_kind(tiny_qwen3: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.run import job as gguf
 from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_cellm
-from bitsmith.run.execute import Record
+from bitsmith.run.execute import Record, write_manifest
 from bitsmith.run.folder import SCHEMES, FolderPlan, FolderRecord, plan_folder, write_folder
 from bitsmith.run.job import SPI, Job
 from bitsmith.run.plan import Plan
@@ -32,21 +32,29 @@ _FLAGS = {"statistics": "stats", "plan_file": "plan", "tensor_types": "tensor-ty
 
 
 def compress(job: Job, progress: Progress = silent) -> Written:
-    """Compress as the job says, to the kind of file that `output_of` finds.
+    """Compress as the job says, to the kind of file that `output_of` finds; `OUT.sha256` goes with it.
 
     Raises as `run.job.run`, `write_cellm`, `write_folder` and `write_spi` do, and BitsmithError for options
     that the kind does not know.
     """
     output = output_of(job)
-    common: dict[str, Any] = {"statistics": job.statistics, "overwrite": job.overwrite, "progress": progress}
+    if output == "gguf":
+        return gguf.run(job, progress)
     out = destination(job, output)
+    common: dict[str, Any] = {
+        "statistics": job.statistics,
+        "overwrite": job.overwrite,
+        "progress": progress,
+    }
+    record: CellmRecord | FolderRecord | SpiRecord
     if output == "cellm":
-        return write_cellm(job.model, out, **_cellm(job), rounder=job.rounder, **common)
-    if output == "folder":
-        return write_folder(job.model, out, **_folder(job), rounder=job.rounder, **common)
-    if output == "spi":
-        return write_spi(job.model, out, **_spi(job), **common)
-    return gguf.run(job, progress)
+        record = write_cellm(job.model, out, **_cellm(job), rounder=job.rounder, **common)
+    elif output == "folder":
+        record = write_folder(job.model, out, **_folder(job), rounder=job.rounder, **common)
+    else:
+        record = write_spi(job.model, out, **_spi(job), **common)
+    write_manifest(out)
+    return record
 
 
 def plan(job: Job, progress: Progress = silent) -> Planned:

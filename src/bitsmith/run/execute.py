@@ -410,10 +410,19 @@ def _rounded(ref: TensorRef, form: Format) -> TensorRef:
 
 
 def write_manifest(out: Path) -> str:
-    """Write `OUT.sha256`, which `sha256sum -c` checks, and return the digest of `out`."""
-    with out.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    manifest = out.with_name(out.name + MANIFEST_SUFFIX)
-    with atomic_file(manifest, overwrite=True) as target:
-        target.write(f"{digest}  {out.name}\n".encode())
-    return digest
+    """Write `OUT.sha256`, which `sha256sum -c` checks, and return its digest (a folder's: of that list)."""
+    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
+    digests = [_digest(file) for file in files]
+    lines = [
+        f"{digest}  {file.relative_to(out.parent).as_posix()}\n"
+        for digest, file in zip(digests, files, strict=True)
+    ]
+    listed = "".join(lines).encode()
+    with atomic_file(out.with_name(out.name + MANIFEST_SUFFIX), overwrite=True) as target:
+        target.write(listed)
+    return digests[0] if out.is_file() else hashlib.sha256(listed).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
