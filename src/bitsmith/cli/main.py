@@ -13,6 +13,7 @@ from bitsmith import __version__
 from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, write_json
+from bitsmith.cli.study import study
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app = typer.Typer(
 lab = typer.Typer(
     help="Make tiny real models and synthetic checkpoints of real shapes.", no_args_is_help=True
 )
+app.add_typer(study, name="study")
 app.add_typer(lab, name="lab")
 
 _INTERRUPTED = 130  # typer's exit code for Ctrl-C
