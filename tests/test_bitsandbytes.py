@@ -13,7 +13,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from numpy.typing import NDArray
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 from transformers.utils import logging
 
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
@@ -282,6 +282,19 @@ def test_skipped_modules_are_honoured(folder: Folder) -> None:
     linears = {name for name, kind in kinds.items() if issubclass(kind, torch.nn.Linear)}
     assert {name for name in linears if kinds[name] is not Linear4bit} == set(folder.KEPT)
     assert {f"{name}.weight" for name in linears - set(folder.KEPT)} == packed_names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, AutoModelForImageTextToText])
+def test_multimodal_folders_load_with_and_without_vision(loader: Any, tmp_path: Path) -> None:
+    """Their text model's modules have other names by themselves: both are skipped, MTP is carried along."""
+    source = synth(tmp_path / "source", dtype="F32")
+    record = write_folder(source, tmp_path / "packed", "NF4", tensor_types=[("lm_head", "NF4")])
+    model = loader.from_pretrained(tmp_path / "packed", dtype=torch.float32).eval()
+    packed_count = sum(bool(tensor.rounder) for tensor in record.tensors)
+    assert sum(isinstance(module, Linear4bit) for module in model.modules()) == packed_count > 20
+    theirs, ours = logits(model, TOKENS)[:-1], own_logits(tmp_path / "packed", TOKENS)
+    assert np.abs(theirs - ours).max() < 2e-5 * np.abs(ours).max()
 
 
 def test_written_weights_are_bitsandbytes_own(folder: Folder) -> None:

@@ -58,9 +58,12 @@ class Nested(NamedTuple):
     def scales(self, start: int = 0, stop: int | None = None) -> Float32:
         """Return the scales of blocks `[start, stop)`."""
         codes = self.codes[start:stop]
-        place = np.arange(start, start + len(codes)) // NESTED_BLOCK
-        scales: Float32 = DYNAMIC_MAP[codes] * self.absmax[place] + self.offset
+        scales: Float32 = DYNAMIC_MAP[codes] * self.steps(start, start + len(codes)) + self.offset
         return scales
+
+    def steps(self, start: int, stop: int) -> Float32:
+        """Return the absmax of each of the blocks `[start, stop)`."""
+        return self.absmax[np.arange(start, stop) // NESTED_BLOCK]
 
 
 def nest(scales: Float32, offset: np.float32 | None = None) -> Nested:
@@ -172,14 +175,21 @@ class FourBit:
         """
         columns = column_weights(importance, 1 if importance is None else len(importance))
         levels = self.levels[self.order]
-        steps = np.repeat(nested.absmax, NESTED_BLOCK)
+        stop = start + self.blocks(weights.size)
+        steps, codes = nested.steps(start, stop), nested.codes[start:stop]
 
         def work(x: Float32, at: int, part: slice) -> None:
-            blocks = slice(start + part.start, start + part.stop)
             _choose_blocks(
-                x, columns, first + at, self.cuts, levels, DYNAMIC_MAP, steps[blocks], nested.offset,
-                nested.codes[blocks],
-            )  # fmt: skip
+                x,
+                columns,
+                first + at,
+                self.cuts,
+                levels,
+                DYNAMIC_MAP,
+                steps[part],
+                nested.offset,
+                codes[part],
+            )
 
         self._for_blocks(weights, work)
 
