@@ -119,7 +119,10 @@ def _shown(measure: Measure, style: str) -> str:
 def _protocol(study: SpiStudy) -> Iterator[str]:
     yield protocol_text(study.protocol)
     if study.calibration is not None:
-        yield f"KLD of each linear alone: {study.calibration}"
+        yield (
+            f"KLD of each linear alone: {study.calibration}; linears rank by it at equal count, by KLD per "
+            "byte at equal bytes"
+        )
     else:
         yield "KLD of each linear alone: unmeasured, no calibration text was given"
     random = next((one for one in study.comparisons if one.against == "random"), None)

@@ -27,6 +27,7 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.budget import parse_target
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.journal import Journal
 
 Measure = Literal["alpha", "tail", "r90", "kld", "random"]
 End = Literal["high", "low"]
@@ -216,7 +217,7 @@ def critical_linears(
     by = _ranking(by, amount, text)
     with open_checkpoint(model) as checkpoint:
         linears = linears_of(claim(checkpoint))
-        amount = _checked(amount, linears)
+        amount = checked_amount(amount, linears)
         measure, _ = rule_named(by)
         scores: Scores | None = None
         protocol: str | None = None
@@ -232,28 +233,39 @@ def critical_linears(
 
 
 def spectral_scores(
-    checkpoint: Checkpoint, linears: Sequence[Linear], assay: Path | None = None, progress: Progress = silent
+    checkpoint: Checkpoint,
+    linears: Sequence[Linear],
+    assay: Path | None = None,
+    progress: Progress = silent,
+    journal: Journal | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Return α, tail exponent and r90 of every linear, from an assay.json or by computing their spectra.
 
     `alpha` is minus the least-squares slope of ln σ_i over ln i, `tail` 1 + n/Σ ln(λ_i/λ_min) of λ = σ² with
     λ_min by Kolmogorov-Smirnov, `r90` min k: Σ_{i≤k} σ ≥ 0.9 Σσ over the number of σ. Undefined under 10
-    positive σ. Memory holds one matrix's slice and its Gram matrix.
+    positive σ. Memory holds one matrix's slice and its Gram matrix. Finished spectra are kept in `journal`.
     """
     if assay is not None:
         return _from_assay(assay, linears)
-    table, total = {}, sum(prod(linear.shape) for linear in linears)
-    done = 0
+    kept = {} if journal is None else journal.entries
+    done, total = 0, sum(prod(linear.shape) for linear in linears)
+    table: dict[str, dict[str, float | None]] = {}
     for linear in linears:
         progress("spectra", done, total)
-        table[linear.name] = spectral_measures(checkpoint[linear.name], checkpoint.path)
+        entry = f"spectrum {linear.name}"
+        found = kept.get(entry)
+        if found is None:
+            found = _spectral(checkpoint[linear.name], checkpoint.path)
+            if journal is not None:
+                journal.add(entry, found)
+        table[linear.name] = found
         done += prod(linear.shape)
     progress("spectra", total, total)
     return table
 
 
-def spectral_measures(ref: TensorRef, path: Path) -> dict[str, float | None]:
-    """Return one matrix's α, tail exponent and r90, as `spectral_scores` defines them."""
+def _spectral(ref: TensorRef, path: Path) -> dict[str, float | None]:
+    """Return one matrix's α, tail exponent and r90."""
     try:
         spectrum = singular_values(ref)
     except BitsmithError as error:
@@ -282,7 +294,7 @@ def choose(
     order, passing over what no longer fits, so it is never exceeded; `kld` then ranks by KLD per byte, since
     that buys most. Raises BitsmithError where nothing or more than everything would be kept.
     """
-    amount = _checked(amount, linears)
+    amount = checked_amount(amount, linears)
     _, end = rule_named(by)
     ranked = _ranked(linears, scores, amount, by, seed)
     if amount.count is not None:
@@ -299,7 +311,7 @@ def choose(
     return Selection(by, amount, seed, tuple(linears), scores, names, protocol)
 
 
-def _checked(amount: Amount | None, linears: Sequence[Linear]) -> Amount:
+def checked_amount(amount: Amount | None, linears: Sequence[Linear]) -> Amount:
     """Return the amount, the default for None; refuse one that no ranking can keep."""
     amount = amount or default_amount(linears)
     if amount.count is not None and not 0 < amount.count <= len(linears):

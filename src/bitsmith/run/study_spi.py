@@ -21,13 +21,13 @@ from bitsmith.run.critical import (
     Amount,
     Linear,
     Scores,
+    checked_amount,
     choose,
     default_amount,
     inverse,
     linears_of,
     parse_critical,
     rule_named,
-    spectral_measures,
     spectral_scores,
 )
 from bitsmith.run.evaluate import Reference
@@ -68,8 +68,9 @@ def study_spi(
     random choices, one per seed; and with a `calibration` text those whose KLD alone in NF4 is largest and,
     for comparison, smallest. They are made twice: at equal counts (`critical`: a number of linears; default
     129/248 of them), and at equal bytes (a size; default what α-high keeps at that count). Every row is
-    written, read back, measured as `evaluate` does and deleted, unless `keep`. `spi.json` in the folder `out`
-    gets the result. A killed run goes on with the spectra, sensitivities and rows it had finished.
+    written, read back, measured as `evaluate` does and deleted, unless `keep` (equal choices are kept once).
+    `spi.json` in the folder `out` gets the result. A killed run goes on with the spectra, sensitivities and
+    rows it had finished.
 
     Raises BitsmithError for options that make no sense and as `evaluate` and `write_folder` do, OutputError
     where `out` holds a result without `overwrite` or cannot be written.
@@ -82,11 +83,12 @@ def study_spi(
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
         checkpoint = reference.model.checkpoint
         linears = linears_of(claim(checkpoint))
+        checked_amount(amount, linears)
         options = [__version__, asdict(reference.protocol), _digest(calibration), calibration_chunks]
         with Journal(out / JOURNAL_NAME, content_key(checkpoint, [*options, _digest(assay)])) as journal:
             resumed = len(journal.entries)
             run = _Run(reference, linears, model, out, journal, keep, progress)
-            spectra = run.spectra(assay)
+            spectra = spectral_scores(checkpoint, linears, assay, progress, journal)
             alone = None
             if calibration is not None:
                 alone = alone_in_nf4(
@@ -131,21 +133,6 @@ class _Run:
         self._model, self._out, self._journal, self._keep = model, out, journal, keep
         self._progress = progress
 
-    def spectra(self, assay: Path | None) -> dict[str, dict[str, float | None]]:
-        """Return α, tail exponent and r90 of every linear."""
-        checkpoint = self._reference.model.checkpoint
-        if assay is not None:
-            return spectral_scores(checkpoint, self._linears, assay)
-        found: dict[str, dict[str, float | None]] = {}
-        for done, linear in enumerate(self._linears):
-            self._progress("spectra", done, len(self._linears))
-            name = f"spectrum {linear.name}"
-            if name not in self._journal.entries:
-                self._journal.add(name, spectral_measures(checkpoint[linear.name], checkpoint.path))
-            found[linear.name] = self._journal.entries[name]
-        self._progress("spectra", len(self._linears), len(self._linears))
-        return found
-
     def tables(self, choices: Sequence[_Choices]) -> tuple[SpiTable, ...]:
         """Return every choice as measured."""
         total, done, tables = sum(len(one.kept) for one in choices), 0, []
@@ -153,7 +140,7 @@ class _Run:
             rows = []
             for name, kept in one.kept:
                 self._progress("rows", done, total)
-                rows.append(self._row(f"{one.equal} {name}", name, kept))
+                rows.append(self._row(f"{one.equal}-{name.replace(' ', '-')}", name, kept))
                 done += 1
             tables.append(SpiTable(one.equal, one.asked, tuple(rows)))
         self._progress("rows", total, total)
@@ -162,7 +149,8 @@ class _Run:
     def _row(self, label: str, name: str, kept: tuple[str, ...]) -> SpiRow:
         """Return the row of a choice; equal choices are made once."""
         entry = "row " + hashlib.sha256("\n".join(kept).encode()).hexdigest()
-        if entry not in self._journal.entries:
+        made = self._journal.entries.get(entry)
+        if made is None or (self._keep and not (self._out / made["name"]).exists()):
             self._journal.add(entry, asdict(self._made(label, kept)))
         row = TypeAdapter(SpiRow).validate_python(self._journal.entries[entry])
         return replace(row, name=name)
