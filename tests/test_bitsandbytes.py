@@ -19,10 +19,13 @@ from transformers.utils import logging
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
 from bitsmith.formats.nf4 import FP4, NF4, FourBit, nest
 from bitsmith.lab.synth import synth
+from bitsmith.run.calibrate import calibrate
 from bitsmith.run.evaluate import open_model
-from bitsmith.run.folder import plan_folder, write_folder
+from bitsmith.run.folder import KEPT, plan_folder, write_folder
 from bitsmith.run.forward import final_hidden_states
-from bitsmith.store import TensorData, open_checkpoint, write_safetensors
+from bitsmith.run.pack_bitsandbytes import BitsandbytesPacker
+from bitsmith.run.packer import Assigned, Matrix
+from bitsmith.store import ComputedTensor, TensorData, open_checkpoint, write_safetensors
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
@@ -365,3 +368,54 @@ def test_blocks_and_schemes_that_cannot_be_are_refused(folder: Folder, tmp_path:
         rows = source[name].read()
         left = ((ours[name].read() - rows) ** 2).sum() / (rows**2).sum()
         assert 0.003 < left < 0.013
+
+
+def test_statistics_guide_the_codes(tiny_qwen3: Path, tmp_path: Path) -> None:
+    """At the same bytes; the folder's values, read back, have the errors that the record says."""
+    (tmp_path / "text.txt").write_text("".join(f"{n} squared is {n * n}.\n" for n in range(400)))
+    calibrate(tiny_qwen3, tmp_path / "text.txt", tmp_path / "stats", ctx_tokens=64, chunks=8, saliency=False)
+    held, sizes = {}, set()
+    for rounder in ("nearest", "weighted", "gptq"):
+        out = tmp_path / rounder
+        record = write_folder(
+            tiny_qwen3, out, KEPT, tensor_types=[(r"layers\.0\.mlp", "NF4")], statistics=tmp_path / "stats",
+            rounder=rounder,
+        )  # fmt: skip
+        coded = [tensor for tensor in record.tensors if tensor.rounder]
+        assert {tensor.rounder for tensor in coded} == {rounder}
+        held[rounder] = sum(tensor.held_error or np.nan for tensor in coded)
+        sizes.add(record.file_bytes)
+        with open_checkpoint(out) as ours, open_checkpoint(tiny_qwen3) as source:
+            for tensor in coded:
+                rows = source[tensor.name].read()
+                left = ((rows - ours[tensor.name].read()) ** 2).sum() / (rows**2).sum()
+                assert abs(left - tensor.relative_error) < 0.01 * left
+    assert len(sizes) == 1 and held["gptq"] < 0.8 * held["weighted"] < 0.8 * 0.9 * held["nearest"]
+
+
+class FewRows(ComputedTensor):
+    """A matrix that is read three rows at a time."""
+
+    def slices(self, limit_bytes: int = 0) -> Iterator[tuple[int, int]]:
+        for start in range(0, self.n_rows, 3):
+            yield start, min(start + 3, self.n_rows)
+
+
+@pytest.mark.parametrize(("rounder", "columns"), [("nearest", 50), ("auto", 50), ("auto", 64), ("auto", 33)])
+def test_slices_cut_no_block(rounder: Any, columns: int) -> None:
+    """Blocks cross rows of 50 and 33 weights, of which 32 and 64 are a whole number of blocks."""
+    rows = np.random.default_rng(6).standard_normal((80, columns)).astype(np.float32)
+    assigned = Assigned("a.weight", rows.shape, "F32", "NF4", 64)
+    packer, found = BitsandbytesPacker(), []
+    for kind in (ComputedTensor, FewRows):
+        ref = kind("a.weight", rows.shape, "F32", lambda start, stop: rows[start:stop])
+        encoding = packer.encode(assigned, Matrix(ref, Path("model"), None, rounder))
+        parts = {
+            part.suffix: b"".join(bytes(chunk) for chunk in encoding.chunks(part.suffix))
+            for part in reversed(packer.parts(assigned))  # the order of asking is the file's
+        }
+        found.append((parts, encoding.outcome().rounder))
+    assert found[0] == found[1] and found[0][1] == ("nearest" if rounder == "nearest" else "weighted")
+    for part in packer.parts(assigned):
+        width = {"U8": 1, "F32": 4}[part.dtype]
+        assert len(found[0][0][part.suffix]) == width * int(np.prod(part.shape))
