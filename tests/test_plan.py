@@ -30,8 +30,9 @@ def by_name(found: Plan) -> dict[str, PlanRow]:
 
 
 def reference_bytes(row: PlanRow) -> int:
-    """Bytes of a row by the gguf package's own table."""
-    weights, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[row.type]]
+    """Bytes of a row by the gguf package's own table, which is older than Q2_0."""
+    sizes = {kind.name: size for kind, size in gguf.GGML_QUANT_SIZES.items()}
+    weights, nbytes = ({"Q2_0": (64, 18)} | sizes)[row.type]
     size = 1
     for length in row.shape:
         size *= length

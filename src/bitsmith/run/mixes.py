@@ -147,15 +147,21 @@ MIXES: dict[str, Mix] = {
             {"value": _grouped("Q4_K", "Q3_K"), "ffn_down": _always("Q3_K"), "attn_output": _always("Q3_K")},
         ),
         Mix("Q2_K_S", "Q2_K", 21, {"value": _grouped("Q4_K"), "ffn_down": _first_eighth("Q4_K")}),
+        Mix("Q2_0", "Q2_0", 41, {"embedding": _always("Q4_K")}),
+        Mix("Q1_0", "Q1_0", 40),
     )
 }
-"""Every stock mix by its llama.cpp name, most bits first; llama-quantize wants an imatrix for Q2_K_S."""
+"""Every stock mix by its llama.cpp name, most bits first; llama-quantize wants an imatrix for Q2_K_S.
+
+Left out are those that a dense model has no use for: MXFP4_MOE, which is Q8_0 but for experts.
+"""
 
 ALIASES = {"Q5_K": "Q5_K_M", "Q4_K": "Q4_K_M", "Q3_K": "Q3_K_M"}
 """Short names that llama-quantize takes for a mix."""
 
-# What llama.cpp stores instead when a row is not a whole number of 256-weight blocks.
+# What llama.cpp stores instead when a row is not a whole number of large blocks.
 _SMALLER_BLOCKS = {
+    "Q2_0": "Q4_0",
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",
@@ -226,8 +232,8 @@ def assign(shapes: Shapes, mix: Mix, model: Model, *, pure: bool = False) -> dic
 def fitting_type(type_name: str, row_weights: int) -> str:
     """Return `type_name` if rows of `row_weights` are whole blocks of it, else what llama.cpp stores.
 
-    A 256-weight block gives way to its 32-weight stand-in (`Q4_K` to `Q5_0`), and where that does not fit
-    either, to F16.
+    A large block gives way to its 32-weight stand-in (`Q4_K` to `Q5_0`), and where that does not fit either,
+    or there is none (`Q1_0`), to F16.
     """
     if format_named(type_name).fits(row_weights):
         return type_name
