@@ -188,7 +188,8 @@ class _Study:
             return self._done(replace(row, unmeasured=printable(error.message, 500)))
         row = self._measured(replace(row, rounding=rounding), path)
         if not self._keep:
-            _remove(path)
+            for left in self._folder.iterdir():  # writers may put files beside the artifact
+                _remove(left)
         return self._done(replace(row, seconds=time.monotonic() - started))
 
     def _measured(self, row: FormatRow, path: Path) -> FormatRow:
