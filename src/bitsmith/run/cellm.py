@@ -26,6 +26,7 @@ from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmCheckpoint, CellmInfo
 from bitsmith.store.cellm_writer import cellm_rows, cellm_size_bytes, write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
+from bitsmith.store.packed import refuse_rounded
 from bitsmith.store.safetensors import load_json, side_files
 from bitsmith.store.stored import SourceFile
 
@@ -34,7 +35,6 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 Selection = Literal["cellm", "text", "layers"]
 """Which matrices are quantized: those cellm's converter would, all of the text model, those of its layers."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _GRIDS = {"i8": "int8", "i4": "int4", "i2": "int2", "q1": "int1_g128"}
 _SEED_GRIDS = {"i8": "cellm-i8", "i4": "cellm-i4", "i2": "cellm-i2", "q1": f"cellm-{Q1}"}
 _LAYERS = ("model.layers.", "model.text_model.layers.", "model.language_model.layers.")
@@ -372,13 +372,8 @@ def _refuse_options(out: Path, rounder: str, like_seed: bool, statistics: Path |
 def _refuse_source(checkpoint: Checkpoint) -> None:
     if isinstance(checkpoint, GgufCheckpoint):
         raise UnsupportedError("is a GGUF file, expected a Hugging Face checkpoint", path=checkpoint.path)
-    for name, ref in checkpoint.items():
-        if ref.dtype not in _FLOATS:
-            raise UnsupportedError(
-                f"is stored as {ref.dtype}; expected the original in {', '.join(_FLOATS)}",
-                path=checkpoint.path,
-                tensor=name,
-            )
+    for ref in checkpoint.values():
+        refuse_rounded(ref, checkpoint.path)
 
 
 def _is_outer(name: str) -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitsmith.archs import TensorSpec, architecture_of, claim
-from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.pack_bitsandbytes import BitsandbytesPacker
 from bitsmith.run.pack_compressed import CompressedTensorsPacker
 from bitsmith.run.packer import Assigned, Packer
 from bitsmith.store import Checkpoint, TensorData, TensorRef
 from bitsmith.store.atomic import Chunk
+from bitsmith.store.packed import refuse_rounded
 
 KEPT = "BF16"
 """The scheme of what is not packed: it keeps its dtype, which is BF16 in most checkpoints."""
@@ -22,7 +23,6 @@ KEPT = "BF16"
 PACKERS: tuple[Packer, ...] = (CompressedTensorsPacker(), BitsandbytesPacker())
 SCHEMES = (*(scheme for packer in PACKERS for scheme in packer.schemes), KEPT)
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _TINY_ROLES = ("delta.in_a", "delta.in_b")  # a row per head, whose errors stay in the recurrent state
 _ANY_WIDTH = 1 << 20  # every group divides it
 _PATTERN = "re:"
@@ -163,12 +163,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
 
 def _assigned(packer: Packer, ref: TensorRef, scheme: str, group: int | None, path: Path) -> Assigned | None:
     """Return a matrix with the group it gets, None where no group fits."""
-    if ref.dtype not in _FLOATS:
-        raise UnsupportedError(
-            f"is stored as {ref.dtype}; expected the original in {', '.join(_FLOATS)}",
-            path=path,
-            tensor=ref.name,
-        )
+    refuse_rounded(ref, path)
     taken = packer.group(scheme, group, ref.shape)
     return None if taken is None else Assigned(ref.name, ref.shape, ref.dtype, scheme, taken)
 

@@ -13,7 +13,7 @@ from typing import Any
 from bitsmith.archs import Export, TensorSpec
 from bitsmith.archs.export import export_of
 from bitsmith.archs.tokenizer import tokenizer_metadata
-from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats import format_named
 from bitsmith.passes.transform import Model as Rewritten
 from bitsmith.passes.transform import Transform, model_of
@@ -23,6 +23,7 @@ from bitsmith.store import TensorInfo, Typed, gguf_size_bytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
+from bitsmith.store.packed import refuse_rounded
 
 QUANTIZATION_VERSION = 2
 """`general.quantization_version`: the layout of ggml's blocks that the formats write."""
@@ -30,7 +31,6 @@ QUANTIZATION_VERSION = 2
 TRANSFORMS_KEY, TRANSFORMS_DIGEST_KEY = "bitsmith.transforms", "bitsmith.transforms.sha256"
 """Keys of a transformed GGUF: its transforms in their order, and the SHA-256 of their vectors."""
 
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _MTP_KEY = ".nextn_predict_layers"
 _REPLACED_KEYS = (
     "general.file_type", "general.quantization_version", "split.no", "split.count",
@@ -219,12 +219,7 @@ def open_source(checkpoint: Checkpoint, transforms: Sequence[Transform] = ()) ->
         said = {TRANSFORMS_KEY: names, TRANSFORMS_DIGEST_KEY: unsolved}
         source = replace(source, metadata={**source.metadata, **said})
     for tensor in source.tensors:
-        if tensor.origin.dtype not in _FLOATS:
-            raise UnsupportedError(
-                f"is stored as {tensor.origin.dtype}; expected the original in {', '.join(_FLOATS)}",
-                path=checkpoint.path,
-                tensor=tensor.origin.name,
-            )
+        refuse_rounded(tensor.origin, checkpoint.path)
     return source
 
 

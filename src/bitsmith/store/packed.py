@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
+from bitsmith.errors import UnsupportedError
 from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef, View
+from bitsmith.store.stored import FLOATS
 
 CONFIG_KEYS = ("quantization_config", "quantization")
 """Where a config says how weights are packed."""
@@ -76,3 +79,13 @@ class UnpackedView(View):
     def source_digest(self) -> str:
         """The digest of the stored tensors."""
         return self.base.source_digest
+
+
+def refuse_rounded(ref: TensorRef, path: Path) -> None:
+    """Raise UnsupportedError for a tensor that is stored as no floats: codes are not rounded again."""
+    if ref.dtype not in FLOATS:
+        raise UnsupportedError(
+            f"is stored as {ref.dtype}; expected the original in {', '.join(FLOATS)}",
+            path=path,
+            tensor=ref.name,
+        )
