@@ -19,6 +19,7 @@ from bitsmith.run.assay import assay
 from bitsmith.run.continuation import continue_prompt
 from bitsmith.run.evaluate import evaluate
 from bitsmith.run.execute import compress
+from bitsmith.run.folder import write_folder
 from bitsmith.run.inspect import inspect
 from bitsmith.store import open_checkpoint
 
@@ -219,6 +220,11 @@ def test_the_layout_of_mlx_is_undone(demo_model: Path, tmp_path: Path) -> None:
                 assert np.array_equal(ours[name].raw(), ref.raw()), name
                 assert np.array_equal(ours[name].raw(3, 5), ref.raw(3, 5)), name
     assert {size.type: size.bpw for size in inspect(folder).sizes}["BF16"] > 16
+    write_folder(folder, tmp_path / "again", "BF16")
+    with open_checkpoint(folder) as ours, open_checkpoint(tmp_path / "again") as again:
+        assert {name: again[name].raw().tobytes() for name in again} == {
+            n: ours[n].raw().tobytes() for n in ours
+        }
 
 
 def nested(folder: Path, target: Path, spoil: Callable[[Tensors], None] = lambda _: None) -> Path:
@@ -293,4 +299,6 @@ def test_a_packed_model_is_measured_and_speaks(demo_model: Path, packed: Path, t
 def test_a_packed_model_is_not_compressed_again(packed: Path, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"packed: .*MLX_8bit_g64.*the original"):
         compress(packed, tmp_path / "x.gguf", "Q4_K_M")
+    with pytest.raises(UnsupportedError, match="is packed as MLX_8bit_g64 already"):
+        write_folder(packed, tmp_path / "folder", "W4A16")
     assert not list(tmp_path.iterdir())

@@ -23,6 +23,7 @@ from bitsmith.run.guide import Guide
 from bitsmith.run.packer import Encoding, Matrix, Outcome
 from bitsmith.store import CellmCheckpoint, Checkpoint, GgufCheckpoint, open_checkpoint, write_safetensors
 from bitsmith.store.atomic import Chunk
+from bitsmith.store.mlx_layout import Renamed
 from bitsmith.store.packed import PackedTensor
 from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, safetensors_size_bytes
@@ -218,15 +219,11 @@ class _Job:
 def _opened(model: Path) -> Checkpoint:
     """Open a checkpoint whose tensors are copied as they are stored."""
     checkpoint = open_checkpoint(model)
-    computed = next((ref for ref in checkpoint.values() if not isinstance(ref, StoredTensor)), None)
-    if (
-        computed is None
-        and checkpoint.config
-        and not isinstance(checkpoint, GgufCheckpoint | CellmCheckpoint)
-    ):
+    computed = [ref for ref in checkpoint.values() if not isinstance(ref, StoredTensor | Renamed)]
+    if not computed and checkpoint.config and not isinstance(checkpoint, GgufCheckpoint | CellmCheckpoint):
         return checkpoint
     checkpoint.close()
     said = "is no Hugging Face checkpoint: safetensors with a config.json"
-    if isinstance(computed, PackedTensor):
-        said = f"is packed as {computed.dtype} already; give the checkpoint it was made of"
+    if packed := next((ref for ref in computed if isinstance(ref, PackedTensor)), None):
+        said = f"is packed as {packed.dtype} already; give the checkpoint it was made of"
     raise UnsupportedError(said, path=model)

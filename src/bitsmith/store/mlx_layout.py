@@ -14,6 +14,7 @@ import numpy as np
 
 from bitsmith.errors import DamagedFileError, UnsupportedError
 from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
+from bitsmith.store.packed import PackedTensor
 
 _MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
 _LAYER_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight")
@@ -162,4 +163,6 @@ def _changed(ref: TensorRef, name: str) -> TensorRef:
         return Moved(ref, name, 4, 1)
     if name.endswith(_ONE_PLUS) and len(ref.shape) == 1:
         return Unshifted(ref, name)
+    if isinstance(ref, PackedTensor):
+        return PackedTensor(name, ref.shape, ref.dtype, ref.parts, ref.read)
     return Renamed(ref, name)
