@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Bits
 from transformers.utils import logging
 
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
-from bitsmith.formats.nf4 import FP4, NF4, FourBit, nest
+from bitsmith.formats.nf4 import DYNAMIC_MAP, FP4, NF4, FourBit, nest
 from bitsmith.lab.synth import synth
 from bitsmith.run.calibrate import calibrate
 from bitsmith.run.evaluate import open_model
@@ -120,6 +120,13 @@ def test_nearest_codes_and_scales_are_bitsandbytes_own(form: FourBit, dtype: tor
     assert nested.codes.tobytes() == state.absmax.numpy().tobytes()
     assert nested.absmax.tobytes() == state.state2.absmax.numpy().tobytes()
     assert abs(nest(scales).offset - nested.offset) <= np.spacing(nested.offset)
+
+
+def test_levels_and_map_are_bitsandbytes_own() -> None:
+    for form in (NF4, FP4):
+        levels = bnb.get_4bit_type(form.name.lower(), device="cpu").numpy()
+        assert (form.levels == levels).all()
+    assert DYNAMIC_MAP.tobytes() == bnb.create_dynamic_map().numpy().tobytes()
 
 
 def test_bytes_of_equal_scales_are_bitsandbytes_own() -> None:

@@ -44,6 +44,7 @@ _LEAST_SCALE = np.float32(1e-38)  # below it bitsandbytes divides by this instea
 _FACTORS = np.append(np.float32(1), np.linspace(1.4, 0.6, 9, dtype=np.float32))
 _ROUNDS = 3  # least-squares refits of the best of them to its codes
 _REACH = 2  # neighbours of a stored scale that are compared by their errors
+_FINE = 512
 _LOOKUP = 65536  # entries of the table by which bitsandbytes finds 8-bit codes
 _LEAST_WEIGHTS, _MOST_WEIGHTS = 1 << 15, 1 << 20
 
@@ -117,6 +118,12 @@ class FourBit:
         return cuts
 
     @cached_property
+    def table(self) -> Float32:
+        """The level nearest to each of `2 _FINE` places, evenly spaced in -1…1: for searches."""
+        places = (np.arange(-_FINE, _FINE) + 0.5) / _FINE
+        return self.levels[self.order][np.searchsorted(self.cuts, places)]
+
+    @cached_property
     def factors(self) -> Float32:
         """Scales to start a search from, in units of a block's largest magnitude.
 
@@ -150,11 +157,10 @@ class FourBit:
         Never worse than `absmax`. Raises BitsmithError for an importance that is not such a vector.
         """
         columns = column_weights(importance, 1 if importance is None else len(importance))
-        scales = np.empty(self.blocks(weights.size), np.float32)
-        levels = self.levels[self.order]
+        scales, ordered = np.empty(self.blocks(weights.size), np.float32), self.levels[self.order]
 
         def work(x: Float32, at: int, part: slice) -> None:
-            _fit_blocks(x, columns, first + at, self.cuts, levels, self.factors, _ROUNDS, scales[part])
+            _fit_blocks(x, columns, first + at, self.cuts, ordered, self.table, self.factors, scales[part])
 
         self._for_blocks(weights, work)
         return scales
@@ -174,21 +180,12 @@ class FourBit:
         `fit`.
         """
         columns = column_weights(importance, 1 if importance is None else len(importance))
-        levels = self.levels[self.order]
         stop = start + self.blocks(weights.size)
         steps, codes = nested.steps(start, stop), nested.codes[start:stop]
 
         def work(x: Float32, at: int, part: slice) -> None:
             _choose_blocks(
-                x,
-                columns,
-                first + at,
-                self.cuts,
-                levels,
-                DYNAMIC_MAP,
-                steps[part],
-                nested.offset,
-                codes[part],
+                x, columns, first + at, self.table, DYNAMIC_MAP, steps[part], nested.offset, codes[part]
             )
 
         self._for_blocks(weights, work)
@@ -257,16 +254,18 @@ FP4 = FourBit("FP4", (*(level / 12 for level in _FP4), *(-(level / 12) for level
 
 
 def _dynamic_map() -> Float32:
-    """Return bitsandbytes' signed 8-bit map: decades down to 1e-7, the larger the finer; 0 and 1 beside."""
+    """Return bitsandbytes' signed 8-bit map: decades down to 1e-7, the larger the finer; 0 and 1 beside.
+
+    Its bounds are those of torch.linspace: counted from the nearer end, products not rounded by themselves.
+    """
     values = [0.0, 1.0]
+    low = np.float64(np.float32(0.1))
     for decade in range(7):
-        count = 2**decade
-        step = np.float32(0.9) / np.float32(count)
-        rise = np.arange(count + 1)
-        up, down = np.float32(0.1) + step * rise.astype(np.float32), np.float32(1) - step * (count - rise)
-        bounds = np.where(rise < (count + 1) // 2, up, down).astype(np.float32)
+        rise = np.arange(2**decade + 1)
+        step = np.float64(np.float32(0.9) / np.float32(2**decade))
+        bounds = np.where(rise < len(rise) // 2, low + step * rise, 1 - step * rise[::-1]).astype(np.float32)
         means = (bounds[:-1] + bounds[1:]) / np.float32(2)
-        shifted = np.float32(10 ** (decade - 6)) * means
+        shifted = np.float32(10.0 ** (decade - 6)) * means
         values += [*shifted.tolist(), *(-shifted).tolist()]
     return np.sort(np.array(values, np.float32))
 
@@ -323,18 +322,29 @@ def _load(columns: Float64, first: int, weights: Float64) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _levels(x: Float32, scale: np.float32, table: Float32, places: Int32, levels: Float32) -> None:
+    """Fill `levels` with those of the table's nearest places."""
+    half, top = np.float32(table.size // 2), np.float32(table.size - 1)
+    inverse = _inverse(scale) * half
+    for j in range(x.size):
+        places[j] = np.int32(min(max(x[j] * inverse + half, np.float32(0.0)), top))
+    for j in range(x.size):
+        levels[j] = table[places[j]]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _fit_blocks(
-    blocks: Float32, columns: Float64, first: int, cuts: Float32, levels: Float32, factors: Float32,
-    rounds: int, scales: Float32,
+    blocks: Float32, columns: Float64, first: int, cuts: Float32, ordered: Float32, table: Float32,
+    factors: Float32, scales: Float32,
 ) -> None:  # fmt: skip
     """Fill `scales` (`n`): the least-squares scale of the codes under the best of the candidates.
 
     Codes `q` allow the scale `sum(wqx) / sum(wqq)`, which lowers the error from `sum(wxx)` by
-    `sum(wqx)² / sum(wqq)`.
+    `sum(wqx)² / sum(wqq)`. The first candidate's codes are exact, the others' as near as the table has them.
     """
     size = blocks.shape[1]
     shares, places = np.empty(size, np.float32), np.empty(size, np.int32)
-    weights = np.empty(size, np.float64)
+    levels, weights = np.empty(size, np.float32), np.empty(size, np.float64)
     for b in range(blocks.shape[0]):
         x = blocks[b]
         _load(columns, first + b * size, weights)
@@ -342,12 +352,17 @@ def _fit_blocks(
         for j in range(size):
             largest = max(largest, abs(x[j]))
         scales[b] = largest
-        for t in range(factors.size + rounds if largest >= _LEAST_SCALE else 0):
-            scale = largest * factors[t] if t < factors.size else scales[b]
-            _places(x, scale, cuts, shares, places)
+        for t in range(factors.size + _ROUNDS if largest >= _LEAST_SCALE else 0):
+            if t == 0:
+                _places(x, largest, cuts, shares, places)
+                for j in range(size):
+                    levels[j] = ordered[places[j]]
+            else:
+                scale = largest * factors[t] if t < factors.size else scales[b]
+                _levels(x, scale, table, places, levels)
             along, across = 0.0, 0.0
             for j in range(size):
-                level = np.float64(levels[places[j]])
+                level = np.float64(levels[j])
                 across += weights[j] * level * np.float64(x[j])
                 along += weights[j] * level * level
             if along > 0 and across * across > best * along:
@@ -357,12 +372,12 @@ def _fit_blocks(
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _choose_blocks(
-    blocks: Float32, columns: Float64, first: int, cuts: Float32, levels: Float32, values: Float32,
-    steps: Float32, offset: np.float32, codes: Codes,
+    blocks: Float32, columns: Float64, first: int, table: Float32, values: Float32, steps: Float32,
+    offset: np.float32, codes: Codes,
 ) -> None:  # fmt: skip
     """Move `codes` (`n`) to the best of the codes within `_REACH` by the weighted squared error."""
     size = blocks.shape[1]
-    shares, places = np.empty(size, np.float32), np.empty(size, np.int32)
+    places, levels = np.empty(size, np.int32), np.empty(size, np.float32)
     weights = np.empty(size, np.float64)
     for b in range(blocks.shape[0]):
         x = blocks[b]
@@ -373,10 +388,10 @@ def _choose_blocks(
             if code < 0 or code >= values.size:
                 continue
             scale = np.float32(np.float32(values[code] * steps[b]) + offset)
-            _places(x, scale, cuts, shares, places)
+            _levels(x, scale, table, places, levels)
             error = 0.0
             for j in range(size):
-                left = np.float64(x[j]) - np.float64(np.float32(scale * levels[places[j]]))
+                left = np.float64(x[j]) - np.float64(np.float32(scale * levels[j]))
                 error += weights[j] * left * left
             if error < least:
                 least, codes[b] = error, np.uint8(code)
