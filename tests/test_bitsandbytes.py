@@ -145,6 +145,8 @@ def test_llm_int8_is_read(tmp_path: Path) -> None:
         assert set(checkpoint) == {"a.weight"}
         theirs = bnb.int8_vectorwise_dequant(codes, scales).numpy()
         assert (checkpoint["a.weight"].read(3, 11) == theirs[3:11]).all()
+    with open_checkpoint(save(tmp_path / "own", {"b.SCB": scales, **stored})) as checkpoint:
+        assert set(checkpoint) == {"a.weight", "b.SCB"}
     for changed, said in (
         ({"a.weight": codes}, "without SCB"),
         ({"a.weight": codes, "a.SCB": scales[1:].clone()}, "a scale per row"),
@@ -195,6 +197,7 @@ DAMAGES: dict[str, Callable[[Stored], None]] = {
     "nested_quant_map as U8": _with("nested_quant_map", lambda part: part.to(torch.uint8)),
     "nested_quant_map that is not finite": _with("nested_quant_map", lambda part: part * float("nan")),
     "bytes of codes": _with("", lambda codes: codes[1:]),
+    "has 0 bytes of codes": _with("", lambda codes: codes[:0]),
     "in one column": _with("", lambda codes: codes.reshape(1, -1)),
     "is not JSON": _with(STATE, lambda state: state[:-1]),
     "is not UTF-8": _with(STATE, lambda state: state + 128),
@@ -426,3 +429,14 @@ def test_slices_cut_no_block(rounder: Any, columns: int) -> None:
     for part in packer.parts(assigned):
         width = {"U8": 1, "F32": 4}[part.dtype]
         assert len(found[0][0][part.suffix]) == width * int(np.prod(part.shape))
+
+
+def test_weights_too_large_for_scales_are_refused(tmp_path: Path) -> None:
+    rows = np.full((8, 64), 3e38, np.float32)
+    rows[0] = np.where(np.arange(64) == 0, -3e38, 2.1e38)  # a scale below zero suits these
+    ref = ComputedTensor("a.weight", rows.shape, "F32", lambda start, stop: rows[start:stop])
+    encoding = BitsandbytesPacker().encode(
+        Assigned("a.weight", rows.shape, "F32", "NF4", 64), Matrix(ref, tmp_path)
+    )
+    with pytest.raises(BitsmithError, match=r"'a\.weight': is too large for float32 scales"):
+        list(encoding.chunks("weight"))

@@ -41,10 +41,10 @@ _NF4 = (
 _FP4 = (0, 0.0625, 8, 12, 4, 6, 2, 3)  # over 12; sign in the highest bit
 
 _LEAST_SCALE = np.float32(1e-38)  # below it bitsandbytes divides by this instead
-_FACTORS = np.append(np.float32(1), np.linspace(1.4, 0.6, 9, dtype=np.float32))
+_FACTORS = np.append(np.float32(1), np.linspace(1.4, 0.6, 9, dtype=np.float32))  # `FourBit.factors`
 _ROUNDS = 3  # least-squares refits of the best of them to its codes
 _REACH = 2  # neighbours of a stored scale that are compared by their errors
-_FINE = 512
+_FINE = 512  # half the entries of a search's table of levels
 _LOOKUP = 65536  # entries of the table by which bitsandbytes finds 8-bit codes
 _LEAST_WEIGHTS, _MOST_WEIGHTS = 1 << 15, 1 << 20
 
@@ -71,11 +71,13 @@ def nest(scales: Float32, offset: np.float32 | None = None) -> Nested:
     """Return `scales` (`blocks`) quantized to 8 bits as bitsandbytes does on a CPU, bit for bit.
 
     Its offset is a float32 mean whose order of summation depends on the processor; here the mean is exact,
-    then rounded. With an `offset` given all else is equal.
+    then rounded. With an `offset` given all else is equal. Scales too far apart for float32 give an infinite
+    absmax.
     """
     mean = np.float32(np.mean(scales, dtype=np.float64)) if len(scales) else np.float32(0)
     offset = mean if offset is None else np.float32(offset)
-    moved = scales.astype(np.float32) - offset
+    with np.errstate(over="ignore"):
+        moved = scales.astype(np.float32) - offset
     starts = np.arange(0, len(moved), NESTED_BLOCK)
     absmax = np.maximum.reduceat(np.abs(moved), starts) if len(moved) else np.empty(0, np.float32)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
@@ -203,7 +205,9 @@ class FourBit:
         self._for_blocks(weights, work)
         rest = weights.size % self.block_size
         if rest:  # bitsandbytes divides a block that is not whole, where it else multiplies by the inverse
-            share = weights[-rest:] / max(np.float32(scales[-1]), _LEAST_SCALE)
+            scale = np.float32(scales[-1])
+            with np.errstate(over="ignore"):
+                share = weights[-rest:] / (scale if scale < 0 else max(scale, _LEAST_SCALE))
             codes[-rest:] = self.order[np.searchsorted(self.cuts, share, side="left")]
         return codes
 

@@ -105,9 +105,16 @@ class _Encoding:
     def __init__(self, row: Assigned, matrix: Matrix) -> None:
         self._row, self._matrix, self._form = row, matrix, _form(row)
         self._outcome = Outcome("nearest", 0.0)
+        self._wanted = {part.suffix for part in BitsandbytesPacker().parts(row)}
 
     def chunks(self, suffix: str) -> Iterator[Bytes]:
-        """Yield a part's bytes."""
+        """Yield a part's bytes; scales are let go with the last."""
+        yield from self._part(suffix)
+        self._wanted.discard(suffix)
+        if not self._wanted:
+            del self._nested
+
+    def _part(self, suffix: str) -> Iterator[Bytes]:
         if suffix == _CODES:
             yield from self._codes()
         elif suffix == _SCALES:
@@ -167,14 +174,25 @@ class _Encoding:
         """The scales as stored: those of the whole matrix have to be known for any of them."""
         form = self._form
         if self._choice.rounder == "nearest":
-            return nest(np.concatenate([form.absmax(rows.reshape(-1)) for _, rows in self._slices()]))
-        importance, columns = self._importance, self._row.shape[1]
-        found = [form.fit(rows.reshape(-1), importance, at * columns) for at, rows in self._slices()]
-        nested = nest(np.concatenate(found))
-        for at, rows in self._slices():
-            first = at * columns
-            form.choose(rows.reshape(-1), nested, first // form.block_size, importance, first)
+            return self._nest([form.absmax(flat) for _, flat in self._flats()])
+        importance = self._importance
+        nested = self._nest([form.fit(flat, importance, first) for first, flat in self._flats()])
+        for first, flat in self._flats():
+            form.choose(flat, nested, first // form.block_size, importance, first)
         return nested
+
+    def _nest(self, scales: Sequence[Float32]) -> Nested:
+        nested = nest(np.concatenate(scales))
+        if not np.isfinite(nested.absmax).all():
+            raise BitsmithError(
+                "is too large for float32 scales", path=self._matrix.path, tensor=self._row.name
+            )
+        return nested
+
+    def _flats(self) -> Iterator[tuple[int, Float32]]:
+        """Yield the place of the first weight and the weights of slices that cut no block."""
+        for at, rows in self._slices():
+            yield at * rows.shape[1], rows.reshape(-1)
 
     def _codes(self) -> Iterator[Bytes]:
         form, metric, total = self._form, self._metric, Total(self._inputs)

@@ -58,8 +58,10 @@ def read_bitsandbytes(stored: Checkpoint, settings: Mapping[str, Any]) -> dict[s
     for name, ref in plain.items():
         if name in parts:
             found[name] = _FourBitWeight(stored, ref, parts.pop(name)).tensor()
-        elif not name.endswith((".SCB", ".weight_format")):
-            found[name] = _eight_bit(stored, plain, ref) if ref.dtype == "I8" else _unpacked(stored, ref)
+        elif ref.dtype == "I8":
+            found[name] = _eight_bit(stored, plain, ref)
+        elif not _goes_with_int8(plain, name):
+            found[name] = _unpacked(stored, ref)
     for name, left in parts.items():
         raise _damaged(stored, name, f"is missing, but {', '.join(sorted(left))} of it are stored")
     return found
@@ -133,8 +135,8 @@ class _FourBitWeight:
         shape, nbytes = self._ref.shape, self._ref.nbytes
         if len(shape) != 2 or shape[1] != 1:
             raise self._damaged(f"is stored with shape {list(shape)}, expected codes in one column")
-        item, needed = nbytes // max(1, shape[0]), -(-self.state.weights // 2)
-        if nbytes != -(-needed // max(1, item)) * item:
+        item, needed = max(1, nbytes // max(1, shape[0])), -(-self.state.weights // 2)
+        if nbytes != -(-needed // item) * item:
             whole = list(self.state.shape)
             raise self._damaged(f"has {nbytes} bytes of codes, {needed} are expected for shape {whole}")
 
@@ -266,6 +268,13 @@ def _eight_bit(stored: Checkpoint, plain: Mapping[str, TensorRef], ref: TensorRe
 
     parts = [ref, scales, *([] if layout is None else [layout])]
     return PackedTensor(ref.name, ref.shape, "LLM.int8", parts, decode)
+
+
+def _goes_with_int8(plain: Mapping[str, TensorRef], name: str) -> bool:
+    """Tell whether a tensor is a part of a weight of LLM.int8()."""
+    module, _, part = name.rpartition(".")
+    weight = plain.get(f"{module}.weight")
+    return part in ("SCB", "weight_format") and weight is not None and weight.dtype == "I8"
 
 
 def _unpacked(stored: Checkpoint, ref: TensorRef) -> TensorRef:
