@@ -151,6 +151,7 @@ def test_vocabularies_of_different_words(demo_model: Path, tmp_path: Path, text:
 
 def test_a_candidate_without_a_tokenizer(demo_model: Path, tmp_path: Path, text: Path) -> None:
     file = write_cellm(demo_model, tmp_path / "x.cellm", "i8").out
+    shutil.rmtree(tmp_path / "x.cellm.tokenizer")
     found = evaluate(demo_model, file, text, ctx_tokens=CTX, chunks=1)
     said = f"{file}: has no tokenizer; only the vocabulary's size, 4096, agrees"
     assert found.to_json()["warnings"] == [said]
