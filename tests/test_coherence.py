@@ -24,6 +24,7 @@ from bitsmith.run.coherence import (
 )
 from bitsmith.run.continuation import continue_prompt
 from bitsmith.run.evaluate import Measure, open_model
+from bitsmith.run.vocabulary import Vocabulary
 
 
 def test_repetition_by_hand() -> None:
@@ -54,7 +55,7 @@ def test_nll_is_transformers(demo_model: Path) -> None:
 def test_the_originals_own_way_is_no_different_from_itself(demo_model: Path) -> None:
     text = "def __init__(self, name"
     with open_model(demo_model) as original:
-        ids = tuple(continue_ids(original, text))
+        ids = tuple(Vocabulary(original).encode(text))
         prompts = Prompts((ids, ids[:3]), 12, seed=5)
         own = measure_coherence(original, original, prompts)
         again = measure_coherence(original, original, prompts, own)
@@ -68,12 +69,6 @@ def test_the_originals_own_way_is_no_different_from_itself(demo_model: Path) -> 
     pooled = sum(p.nll_nats for p in own.greedy.passages) / sum(len(p.tokens) for p in own.greedy.passages)
     assert own.greedy.nll.value == pytest.approx(pooled)
     assert own.greedy.nll.value < own.sampled.nll.value  # the likeliest tokens are likelier than drawn ones
-
-
-def continue_ids(original, text: str) -> list[int]:  # type: ignore[no-untyped-def]
-    from bitsmith.run.vocabulary import Vocabulary
-
-    return Vocabulary(original).encode(text)
 
 
 def test_no_prompts_are_refused(demo_model: Path) -> None:

@@ -22,7 +22,7 @@ from bitsmith.run.format_rows import FormatRow, FormatsStudy
 from bitsmith.run.studied_formats import STUDIED
 from bitsmith.run.study_formats import RESULT_NAME, study_formats
 
-FORMATS = ("int2", "f16", "int2-feedback")
+FORMATS = ("f16", "int2", "int2-feedback", "f16")
 OPTIONS: Mapping[str, Any] = {
     "formats": FORMATS,
     "prompts": ["def __init__(self", "import"],
@@ -206,3 +206,21 @@ def test_texts_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     print_formats(found)
     printed = capsys.readouterr().out
     assert "\x1b" not in printed and "a|b\\n\\x1b[31m<b>" in printed
+
+
+@pytest.mark.slow
+def test_statistics_are_collected_from_a_text(demo_model: Path, text: Path, tmp_path: Path) -> None:
+    calibration = tmp_path / "calibration.txt"
+    calibration.write_text(held_out_text(40_000)[20_000:], encoding="utf-8")
+    names = ["int2", "int2-scales", "int2-feedback", "NF4", "NF4-feedback", "W4A16", "SPI", "Q1_0", "Q2_0"]
+    options = {**OPTIONS, "formats": names, "calibration": calibration}
+    out = tmp_path / "out"
+    found = study_formats(demo_model, text, out, **options)
+    assert [row.name for row in found.rows] == ["original", *names]
+    assert [row.unmeasured for row in found.rows] == [None] * 10
+    seed, scales, feedback = (row.measures["mean_kld"].value for row in found.rows[1:4])
+    assert seed > 2 * max(scales, feedback)
+    assert found.rows[1].file_bytes == found.rows[2].file_bytes == found.rows[3].file_bytes
+    assert found.rows[4].file_bytes == found.rows[5].file_bytes
+    assert "gptq" in found.rows[3].rounding and found.rows[4].rounding.endswith(" nearest")
+    assert [path.name for path in out.iterdir()] == [RESULT_NAME]

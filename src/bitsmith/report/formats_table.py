@@ -88,11 +88,12 @@ def protocol_lines(study: FormatsStudy) -> list[str]:
     ]
 
 
-def sample_of(row: FormatRow) -> str | None:
-    """Return what a format wrote greedily after the first prompt, escaped and cut; None where it did not."""
+def sample_of(row: FormatRow, *, greedy: bool = False) -> str:
+    """Return what a format wrote after the first prompt, sampled unless `greedy`, escaped and cut."""
     if row.coherence is None:
-        return None
-    return printable(row.coherence.greedy.passages[0].text, _SAMPLE_CHARACTERS)
+        return f"{UNMEASURED}: {row.unmeasured}"
+    way = row.coherence.greedy if greedy else row.coherence.sampled
+    return printable(way.passages[0].text, _SAMPLE_CHARACTERS)
 
 
 def print_formats(study: FormatsStudy) -> None:
@@ -101,10 +102,9 @@ def print_formats(study: FormatsStudy) -> None:
     for columns, rows in (size_rows(study), coherence_rows(study)):
         console.print(table(columns, rows, right=columns[1:]))
     console.print(table(*claim_rows(study), right=("figure",)))
-    console.print(f"greedily after {study.prompts[0]!r}:", markup=False, highlight=False, soft_wrap=True)
-    for row in study.rows:
-        shown = sample_of(row) or f"{UNMEASURED}: {row.unmeasured}"
-        console.print(f"{row.name}: {shown}", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"sampled after {printable(study.prompts[0], _SAMPLE_CHARACTERS)}"]
+    for line in (*lines, *(f"{row.name}: {sample_of(row)}" for row in study.rows)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in protocol_lines(study):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
@@ -119,9 +119,10 @@ def formats_markdown(study: FormatsStudy) -> str:
         ("How each was made", note_rows(study)),
     ):
         parts += [f"## {title}", _markdown_table(*rows)]
-    parts += ["## Samples", "Greedily after the first prompt:", _code(study.prompts[0])]
+    parts += ["## Samples", "After the first prompt, sampled, then greedily:", _code(study.prompts[0])]
     for row in study.rows:
-        parts += [f"{_plain(row.name)}:", _code(sample_of(row) or UNMEASURED)]
+        shown = (_code(sample_of(row, greedy=greedy)) for greedy in (False, True))
+        parts += [f"{_plain(row.name)}:", "\n".join(shown)]
     return "\n\n".join(parts) + "\n"
 
 

@@ -27,7 +27,7 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.progress import Progress
 from bitsmith.run.cellm import write_cellm
 from bitsmith.run.execute import compress
-from bitsmith.run.folder import write_folder
+from bitsmith.run.folder import FolderRecord, write_folder
 from bitsmith.run.spi import write_spi
 
 Family = Literal["original", "seed", "scales", "feedback", "today"]
@@ -84,18 +84,19 @@ def _cellm(*, seed: bool, **options: Any) -> Make:
 
 def _folder(scheme: str) -> Make:
     def make(model: Path, out: Path, statistics: Path | None, progress: Progress) -> str:
-        write_folder(model, out, scheme, statistics=statistics, overwrite=True, progress=progress)
-        return "nearest" if statistics is None else "by statistics"
+        rounder = "nearest" if statistics is None else "auto"  # the first is what the formats' own tools do
+        return _packed(
+            write_folder(
+                model, out, scheme, statistics=statistics, rounder=rounder, overwrite=True, progress=progress
+            )
+        )
 
     return make
 
 
-def _gguf(type_name: str, tensor_types: Sequence[tuple[str, str]] = ()) -> Make:
+def _gguf(type_name: str) -> Make:
     def make(model: Path, out: Path, statistics: Path | None, progress: Progress) -> str:
-        record = compress(
-            model, out, type_name, tensor_types=tensor_types, statistics=statistics, overwrite=True,
-            progress=progress,
-        )  # fmt: skip
+        record = compress(model, out, type_name, statistics=statistics, overwrite=True, progress=progress)
         floats = ("F32", "F16", "BF16")
         return _tally(Counter(one.rounding.rounder for one in record.tensors if one.type not in floats))
 
@@ -104,7 +105,11 @@ def _gguf(type_name: str, tensor_types: Sequence[tuple[str, str]] = ()) -> Make:
 
 def _spi(model: Path, out: Path, statistics: Path | None, progress: Progress) -> str:
     record = write_spi(model, out, overwrite=True, progress=progress)
-    return f"nearest; {len(record.selection.names)} matrices kept"
+    return f"{_packed(record.folder)}, {len(record.selection.names)} kept in BF16"
+
+
+def _packed(record: FolderRecord) -> str:
+    return _tally(Counter(tensor.rounder for tensor in record.tensors if tensor.rounder))
 
 
 def _tally(rounders: Counter[str]) -> str:
@@ -132,21 +137,17 @@ def _variants() -> list[StudiedFormat]:
 
 
 def _others() -> list[StudiedFormat]:
-    found = [
-        StudiedFormat("NF4", "today", "NF4, bitsandbytes' layout", "", _folder("NF4")),
-        StudiedFormat("SPI", "today", "NF4 with critical layers in BF16", "", _spi),
-    ]
+    found: list[StudiedFormat] = []
     plain: tuple[tuple[str, str, str, Make], ...] = (
+        ("NF4", "NF4 in blocks of 64, bitsandbytes", "", _folder("NF4")),
         ("W4A16", "int4 in groups of 128, compressed-tensors", "", _folder("W4A16")),
-        ("Q1_0", "1 bit, ggml", ".gguf", _gguf("Q8_0", [(".*", "Q1_0")])),
-        ("Q2_0", "2 bits, ggml", ".gguf", _gguf("Q8_0", [(".*", "Q2_0")])),
-        ("Q4_K_M", "llama.cpp's mix", ".gguf", _gguf("Q4_K_M")),
+        *((name, f"llama.cpp's mix {name}", ".gguf", _gguf(name)) for name in ("Q1_0", "Q2_0", "Q4_K_M")),
     )
     for name, what, suffix, make in plain:
         found.append(StudiedFormat(name, "today", what, suffix, make))
         guided = f"{what}; error feedback"
         found.append(StudiedFormat(name + FEEDBACK, "feedback", guided, suffix, make))
-    return found
+    return [StudiedFormat("SPI", "today", "NF4 with critical layers in BF16", "", _spi), *found]
 
 
 STUDIED = {one.name: one for one in (*_variants(), *_others())}
@@ -154,11 +155,11 @@ STUDIED = {one.name: one for one in (*_variants(), *_others())}
 
 
 def studied(names: Sequence[str] | None) -> list[StudiedFormat]:
-    """Return the rows called `names` in the table's order, all of them for None.
+    """Return the rows called `names` in that order, each once; all of them for None.
 
     Raises BitsmithError that lists the known names.
     """
     unknown = [name for name in names or () if name not in STUDIED]
     if unknown:
         raise BitsmithError(f"unknown format {printable(unknown[0])!r}; known: {' '.join(STUDIED)}")
-    return [one for one in STUDIED.values() if names is None or one.name in names]
+    return list(STUDIED.values()) if names is None else [STUDIED[name] for name in dict.fromkeys(names)]

@@ -42,7 +42,7 @@ WRITTEN_TOKENS = 64
 
 _JOURNAL_NAME = ".formats.journal"
 _WORK_NAME = ".formats.work"
-_LEARNED = "statistics"
+_LEARNED = ".formats.statistics"  # the folder, and its entry in the journal
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _KEPT = {
     "linear_attn": (".linear_attn.",),
