@@ -51,6 +51,7 @@ def test_names_of_outputs_follow_the_models(tiny_qwen3: Path) -> None:
         ({"out": Path("x.cellm"), "type_name": "i4", "tune": True}, "a .cellm file is not made with --tune"),
         ({"out": Path("x"), "type_name": "W4A16", "pure": True, "target": "4bpw"}, "--pure, --target"),
         ({"out": Path("x.gguf"), "type_name": "W4A16"}, "makes a folder"),
+        ({"out": Path("x"), "type_name": "NF5"}, "a folder takes --type W4A16|"),
         ({"out": Path("x.cellm"), "recipe": "spi"}, "makes a folder"),
         ({"out": Path("x"), "recipe": "spi", "type_name": "NF4"}, "recipe spi is not made with --type"),
         ({"out": Path("x"), "recipe": "spi", "by": "random", "text": Path("t")}, "--text is for --by kld"),

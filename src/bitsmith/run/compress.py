@@ -84,6 +84,12 @@ def output_of(job: Job) -> Output:
         output = "cellm"
     elif scheme in SCHEMES and (suffix != ".gguf" or scheme not in ("BF16", "F16")):
         output = "folder"
+    if output == "gguf" and suffix not in (None, ".gguf"):
+        raise OutputError(
+            "cannot tell what to write: a GGUF's name must end in .gguf, a .cellm file's in .cellm, "
+            f"and a folder takes --type {'|'.join(SCHEMES)} or --recipe spi",
+            path=job.out,
+        )
     if output in ("folder", "spi") and suffix in (".gguf", ".cellm"):
         what = "recipe spi" if output == "spi" else scheme
         raise OutputError(f"{what} makes a folder, whose name has no such suffix", path=job.out)
