@@ -407,6 +407,7 @@ def _outcome(study: SpiStudy, words: str) -> str:
 
 
 RANDOM = [_row(f"random {seed}", 0.10 + 0.01 * seed) for seed in range(5)]
+LUCKY = _row("random 5", 0.2, (0.98, 0.97, 0.99))
 
 
 def test_claims_hold_where_the_rows_bear_them_out() -> None:
@@ -456,6 +457,8 @@ def test_claims_stay_open_where_nothing_was_measured_or_the_interval_is_wide() -
     assert _outcome(bare, "lower perplexity") == "NOT TESTED"  # the interval is on both sides of 1
     for words in ("than random", "critical end", "measured KLD", "tokens/s", "7.79"):
         assert _outcome(bare, words) == "NOT TESTED", words
+    lucky = _study(_row("NF4", 0.3), _row("alpha-high", 0.2), *RANDOM, LUCKY)
+    assert "of 12 random choices 2 are lower too, 2 with the whole" in lucky.claims[0].found
     first = _study(_row("NF4", 0.3), _row("alpha-high", 0.099), *RANDOM)
     assert _outcome(first, "than random") == "NOT TESTED"  # the best of six, yet within what chance gives
     assert {_outcome(bare, words) for words in ("90%", "16.00 GB")} == {"NOT HELD"}

@@ -150,7 +150,18 @@ def _lower_perplexity(study: SpiStudy) -> ClaimCheck:
     found = f"lowest perplexity over the original's among all readings: {label}"
     if side is None:
         found += "; the interval is on both sides of 1"
+    found += _by_chance(study)
     return _claim("a hybrid has a lower perplexity than the original", outcome, found, ratio)
+
+
+def _by_chance(study: SpiStudy) -> str:
+    """Return how many random choices lie below the original's perplexity: what a lower one is worth."""
+    ratios = [row.measures["ppl_ratio"] for table in study.tables for row in table.random]
+    if not ratios:
+        return ""
+    lower = sum(ratio.value < 1 for ratio in ratios)
+    surely = sum(below(ratio, 1.0) is True for ratio in ratios)
+    return f"; of {len(ratios)} random choices {lower} are lower too, {surely} with the whole interval"
 
 
 def _gain(study: SpiStudy) -> ClaimCheck:
