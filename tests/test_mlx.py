@@ -182,6 +182,13 @@ FAULTS: dict[str, tuple[Callable[[Tensors, Any], None], type[BitsmithError], str
     "integer": (change("x.biases", lambda t: t.int()), DamagedFileError, "are I32"),
     "two types": (change("x.biases", lambda t: t.float()), DamagedFileError, "of two types"),
     "bits": (settings(bits=7), UnsupportedError, "mode 'affine', 7 bits, groups of 64; known"),
+    "part bits": (settings(bits=4.0), UnsupportedError, "mode 'affine', 4.0 bits"),
+    "no mode": (settings(mode=["affine"]), UnsupportedError, "mode"),
+    "empty": (
+        change("x.weight", lambda t: t[:, :0]),
+        DamagedFileError,
+        "expected rows of whole groups of 64",
+    ),
     "no bits": (settings(bits="4"), UnsupportedError, "mode 'affine', '4' bits"),
     "group": (settings(group_size=48), UnsupportedError, "groups of 48"),
     "mode": (settings(mode="nvfp4"), UnsupportedError, "mode 'nvfp4'"),
@@ -243,6 +250,8 @@ def test_a_vision_language_conversion(demo_model: Path, tmp_path: Path) -> None:
     with open_checkpoint(folder) as opened:
         assert len(claim(opened)) == len(opened)
         assert "model.language_model.layers.0.input_layernorm.weight" in opened
+        norm = opened["model.language_model.norm.weight"].read()
+        assert abs(float(norm.mean()) - 0.843) < 0.01
         patches = opened["model.visual.patch_embed.proj.weight"]
         assert patches.shape == (2, 3, 2, 4, 4)
         assert patches.read()[1, :, 0, 0, 1].tolist() == [99, 100, 101]

@@ -132,7 +132,7 @@ def test_settings_of_no_known_shape_are_refused(said: Any, tmp_path: Path) -> No
 def test_codes_without_settings_are_refused(name: str, config: dict[str, Any] | None, tmp_path: Path) -> None:
     for codes in (CODES.byte(), CODES):
         folder = save(tmp_path / "m", {name: codes, "a.scales": torch.ones(2)}, config)
-        with pytest.raises(UnsupportedError, match="codes of packed weights, and no quantization_config"):
+        with pytest.raises(UnsupportedError, match="codes of a packed weight, and no quantization_config"):
             open_checkpoint(folder)
 
 

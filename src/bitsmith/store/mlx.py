@@ -71,8 +71,10 @@ def _grid(stored: Checkpoint, settings: Mapping[str, Any], module: str) -> _Grid
     said = own if isinstance(own, Mapping) else settings
     mode = said.get("mode", AFFINE)
     bits, group = (said.get(key, default) for key, default in (("bits", 4), ("group_size", 64)))
-    fits = (bits, group) == (4, 32) if mode == MXFP4 else mode == AFFINE and bits in BITS and group in GROUPS
-    if not fits:
+    known = {AFFINE: (BITS, GROUPS), MXFP4: ((4,), (32,))}.get(
+        mode if isinstance(mode, str) else "", ((), ())
+    )
+    if any(type(n) is not int or n not in among for n, among in zip((bits, group), known, strict=True)):
         given = printable(f"mode {mode!r}, {bits!r} bits, groups of {group!r}", 100)
         raise UnsupportedError(
             f"is packed by MLX in {given}; known: affine of {', '.join(map(str, BITS))} bits in groups of "
@@ -85,21 +87,23 @@ def _grid(stored: Checkpoint, settings: Mapping[str, Any], module: str) -> _Grid
 
 def _weight(stored: Checkpoint, codes: TensorRef, grid: _Grid) -> PackedTensor:
     name = codes.name
-    if len(codes.shape) < 2 or codes.shape[-1] * 32 % (grid.bits * grid.group):
+    words = codes.shape[-1] if len(codes.shape) > 1 else 0
+    if not words or words * 32 % (grid.bits * grid.group):
         raise DamagedFileError(
             f"has shape {list(codes.shape)}, expected rows of whole groups of {grid.group} codes of "
             f"{grid.bits} bits",
             path=stored.path,
             tensor=name,
         )
-    shape = (*codes.shape[:-1], codes.shape[-1] * 32 // grid.bits)
+    shape = (*codes.shape[:-1], words * 32 // grid.bits)
+    grouped = (*shape[1:-1], shape[-1] // grid.group, grid.group)
     beside = [_part(stored, name, part, shape, grid) for part in _PARTS[grid.mode]]
     if len({part.dtype for part in beside}) > 1:
         raise DamagedFileError("has scales and biases of two types", path=stored.path, tensor=name)
 
     def decode(start: int, stop: int) -> Rows:
-        raw = codes.raw(start, stop).reshape(-1, 4 * codes.shape[-1])
-        found = _codes(raw, grid.bits, shape[-1]).reshape(stop - start, *shape[1:-1], -1, grid.group)
+        raw = codes.raw(start, stop).reshape(-1, 4 * words)
+        found = _codes(raw, grid.bits, shape[-1]).reshape(stop - start, *grouped)
         scales = beside[0].read(start, stop)[..., None]
         if grid.mode == MXFP4:
             rows = E2M1[found] * E8M0[scales]

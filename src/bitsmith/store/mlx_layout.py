@@ -21,9 +21,8 @@ _LAYER_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight")
 _ONE_PLUS = (*_LAYER_NORMS, ".q_norm.weight", ".k_norm.weight", "model.norm.weight")
 _KERNEL = ".linear_attn.conv1d.weight"
 _PATCHES = "patch_embed.proj.weight"
-_SHIFTED = (
-    0.5  # a mean beyond it speaks for 1 + w: published norms have means of w near 0, decayed in training
-)
+# Means of w are near 0 in published models, where the norms decay in training; beyond it a norm is 1 + w.
+_SHIFTED = 0.5
 _CLEAR = 0.9  # share of the norms that must speak against a layout before it is refused
 
 
@@ -64,10 +63,9 @@ class Moved(Renamed):
 
     def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
         """Return the stored bytes of rows `[start, stop)` with their axes in order."""
-        stored = self.base.raw(start, stop).reshape(
-            -1, *self.base.shape[1:], self.nbytes // max(1, self.size)
-        )
-        moved = stored.transpose(*self._axes, len(self._axes))
+        rows = (self.n_rows if stop is None else stop) - start
+        shape = (rows, *self.base.shape[1:], self.nbytes // max(1, self.size))
+        moved = self.base.raw(start, stop).reshape(shape).transpose(*self._axes, len(self._axes))
         return np.ascontiguousarray(moved).reshape(-1)
 
 

@@ -20,9 +20,6 @@ CONFIG_KEYS = ("quantization_config", "quantization")
 Packing = Callable[[Checkpoint, Mapping[str, Any]], dict[str, TensorRef]]
 """Takes a checkpoint and its config's `quantization_config`; returns all its tensors, packed ones decoded."""
 
-PACKINGS: dict[str, Packing] = {}
-"""Packings by the `quant_method` of a config's `quantization_config` (MLX: its `quantization`)."""
-
 
 class PackedTensor(TensorRef):
     """A weight held by several stored tensors, its `parts`; `decode(start, stop)` returns rows as float32.

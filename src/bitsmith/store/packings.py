@@ -13,10 +13,16 @@ from bitsmith.store.compressed_tensors import METHOD, read_compressed
 from bitsmith.store.fp8 import read_fp8
 from bitsmith.store.mlx import read_mlx
 from bitsmith.store.mlx_layout import hugging_face_layout
-from bitsmith.store.packed import PACKINGS, UnpackedView
+from bitsmith.store.packed import Packing, UnpackedView
 from bitsmith.store.stored import FLOATS, INTEGERS
 
-PACKINGS |= {"bitsandbytes": read_bitsandbytes, METHOD: read_compressed, "fp8": read_fp8, "mlx": read_mlx}
+PACKINGS: dict[str, Packing] = {
+    "bitsandbytes": read_bitsandbytes,
+    METHOD: read_compressed,
+    "fp8": read_fp8,
+    "mlx": read_mlx,
+}
+"""Packings by the `quant_method` of a config's `quantization_config` (MLX: its `quantization`)."""
 
 _CODES = re.compile(r"(^|\.)(q?weight(_packed)?|qzeros|W_q|codes|\w+_(blocks|packed))$")
 
@@ -57,7 +63,7 @@ def _settings(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]] | None
     nested = config.get("text_config")
     for where in (config, nested if isinstance(nested, Mapping) else {}):
         if found := where.get("quantization"):
-            return "mlx", found if isinstance(found, Mapping) else {}
+            return ("mlx", found) if isinstance(found, Mapping) else _named(found)
         if found := where.get("quantization_config"):
             return _named(found)
     return None
@@ -79,8 +85,8 @@ def _refuse_codes(stored: Checkpoint, tensors: Mapping[str, TensorRef]) -> None:
     for name, ref in tensors.items():
         if ref.dtype in INTEGERS and _CODES.search(name):
             raise UnsupportedError(
-                f"is stored as {ref.dtype}: codes of packed weights, and no quantization_config in a "
-                "config.json beside them says how to read them",
+                f"is stored as {ref.dtype}: codes of a packed weight, and no quantization_config in a "
+                "config.json beside it says how to read them",
                 path=stored.path,
                 tensor=name,
             )
