@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from bitsmith.archs import claim
@@ -311,3 +312,19 @@ def test_a_packed_model_is_not_compressed_again(packed: Path, tmp_path: Path) ->
     with pytest.raises(UnsupportedError, match="is packed as MLX_8bit_g64 already"):
         write_folder(packed, tmp_path / "folder", "W4A16")
     assert not list(tmp_path.iterdir())
+
+
+def test_real_mlx_decodes_to_the_same_values(tmp_path: Path) -> None:
+    """A file that MLX wrote, with what its own `dequantize` makes of it."""
+    file = shutil.copy(
+        Path(__file__).parent / "data" / "mlx_quantized.safetensors", tmp_path / "model.safetensors"
+    )
+    with safe_open(file, "np") as stored:
+        settings = json.loads(stored.metadata()["quantization"])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization": settings}))
+    with open_checkpoint(tmp_path) as opened:
+        names = [name for name in opened if name.endswith(".weight")]
+        assert len(names) == 7
+        for name in names:
+            expected = opened[name.replace(".weight", ".expected")].read()
+            assert np.array_equal(opened[name].read(), expected), name
