@@ -8,6 +8,7 @@ weights in its layers, 155.6 M each in embedding and head) the published sizes f
 
     g32 830 MiB    = layers in groups of 32, embedding and head float16
     mixed 810 MiB  = layers in groups of 128, embedding and head float16: the tool's own default
+    int8 866 MiB   = layers and one of embedding and head, the other float16; the last commit takes both
     g128 590 MiB   = layers and one of embedding and head in groups of 128, the other float16
     int4 360 MiB   = a scale per row, everything: the converter's rule where there is no DeltaNet
 

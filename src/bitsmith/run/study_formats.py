@@ -18,22 +18,19 @@ from bitsmith.archs import claim
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.run.calibrate import calibrate
-from bitsmith.run.coherence import (
-    Coherence,
-    Prompts,
-    measure_coherence,
-    prompts_of,
-)
+from bitsmith.run.coherence import Coherence, Prompts, measure_coherence, prompts_of
 from bitsmith.run.evaluate import Reference, open_model
 from bitsmith.run.format_claims import with_claims
 from bitsmith.run.format_rows import ORIGINAL, FormatRow, FormatsStudy
 from bitsmith.run.studied_formats import StudiedFormat, studied
 from bitsmith.run.vocabulary import Vocabulary
 from bitsmith.store import GgufCheckpoint, open_checkpoint
-from bitsmith.store.atomic import atomic_file, refuse_taken
+from bitsmith.store.atomic import _remove, atomic_file, refuse_taken
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.journal import Journal
+from bitsmith.store.packed import refuse_rounded
 from bitsmith.store.statistics import open_statistics
+from bitsmith.store.stored import FLOATS
 
 RESULT_NAME = "formats.json"
 PROMPTS = 8
@@ -43,7 +40,6 @@ WRITTEN_TOKENS = 64
 _JOURNAL_NAME = ".formats.journal"
 _WORK_NAME = ".formats.work"
 _LEARNED = ".formats.statistics"  # the folder, and its entry in the journal
-_FLOATS = ("F64", "F32", "F16", "BF16")
 _KEPT = {
     "linear_attn": (".linear_attn.",),
     "embedding and head": ("embed_tokens", "lm_head"),
@@ -223,7 +219,7 @@ def _float_bytes(stored: Checkpoint) -> dict[str, int]:
     """Return the bytes of the matrices that are stored as floats, by part of the model."""
     found: dict[str, int] = {}
     for name, ref in stored.items():
-        if ref.dtype in _FLOATS and len(ref.shape) == 2 and min(ref.shape) > 1:
+        if ref.dtype in FLOATS and len(ref.shape) == 2 and min(ref.shape) > 1:
             part = next(
                 (part for part, words in _KEPT.items() if any(word in name for word in words)), "other"
             )
@@ -243,13 +239,8 @@ def prepare_study(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
 def _refuse_source(stored: Checkpoint) -> None:
     if isinstance(stored, GgufCheckpoint):
         raise UnsupportedError("is a GGUF file, expected a Hugging Face folder", path=stored.path)
-    for name, ref in stored.items():
-        if ref.dtype not in _FLOATS:
-            raise UnsupportedError(
-                f"is stored as {ref.dtype}; expected the original in {', '.join(_FLOATS)}",
-                path=stored.path,
-                tensor=name,
-            )
+    for ref in stored.values():
+        refuse_rounded(ref, stored.path)
 
 
 @contextmanager
@@ -262,13 +253,6 @@ def _work_folder(out: Path) -> Iterator[Path]:
         yield work
     finally:
         _remove(work)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _statistics(
