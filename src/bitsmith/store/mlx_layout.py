@@ -3,7 +3,8 @@
 mlx-lm and mlx-vlm store the text model under `language_model.`, the vision tower under `vision_tower.`,
 `1 + w` for the norms that act so, and the kernel of `conv1d` as `channels width 1` (Hugging Face:
 `channels 1 width`). Loading again, mlx-lm tells by that kernel whether the norms have been shifted
-(mlx_lm/models/qwen3_5.py, `sanitize`), and so does this.
+(mlx_lm/models/qwen3_5.py, `sanitize`), and so does this. Norms of MTP layers are found in either convention
+behind converted kernels (omlx#1507, #3750).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _LAYER_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight")
 _ONE_PLUS = (*_LAYER_NORMS, ".q_norm.weight", ".k_norm.weight", "model.norm.weight")
 _KERNEL = ".linear_attn.conv1d.weight"
 _PATCHES = "patch_embed.proj.weight"
-# Means of w are near 0 in published models, where the norms decay in training; beyond it a norm is 1 + w.
+# Norms of Qwen3.5 and 3.6 whose means were told have w of -0.06 to 0.03 (llama.cpp#23758, mlx-lm#1623, #1735).
 _SHIFTED = 0.5
 _CLEAR = 0.9  # share of the norms that must speak against a layout before it is refused
 
@@ -107,7 +108,7 @@ def hugging_face_layout(stored: Checkpoint, tensors: dict[str, TensorRef]) -> di
 def _refuse_contradiction(
     stored: Checkpoint, tensors: Mapping[str, TensorRef], ours: bool, theirs: bool
 ) -> None:
-    """Refuse norms that are in another layout than the kernels; no published model is near the limits."""
+    """Refuse norms that are in another layout than the kernels, where nearly all of a model's say so."""
     means = _means(tensors)
     if not len(means):
         return
