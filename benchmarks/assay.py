@@ -33,7 +33,7 @@ import numpy as np
 from scipy.fft import dct
 
 from bitsmith.archs import ARCHITECTURES
-from bitsmith.lab.synth import synth_config
+from bitsmith.archs.published import published_config
 from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.spectrum import Spectrum, describe, singular_values
 
@@ -97,7 +97,7 @@ def cost(shape: tuple[int, int]) -> float:
 
 def projection(took: float, shape: tuple[int, int]) -> dict[str, object]:
     """Scale the measured time to every matrix of Qwen3.5-9B."""
-    config = synth_config("9B")
+    config = published_config("9B")
     shapes = [
         (spec.shape[0], math.prod(spec.shape[1:]))
         for spec in ARCHITECTURES[config["model_type"]](config).specs()

@@ -26,8 +26,8 @@ from peer import Ran, environment, run
 
 from bitsmith.archs import ARCHITECTURES
 from bitsmith.archs.arch import TensorSpec
+from bitsmith.archs.published import published_config
 from bitsmith.lab.models import DEMO_MODEL
-from bitsmith.lab.synth import synth_config
 
 BITSMITH = (sys.executable, "-m", "bitsmith.cli.main")
 CTX_TOKENS = 512
@@ -105,7 +105,7 @@ def measure(model: Path, text: Path, args: argparse.Namespace, folder: Path) -> 
 
 def projection(small: Json, large: Json, tokens: int) -> Json:
     """Scale the larger model's times, and both models' peaks, to every layer of Qwen3.5-9B."""
-    full = work(synth_config(FULL, vision=False))
+    full = work(published_config(FULL, vision=False))
     per_token = large["calibrate"]["seconds"] / large["tokens"]
     work_ratio = {key: full[key] / large["work"][key] for key in full}
     gap = large["work"]["largest_layer_bytes"] - small["work"]["largest_layer_bytes"]
@@ -144,7 +144,7 @@ def synthetic(size: str, layers: int, folder: Path) -> tuple[Path, Json]:
     if not model.exists():
         options = ["--no-vision", *(["--layers", str(layers)] if layers else [])]
         run([*BITSMITH, "lab", "synth", model, "--size", size, *options])
-    return model, synth_config(size, vision=False, layers=layers or None)
+    return model, published_config(size, vision=False, layers=layers or None)
 
 
 def report(args: argparse.Namespace, folder: Path) -> Json:

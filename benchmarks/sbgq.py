@@ -18,8 +18,9 @@ from typing import Any
 
 from memory import measure
 
+from bitsmith.archs.published import published_config
 from bitsmith.lab.models import DEMO_MODEL
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.passes.transform import model_of, parse_transforms
 from bitsmith.run.plan import Plan, open_source, plan_source
 from bitsmith.run.sbgq import SBGQ, SBGQ_BASE, SBGQ_TRANSFORMS, sbgq_types
@@ -34,7 +35,7 @@ class Unwritten(Checkpoint):
     """A checkpoint of a published size whose weights are computed when they are read."""
 
     def __init__(self, size: str) -> None:
-        config = synth_config(size)
+        config = published_config(size)
         super().__init__(DEMO_MODEL, synth_tensors(config))  # for its tokenizer
         self.config = config
 

@@ -12,9 +12,10 @@ import torch
 
 from bitsmith.archs import ARCHITECTURES, Qwen3, Qwen35, architecture_of, claim, export_view, import_view
 from bitsmith.archs import tokenizer_metadata as tokenizer_keys
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.formats import format_named
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.store import Checkpoint, TensorInfo, open_checkpoint, write_gguf
 
 PUBLISHED = {  # parameters and tensors of the published safetensors
@@ -56,7 +57,7 @@ def write_float32_gguf(folder: Path, out: Path) -> Path:
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_specs_add_up_to_the_published_totals(size):
-    config = synth_config(size)
+    config = published_config(size)
     specs = ARCHITECTURES[config["model_type"]](config).specs()
     assert (sum(math.prod(spec.shape) for spec in specs), len(specs)) == PUBLISHED[size]
     assert len({spec.name for spec in specs}) == len(specs)
@@ -185,7 +186,7 @@ def test_imported_config_is_the_original_to_transformers(fixture, class_name, re
 
 
 def test_configs_of_transformers_4_and_without_defaults_give_the_same_metadata():
-    config = synth_config("tiny", vision=False)
+    config = published_config("tiny", vision=False)
     reference = Qwen35(config).gguf_metadata()
     old = {key: value for key, value in config.items() if key not in ("rope_parameters", "layer_types")}
     old |= {"rope_theta": 1e7, "partial_rotary_factor": 0.25, "rope_scaling": {"type": "default"}}
@@ -196,7 +197,7 @@ def test_configs_of_transformers_4_and_without_defaults_give_the_same_metadata()
     assert older == reference
     assert Qwen35(old).layer_types == Qwen35(config).layer_types
     scaled = Qwen3(
-        synth_config("qwen3-tiny")
+        published_config("qwen3-tiny")
         | {
             "rope_parameters": None,
             "rope_theta": 1e6,
@@ -210,14 +211,14 @@ def test_configs_of_transformers_4_and_without_defaults_give_the_same_metadata()
 
 
 def test_a_stored_head_is_used_though_the_config_says_tied():
-    config = synth_config("tiny", vision=False, tied=False)
+    config = published_config("tiny", vision=False, tied=False)
     checkpoint = in_memory(config)
     checkpoint.config = config | {"tie_word_embeddings": True}
     assert "output.weight" in [tensor.gguf_name for tensor in export_view(checkpoint).tensors]
 
 
 def test_mtp_follows_what_is_stored_not_what_the_config_says():
-    checkpoint = in_memory(synth_config("tiny", mtp=False))
+    checkpoint = in_memory(published_config("tiny", mtp=False))
     checkpoint.config["text_config"]["mtp_num_hidden_layers"] = 1
     assert "qwen35.nextn_predict_layers" not in export_view(checkpoint).metadata
     assert export_view(checkpoint).metadata["qwen35.block_count"] == 4
@@ -231,7 +232,7 @@ def refused(checkpoint: Checkpoint, error: type[BitsmithError]) -> str:
 
 
 def test_wrong_checkpoints_are_refused_with_what_is_wrong():
-    config = synth_config("qwen3-tiny")
+    config = published_config("qwen3-tiny")
     tensors = synth_tensors(config)
 
     def checkpoint(changed: dict | None = None, **new: object) -> Checkpoint:

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from bitsmith.archs import architecture_of, export_view, import_view, tokenizer_metadata
+from bitsmith.archs.published import published_config
 from bitsmith.archs.tokenizer import tokenizer_from_gguf
 from bitsmith.errors import BitsmithError
 from bitsmith.lab.models import DEMO_MODEL
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.store import Checkpoint
 
 JUNK = [None, True, 0, -1, 10**12, 2**64, 0.5, float("nan"), 1e300, "x", "", [], [None], ["x"], {}, {"a": []}]
@@ -50,7 +51,7 @@ def replaced(tree: dict, path: tuple[str, ...], value: object) -> dict:
 
 @pytest.mark.parametrize("size", ["tiny", "qwen3-tiny"])
 def test_any_config_value_is_taken_or_refused(size):
-    config = synth_config(size)
+    config = published_config(size)
     tensors = synth_tensors(config)
     outcomes = set()
     for path in paths_of(config):
@@ -63,7 +64,7 @@ def test_any_config_value_is_taken_or_refused(size):
 
 @pytest.mark.parametrize("rope_type", ["linear", "yarn"])
 def test_any_rope_value_is_taken_or_refused(rope_type):
-    config = synth_config("qwen3-tiny")
+    config = published_config("qwen3-tiny")
     tensors = synth_tensors(config)
     rope = {
         "rope_type": rope_type,
@@ -81,7 +82,7 @@ def test_any_rope_value_is_taken_or_refused(rope_type):
 
 @pytest.mark.parametrize("size", ["tiny", "qwen3-tiny"])
 def test_any_gguf_value_is_taken_or_refused(size):
-    config = synth_config(size)
+    config = published_config(size)
     checkpoint = Checkpoint(Path("folder"), synth_tensors(config))
     checkpoint.config = config
     export = export_view(checkpoint)
@@ -96,7 +97,7 @@ def test_any_gguf_value_is_taken_or_refused(size):
 
 
 def test_names_that_ask_for_many_layers_are_refused_soon():
-    config = synth_config("tiny")
+    config = published_config("tiny")
     tensors = synth_tensors(config)
     stray = tensors["mtp.fc.weight"]
     for name in ("mtp.layers.999999999999.mlp.up_proj.weight", "model.layers.999999999999.x.weight"):

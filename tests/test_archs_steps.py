@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith.archs import Export, Qwen35, export_view, import_view
+from bitsmith.archs.published import published_config
 from bitsmith.archs.qwen3_5 import tiled_order
 from bitsmith.archs.steps import AddOne, NegativeExp, PermuteColumns, PermuteRows, SqueezeKernel
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.store import Checkpoint, ComputedTensor, TensorRef
 
 PERMUTATION = st.integers(1, 40).flatmap(lambda n: st.permutations(range(n)))
@@ -140,7 +141,7 @@ def as_gguf(export: Export) -> Checkpoint:
     seed=st.integers(0, 99),
 )
 def test_export_then_import_is_the_identity(k_heads, ratio, head_dim, heads, tied, mtp, layers, seed):
-    config = synth_config("tiny", vision=False, tied=tied, layers=layers) | {
+    config = published_config("tiny", vision=False, tied=tied, layers=layers) | {
         "hidden_size": 16,
         "intermediate_size": 24,
         "vocab_size": 32,
@@ -170,7 +171,7 @@ def test_export_then_import_is_the_identity(k_heads, ratio, head_dim, heads, tie
 @pytest.mark.parametrize(("k_heads", "v_heads"), [(2, 6), (4, 8), (3, 3)])
 def test_export_moves_v_heads_as_an_independent_reshape_does(k_heads, v_heads):
     dim, hidden, width = 8, 16, 4
-    config = synth_config("tiny", vision=False, mtp=False) | {
+    config = published_config("tiny", vision=False, mtp=False) | {
         "hidden_size": hidden,
         "linear_num_key_heads": k_heads,
         "linear_num_value_heads": v_heads,

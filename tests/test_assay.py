@@ -22,9 +22,9 @@ from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
 from bitsmith.archs.generic import role_of
+from bitsmith.archs.published import published_config
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
-from bitsmith.lab.synth import synth_config
 from bitsmith.run import measure
 from bitsmith.run.assay import JOURNAL_NAME, RESULT_NAME, assay
 from bitsmith.run.assay_result import Assay, MatrixAssay
@@ -373,7 +373,7 @@ def test_published_shares_are_those_of_the_lab_s_9b_shapes() -> None:
     from bitsmith.archs import Qwen35
     from bitsmith.run.claims import component_key
 
-    specs = Qwen35(synth_config("9B")).specs()
+    specs = Qwen35(published_config("9B")).specs()
     total = sum(math.prod(spec.shape) for spec in specs)
     shares = published_shares()
     assert total == 9_653_104_368

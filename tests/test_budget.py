@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from bitsmith.archs import Qwen35
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError
-from bitsmith.lab.synth import synth_config
 from bitsmith.run.budget import limit_of, parse_fit, parse_target, runtime_memory
 from bitsmith.run.execute import compress
 from bitsmith.run.plan import Source, open_source, plan_source
@@ -90,7 +90,7 @@ def test_memory_of_the_demo_model_is_what_llama_cpp_prints(demo_source: Source) 
 
 def test_memory_at_the_shapes_of_0_8b_is_what_llama_cpp_prints() -> None:
     """Four layers of Qwen3.5-0.8B's shapes; from the log as above."""
-    arch = Qwen35(synth_config("0.8B", layers=4))
+    arch = Qwen35(published_config("0.8B", layers=4))
     metadata = arch.gguf_metadata() | {"general.architecture": "qwen35"}
     for ctx, kv_mib, compute_mib in ((512, 1.0, 491.52), (8192, 16.0, 499.02), (65536, 128.0, 491.0)):
         memory = runtime_memory(metadata, 248320, ctx)

@@ -13,9 +13,10 @@ import pytest
 from numpy.typing import NDArray
 
 from bitsmith.archs import claim
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.formats.integer import GRIDS
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.run.calibrate import calibrate
 from bitsmith.run.cellm import CellmRecord, is_selected, write_cellm
 from bitsmith.store import TensorData, open_cellm, open_checkpoint, write_safetensors
@@ -168,7 +169,7 @@ def test_the_seed_table_sizes_of_qwen3_5_0_8b(kind: str, mebibytes: float) -> No
     """The published files' sizes, to the digit, from shapes alone (the header adds less than 0.1 MiB)."""
     grid = None if kind == "f16" else GRIDS["cellm-q1_0_g128" if kind == "q1" else f"cellm-{kind}"]
     total = 0
-    for name, ref in synth_tensors(synth_config("0.8B")).items():
+    for name, ref in synth_tensors(published_config("0.8B")).items():
         chosen = grid is not None and is_selected("cellm", grid, name, ref.shape)
         total += ref.shape[0] * grid.row_bytes(ref.shape[1]) if chosen and grid is not None else 2 * ref.size
     assert total / 2**20 == pytest.approx(mebibytes, abs=0.06)

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from bitsmith.archs import claim, import_view
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError
 from bitsmith.formats import format_named
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.numerics.input_metric import InputMetric
 from bitsmith.passes.rounding import round_rows
 from bitsmith.run.calibrate import calibrate
@@ -407,7 +408,7 @@ def test_a_calibration_too_short_to_trust_is_guarded(tiny_qwen3_5: Path, text: P
 
 def edited(folder: Path, name: str, change: Any) -> Path:
     """A tiny dense Qwen3 of one layer, with one tensor changed."""
-    config = synth_config("qwen3-tiny", layers=1)
+    config = published_config("qwen3-tiny", layers=1)
     data = []
     for tensor, ref in synth_tensors(config).items():
         rows = ref.read().astype(np.float32)

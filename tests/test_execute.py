@@ -16,9 +16,10 @@ import pytest
 from numpy.typing import NDArray
 
 from bitsmith.archs import export_view
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.formats import format_named
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.run import encode
 from bitsmith.run.execute import compress, plan_for
 from bitsmith.run.mixes import MIXES, mix_named
@@ -37,7 +38,7 @@ def decoded(file: Path) -> dict[str, NDArray[np.float32]]:
 
 def with_weight(folder: Path, name: str, place: tuple[int, ...], value: float) -> Path:
     """A tiny Qwen3.5 with one weight replaced; twice as many V as K heads, so that export moves rows."""
-    config = synth_config("tiny")
+    config = published_config("tiny")
     data = []
     for tensor, ref in synth_tensors(config).items():
         rows = ref.read()

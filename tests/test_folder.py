@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from bitsmith.archs import claim
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.lab.models import DEMO_MODEL
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.numerics import threads
 from bitsmith.run.calibrate import calibrate
 from bitsmith.run.evaluate import open_model
@@ -288,7 +289,7 @@ def test_files_beside_the_weights_are_copied_and_code_is_not(tiny_qwen3: Path, t
 
 def narrow(folder: Path, ffn: int) -> Path:
     """Write a Qwen3 of one layer whose down projection is `ffn` wide, in float16."""
-    config = synth_config("qwen3-tiny", layers=1, dtype="F16") | {"intermediate_size": ffn}
+    config = published_config("qwen3-tiny", layers=1, dtype="F16") | {"intermediate_size": ffn}
 
     def data(ref: TensorRef) -> TensorData:
         return TensorData(ref.name, "F16", ref.shape, [ref.read().astype("<f2")])

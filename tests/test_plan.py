@@ -11,9 +11,10 @@ import gguf
 import pytest
 
 from bitsmith.archs import export_view
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.formats import format_named
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.run.execute import compress
 from bitsmith.run.mixes import MIXES
 from bitsmith.run.plan import Plan, PlanRow, open_source, plan, plan_source
@@ -42,7 +43,7 @@ def reference_bytes(row: PlanRow) -> int:
 @pytest.fixture(scope="module")
 def odd_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense Qwen3 whose FFN rows are divisible by 32 and not by 256, and hidden rows by neither."""
-    config = synth_config("qwen3-tiny") | {"hidden_size": 272, "intermediate_size": 320}
+    config = published_config("qwen3-tiny") | {"hidden_size": 272, "intermediate_size": 320}
     data = []
     for name, ref in synth_tensors(config).items():
         encoded = format_named(ref.dtype).encode(ref.read().reshape(1, -1))

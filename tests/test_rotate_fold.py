@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from bitsmith.archs import architecture_of, claim
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, UnsupportedError
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.numerics.hadamard import RandomHadamard, hadamard
 from bitsmith.passes.fold import DropMtp, Fold, Untie
 from bitsmith.passes.rotate import Rotate, RotateColumns, RotateRows
@@ -149,7 +150,7 @@ def test_one_rotated_tensor_is_held_at_a_time_and_goes_with_its_last_user() -> N
 
 
 def test_fold_moves_gains_into_every_reader_of_a_block() -> None:
-    source = model_of(doubles(synth_config("tiny", mtp=False, vision=False)))
+    source = model_of(doubles(published_config("tiny", mtp=False, vision=False)))
     folded = applying(source, "fold")
     layers = {
         "0": "linear_attn.in_proj_qkv in_proj_z in_proj_b in_proj_a",
@@ -178,7 +179,7 @@ def test_fold_moves_gains_into_every_reader_of_a_block() -> None:
 
 
 def test_norms_that_act_as_w_become_one() -> None:
-    source = model_of(doubles(synth_config("qwen3-tiny")))
+    source = model_of(doubles(published_config("qwen3-tiny")))
     folded, name = applying(source, "fold"), "model.layers.1.input_layernorm.weight"
     assert (folded.ref(name).read() == 1).all()
     k = "model.layers.1.self_attn.k_proj.weight"
@@ -207,19 +208,19 @@ def test_mtp_norms_fold_into_their_halves_and_the_shared_ones_stay(tiny_qwen3_5:
 
 
 def test_the_final_norm_of_a_tied_model_stays_and_that_is_said() -> None:
-    folded = applying(model_of(doubles(synth_config("qwen3-tiny", tied=True))), "fold")
+    folded = applying(model_of(doubles(published_config("qwen3-tiny", tied=True))), "fold")
     assert not folded.spec("model.norm.weight").transforms
     assert "tied" in folded.applied[0].notes[0]
-    assert applying(model_of(doubles(synth_config("qwen3-tiny"))), "fold").applied[0].notes == ()
+    assert applying(model_of(doubles(published_config("qwen3-tiny"))), "fold").applied[0].notes == ()
 
 
 def test_folding_twice_changes_nothing_more() -> None:
-    once = applying(model_of(doubles(synth_config("qwen3-tiny"))), "fold")
+    once = applying(model_of(doubles(published_config("qwen3-tiny"))), "fold")
     assert Fold().vectors(once, Context()) == {}
 
 
 def test_a_gain_of_zero_loses_its_column_and_the_norm_comes_back() -> None:
-    config = synth_config("qwen3-tiny", layers=1)
+    config = published_config("qwen3-tiny", layers=1)
     checkpoint, name = doubles(config), "model.layers.0.post_attention_layernorm.weight"
     gains = checkpoint[name].read()
     gains[7] = 0
@@ -256,7 +257,7 @@ def test_untie_adds_a_head_that_is_the_embedding_byte_for_byte(tiny_qwen3_5_tied
 
 
 def test_untie_copies_what_the_embedding_has_become() -> None:
-    source = model_of(doubles(synth_config("qwen3-tiny", tied=True)))
+    source = model_of(doubles(published_config("qwen3-tiny", tied=True)))
     step = RotateColumns(RandomHadamard(256, 9))
     untied = applying(source.with_steps({"model.embed_tokens.weight": step}), "untie")
     head, embed = (
@@ -293,7 +294,7 @@ def test_dropping_mtp_leaves_the_text_and_vision(tiny_qwen3_5: Path) -> None:
 
 
 def test_the_whole_rotation_in_dense_algebra() -> None:
-    source = model_of(doubles(synth_config("tiny", tied=True)))
+    source = model_of(doubles(published_config("tiny", tied=True)))
     turned, q = rotated(source), matrix(256)
     assert [one.transform.name for one in turned.applied] == ["untie", "drop-mtp", "fold", "rotate"]
 
@@ -334,7 +335,7 @@ def test_undoing_gives_back_what_was_stored(fixture: str, request: pytest.Fixtur
 
 @pytest.mark.parametrize("size", ["tiny", "qwen3-tiny"])
 def test_undoing_is_exact_to_float64_where_the_source_is(size: str) -> None:
-    turned = rotated(model_of(doubles(synth_config(size, tied=True, layers=1, mtp=False))))
+    turned = rotated(model_of(doubles(published_config(size, tied=True, layers=1, mtp=False))))
     for name, (spec, ref) in turned.tensors.items():
         back = ref
         for step in spec.transforms:
@@ -358,7 +359,7 @@ def test_slices_of_the_rotated_view_equal_the_whole(fixture: str, request: pytes
 
 
 def test_the_seed_decides_the_rotation_and_its_signs_are_the_vector() -> None:
-    source = applying(model_of(doubles(synth_config("qwen3-tiny", layers=1))), "fold")
+    source = applying(model_of(doubles(published_config("qwen3-tiny", layers=1))), "fold")
     one, other = applying(source, "rotate", seed=1), applying(source, "rotate", seed=2)
     vectors = dict(one.applied[-1].vectors)
     assert vectors["residual"].shape == (256,) and set(vectors["residual"]) == {-1.0, 1.0}
@@ -389,19 +390,21 @@ def test_rotation_is_refused_with_the_reason_until_each_is_seen_to(tiny_qwen3_5_
 
 
 def test_a_final_norm_left_alone_by_an_early_fold_is_refused() -> None:
-    model = applying(model_of(doubles(synth_config("qwen3-tiny", tied=True))), "fold", "untie", "drop-mtp")
+    model = applying(
+        model_of(doubles(published_config("qwen3-tiny", tied=True))), "fold", "untie", "drop-mtp"
+    )
     refused(model, "model.norm.weight", "after untie and drop-mtp")
 
 
 def test_a_hidden_size_without_a_hadamard_matrix_is_refused() -> None:
-    config = synth_config("qwen3-tiny", layers=1) | {"hidden_size": 52}
+    config = published_config("qwen3-tiny", layers=1) | {"hidden_size": 52}
     refused(applying(model_of(doubles(config)), "fold"), "hidden size 52", "Hadamard")
     known = config | {"hidden_size": 60}
     assert applying(model_of(doubles(known)), "fold", "rotate").arch.number("hidden_size") == 60
 
 
 def test_a_vision_tower_that_is_not_understood_is_refused() -> None:
-    model = applying(model_of(doubles(synth_config("tiny", mtp=False, layers=1))), "fold")
+    model = applying(model_of(doubles(published_config("tiny", mtp=False, layers=1))), "fold")
     kept = {k: pair for k, pair in model.tensors.items() if "merger.linear_fc2" not in k}
     refused(model.with_tensors(kept), "vision tensors", "model.visual.")
 

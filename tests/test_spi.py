@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import format_named
 from bitsmith.lab.models import DEMO_MODEL
-from bitsmith.lab.synth import synth_config, synth_tensors
+from bitsmith.lab.synth import synth_tensors
 from bitsmith.report.spi_table import print_spi_study, write_spi_page
 from bitsmith.run.assay import assay
 from bitsmith.run.critical import (
@@ -76,7 +77,7 @@ def _values(ref: TensorRef) -> TensorRef:
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense Qwen3 with a few planted linears."""
-    config = synth_config("qwen3-tiny", layers=2)
+    config = published_config("qwen3-tiny", layers=2)
     tensors = {name: _values(ref) for name, ref in synth_tensors(config, 5).items()}
     data = [
         TensorData(
@@ -186,7 +187,7 @@ def test_random_is_seeded_and_the_other_end_is_disjoint() -> None:
 
 
 def test_the_published_count_on_the_published_shapes() -> None:
-    config = synth_config("4B")
+    config = published_config("4B")
     pairs = [(spec, ref) for spec, ref in _specs(config)]
     linears = linears_of(pairs)
     ours = seed_linears()

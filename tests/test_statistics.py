@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from bitsmith.archs import ARCHITECTURES, TensorSpec
+from bitsmith.archs.published import published_config
 from bitsmith.archs.steps import PermuteColumns
 from bitsmith.errors import BitsmithError, DamagedFileError
-from bitsmith.lab.synth import synth_config
 from bitsmith.run.assay import assay
 from bitsmith.run.moments import stored_moments
 from bitsmith.store import open_checkpoint
@@ -29,7 +29,7 @@ OUT_PROJ = "layers.1.linear_attn.out_proj.weight"
 
 
 def specs_of(size: str = "tiny", **options: bool) -> list[TensorSpec]:
-    config = synth_config(size, vision=False, **options)
+    config = published_config(size, vision=False, **options)
     return ARCHITECTURES[config["model_type"]](config).specs()
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from bitsmith.archs import architecture_of, claim
+from bitsmith.archs.published import SIZES, published_config
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.lab.synth import SIZES, synth, synth_config, synth_tensors
+from bitsmith.lab.synth import synth, synth_tensors
 from bitsmith.store import open_checkpoint
 
 
@@ -47,7 +48,7 @@ def test_tied_shards_have_an_index(tiny_qwen3_5_tied):
 
 
 def test_values_are_what_was_asked_for(tiny_qwen3_5):
-    tensors = synth_tensors(synth_config("tiny"))
+    tensors = synth_tensors(published_config("tiny"))
     with open_checkpoint(tiny_qwen3_5) as checkpoint:
         for name, ref in tensors.items():
             wanted, found = ref.read(), checkpoint[name].read()
@@ -58,7 +59,7 @@ def test_values_are_what_was_asked_for(tiny_qwen3_5):
 
 
 def test_a_seed_gives_the_same_values_in_any_slices():
-    config = synth_config("4B", vision=False)
+    config = published_config("4B", vision=False)
     once, again = synth_tensors(config, seed=3), synth_tensors(config, seed=3)
     other = synth_tensors(config, seed=4)
     name, next_layer = (f"model.layers.{n}.mlp.up_proj.weight" for n in range(2))
@@ -90,7 +91,7 @@ def test_two_runs_write_the_same_bytes(tiny_qwen3, tmp_path):
 
 @pytest.mark.parametrize("size", SIZES)
 def test_every_size_has_a_config_its_architecture_accepts(size):
-    config = synth_config(size, layers=4, tied=True)
+    config = published_config(size, layers=4, tied=True)
     tensors = synth_tensors(config)
     assert "lm_head.weight" not in tensors
     assert any(name.endswith("layers.3.self_attn.q_proj.weight") for name in tensors)
@@ -98,6 +99,6 @@ def test_every_size_has_a_config_its_architecture_accepts(size):
 
 def test_wrong_requests_are_refused(tiny_qwen3):
     with pytest.raises(BitsmithError, match=r"unknown size '3B'; known: 0\.8B"):
-        synth_config("3B")
+        published_config("3B")
     with pytest.raises(OutputError):
         synth(tiny_qwen3, "qwen3-tiny")

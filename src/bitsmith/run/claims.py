@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from bitsmith.archs import Qwen35, TensorSpec
+from bitsmith.archs.published import published_config
 from bitsmith.numerics.spectrum import PartialSpectrum, bounds_from_partial
 from bitsmith.run.assay_result import SeedCheck
 
@@ -36,26 +37,6 @@ CLAIMS = (
 )
 _ROLES = {"ffn": "C1", "attn": "C2", "delta": "C3", "embed": "C4", "head": "C4"}
 _GATELESS_ATTENTION = 2 * 4096 * 4096 + 2 * 1024 * 4096  # q, o and the four KV heads' k, v; no gate rows
-_CONFIG_9B = {
-    "model_type": "qwen3_5",
-    "tie_word_embeddings": False,
-    "text_config": {
-        "hidden_size": 4096,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 248320,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "mtp_num_hidden_layers": 1,
-    },
-    "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "out_hidden_size": 4096},
-}
 
 
 def component_key(spec: TensorSpec) -> str:
@@ -88,7 +69,7 @@ def seed_checks() -> tuple[SeedCheck, ...]:
 
 def _sizes_9b() -> dict[str, int]:
     sizes = dict.fromkeys((claim.key for claim in CLAIMS), 0)
-    for spec in Qwen35(_CONFIG_9B).specs():
+    for spec in Qwen35(published_config("9B")).specs():
         size = 1
         for length in spec.shape:
             size *= length

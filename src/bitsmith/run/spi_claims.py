@@ -6,12 +6,12 @@ one of the four readings in `RULES` bears it out, and says which.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 from bitsmith.archs import Qwen35
+from bitsmith.archs.published import published_config
 from bitsmith.run.critical import SEED_COUNT, Linear, inverse, is_text_linear
 from bitsmith.run.evaluate import Measure
 from bitsmith.run.folder_layout import PACKERS
@@ -30,26 +30,6 @@ SEED_REST = 0.9
 """The share of the model that is said to be quantized."""
 
 _NEAR = 0.05  # relative: published sizes have two digits
-_CONFIG_4B: Mapping[str, Any] = {
-    "model_type": "qwen3_5",
-    "tie_word_embeddings": True,
-    "text_config": {
-        "hidden_size": 2560,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "vocab_size": 248320,
-        "linear_num_key_heads": 16,
-        "linear_num_value_heads": 32,
-        "linear_key_head_dim": 128,
-        "linear_value_head_dim": 128,
-        "linear_conv_kernel_dim": 4,
-        "mtp_num_hidden_layers": 1,
-    },
-    "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560},
-}
 
 
 @dataclass(frozen=True)
@@ -80,14 +60,14 @@ def seed_linears() -> tuple[Linear, ...]:
     """Return the linears of the published model's text layers, in BF16."""
     return tuple(
         Linear(spec.name, spec.role, spec.layer, spec.shape, 2 * prod(spec.shape))
-        for spec in Qwen35(_CONFIG_4B).specs()
+        for spec in Qwen35(published_config("4B")).specs()
         if is_text_linear(spec) and spec.layer is not None
     )
 
 
 def seed_sizes() -> SeedSizes:
     """Return what the published model's shapes allow."""
-    specs, linears = Qwen35(_CONFIG_4B).specs(), seed_linears()
+    specs, linears = Qwen35(published_config("4B")).specs(), seed_linears()
     parameters = dict.fromkeys(("text", "mtp", "vision"), 0)
     for spec in specs:
         parameters[spec.component] += prod(spec.shape)
