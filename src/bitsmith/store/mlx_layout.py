@@ -22,7 +22,7 @@ _LAYER_NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight")
 _ONE_PLUS = (*_LAYER_NORMS, ".q_norm.weight", ".k_norm.weight", "model.norm.weight")
 _KERNEL = ".linear_attn.conv1d.weight"
 _PATCHES = "patch_embed.proj.weight"
-# Norms of Qwen3.5 and 3.6 whose means were told have w of -0.06 to 0.03 (llama.cpp#23758, mlx-lm#1623, #1735).
+# Means of w told of Qwen3.5 and 3.6 are -0.06 to 0.03 (llama.cpp#23758, mlx-lm#1623, mlx-lm#1735).
 _SHIFTED = 0.5
 _CLEAR = 0.9  # share of the norms that must speak against a layout before it is refused
 
