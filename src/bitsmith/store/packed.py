@@ -6,7 +6,6 @@ Ways of packing have a file each and register in `store.packings`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +70,6 @@ class UnpackedView(View):
     def close(self) -> None:
         """Close the checkpoint underneath."""
         self.base.close()
-
-    @cached_property
-    def source_digest(self) -> str:
-        """The digest of the stored tensors."""
-        return self.base.source_digest
 
 
 def refuse_rounded(ref: TensorRef, path: Path) -> None:
