@@ -110,6 +110,7 @@ def test_a_killed_study_goes_on(study: FormatsStudy, demo_model: Path, text: Pat
     assert kept == {RESULT_NAME, "f16.cellm", "int2.cellm"}
 
 
+@pytest.mark.slow
 def test_rows_of_another_protocol_are_not_taken(demo_model: Path, text: Path, tmp_path: Path) -> None:
     def kill(stage: str, done: int, total: int) -> None:
         if stage == "compress":

@@ -7,6 +7,7 @@ from typing import Any
 
 from bitsmith.lab.corpus import write_held_out_text
 from bitsmith.run.format_rows import FormatsStudy
+from bitsmith.run.studied_formats import studied
 from bitsmith.run.study_formats import prepare_study, study_formats
 
 TEXT_NAME = "held_out.txt"
@@ -16,6 +17,7 @@ TEXT_BYTES = 60_000
 def formats_study_of(model: Path, text: Path | None, out: Path, **options: Any) -> FormatsStudy:
     """Do as `study_formats`; without a `text`, on the demo's held-out text, written into `out`."""
     if text is None:
+        studied(options.get("formats"))
         prepare_study(out, bool(options.get("overwrite")), [model])
         text = write_held_out_text(out / TEXT_NAME, TEXT_BYTES, overwrite=True)
     return study_formats(model, text, out, **options)

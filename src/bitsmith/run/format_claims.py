@@ -73,15 +73,16 @@ def _larger(study: FormatsStudy) -> ClaimCheck:
 def _below_four(study: FormatsStudy) -> ClaimCheck:
     """Return whether nothing under 4 bits is coherent untrained; the files keep other tensors wider."""
     claim = "under 4 bits nothing but training makes text coherent"
-    names = [base + suffix for base in ("int2", "1-bit") for suffix in ("", SCALES, FEEDBACK)]
-    names += [base + suffix for base in ("Q1_0", "Q2_0") for suffix in ("", FEEDBACK)]
-    rows = [row for name in names if (row := study.row(name)) is not None]
+    needed = [base + suffix for base in ("int2", "1-bit") for suffix in ("", SCALES, FEEDBACK)]
+    more = [base + suffix for base in ("Q1_0", "Q2_0") for suffix in ("", FEEDBACK)]
+    rows = [row for name in (*needed, *more) if (row := study.row(name)) is not None]
     said = [(row, row.coherence.verdict) for row in rows if row.coherence is not None]
     found = ", ".join(f"{row.name} {verdict} (file of {row.bpw or 0:.2f} bpw)" for row, verdict in said)
     verdicts = {verdict for _, verdict in said}
     if "coherent" in verdicts:
         return ClaimCheck(claim, "published", "NOT HELD", found)
-    outcome: Outcome = "HELD" if said and "undecided" not in verdicts else "NOT TESTED"
+    whole = set(needed) <= {row.name for row, _ in said} and "undecided" not in verdicts
+    outcome: Outcome = "HELD" if whole else "NOT TESTED"
     return ClaimCheck(claim, "published", outcome, found or "no such row was measured")
 
 
