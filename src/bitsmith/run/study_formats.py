@@ -200,8 +200,9 @@ class _Study:
             found, scores = self._task.reference.measure(path)
             chunk_kld = tuple(scores.kld.mean(axis=1).tolist())
             row = replace(row, measures=found.measures, chunk_kld_nats=chunk_kld)
-            if row.name == ORIGINAL or self._own is not None:
-                row = replace(row, coherence=self._task.coherence(path, self._own))
+            if row.name != ORIGINAL and self._own is None:
+                return replace(row, unmeasured="coherence: the original's own was not measured")
+            row = replace(row, coherence=self._task.coherence(path, self._own))
         except BitsmithError as error:
             row = replace(row, unmeasured=printable(error.message, 500))
         return row
