@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
 from bitsmith.errors import printable
+from bitsmith.report.markdown import UNMEASURED, code, markdown_table, measure_text, plain, write_markdown
 from bitsmith.report.terminal import Rows, table
 from bitsmith.run.coherence import GRAM_TOKENS, SAMPLED, Coherence, rule
 from bitsmith.run.evaluate import Measure
 from bitsmith.run.format_rows import ORIGINAL, FormatRow, FormatsStudy
-from bitsmith.store.atomic import atomic_file
 
 MARKDOWN_NAME = "formats.md"
-UNMEASURED = "unmeasured"
 
 _SAMPLE_CHARACTERS = 300
 _DIVERGENCE = {
@@ -26,7 +23,6 @@ _DIVERGENCE = {
     "99.9 % KLD, nats": ("kld_99_9", "{:.4f}"),
     "top-1 agreement": ("top1_agreement", "{:.2%}"),
 }
-_MARKS = re.compile(r"([\\`*_{}\[\]<>|#~$&!])")
 
 
 def size_rows(study: FormatsStudy) -> Rows:
@@ -38,7 +34,7 @@ def size_rows(study: FormatsStudy) -> Rows:
             UNMEASURED if row.file_bytes is None else f"{row.file_bytes:,}",
             UNMEASURED if row.bpw is None else f"{row.bpw:.3f}",
             *(_times(study.ratio(row, to)) for to in ("f16", ORIGINAL)),
-            *(_shown(row.measures.get(name), style) for name, style in _DIVERGENCE.values()),
+            *(measure_text(row.measures.get(name), style) for name, style in _DIVERGENCE.values()),
         )
         for row in study.rows
     ]
@@ -111,27 +107,24 @@ def print_formats(study: FormatsStudy) -> None:
 
 def formats_markdown(study: FormatsStudy) -> str:
     """Return the whole study as Markdown; texts of models and files are escaped."""
-    parts = [f"# Formats of {_plain(study.model)}", *(_plain(line) for line in protocol_lines(study))]
+    parts = [f"# Formats of {plain(study.model)}", *(plain(line) for line in protocol_lines(study))]
     for title, rows in (
         ("Size and divergence from the original", size_rows(study)),
         ("Coherence", coherence_rows(study)),
         ("Claims", claim_rows(study)),
         ("How each was made", note_rows(study)),
     ):
-        parts += [f"## {title}", _markdown_table(*rows)]
-    parts += ["## Samples", "After the first prompt, sampled, then greedily:", _code(study.prompts[0])]
+        parts += [f"## {title}", markdown_table(*rows)]
+    parts += ["## Samples", "After the first prompt, sampled, then greedily:", code(study.prompts[0])]
     for row in study.rows:
-        shown = (_code(sample_of(row, greedy=greedy)) for greedy in (False, True))
-        parts += [f"{_plain(row.name)}:", "\n".join(shown)]
+        shown = (code(sample_of(row, greedy=greedy)) for greedy in (False, True))
+        parts += [f"{plain(row.name)}:", "\n".join(shown)]
     return "\n\n".join(parts) + "\n"
 
 
 def write_formats_markdown(study: FormatsStudy, out: Path) -> Path:
     """Write `formats.md` into the folder `out`, over an earlier one, and return its path."""
-    path = out / MARKDOWN_NAME
-    with atomic_file(path, overwrite=True) as stream:
-        stream.write(formats_markdown(study).encode())
-    return path
+    return write_markdown(out / MARKDOWN_NAME, formats_markdown(study))
 
 
 def _coherence_cells(found: Coherence | None) -> tuple[str, ...]:
@@ -140,40 +133,16 @@ def _coherence_cells(found: Coherence | None) -> tuple[str, ...]:
     ways = found.greedy, found.sampled
     own = found.verdict == ORIGINAL
     return (
-        *(_shown(way.repetition, "{:.1%}") for way in ways),
-        *(_shown(way.nll, "{:.2f}") for way in ways),
-        "is the yardstick" if own else _shown(found.sampled.nll_over, "{:+.2f}"),
+        *(measure_text(way.repetition, "{:.1%}") for way in ways),
+        *(measure_text(way.nll, "{:.2f}") for way in ways),
+        "is the yardstick" if own else measure_text(found.sampled.nll_over, "{:+.2f}"),
         found.verdict,
     )
 
 
-def _shown(measure: Measure | None, style: str) -> str:
-    if measure is None:
-        return UNMEASURED
-    value = style.format(measure.value)
-    if measure.low is None or measure.high is None:
-        return f"{value} (interval {UNMEASURED})"
-    return f"{value} ({style.format(measure.low)} … {style.format(measure.high)})"
-
-
 def _claimed(measure: Measure | None) -> str:
-    return "" if measure is None else f"{_shown(measure, '{:.3f}')} {measure.unit}"
+    return "" if measure is None else f"{measure_text(measure, '{:.3f}')} {measure.unit}"
 
 
 def _times(ratio: float | None) -> str:
     return UNMEASURED if ratio is None else f"{ratio:.2f}"
-
-
-def _markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ["---"] * len(columns), *([_plain(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _plain(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
-    return _MARKS.sub(r"\\\1", printable(text, 2000))
-
-
-def _code(text: str) -> str:
-    """Return text as an indented code block, in which nothing has a meaning."""
-    return f"    {printable(text, 2000)}"

@@ -8,11 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from bitsmith.errors import printable
+from bitsmith.report.markdown import markdown_table, measure_text, plain, write_markdown
 from bitsmith.report.terminal import Rows, bytes_text, protocol_text, table
 from bitsmith.run.evaluate import Measure
 from bitsmith.run.spi_rows import SpiRow, SpiStudy, SpiTable
-from bitsmith.store.atomic import atomic_file
 
 PAGE_NAME = "spi.md"
 
@@ -31,19 +30,15 @@ def print_spi_study(study: SpiStudy) -> None:
 
 def spi_markdown(study: SpiStudy) -> str:
     """Return the study as Markdown."""
-    lines = [f"# SPI on {_plain(study.model)}", ""]
-    for title, (columns, rows) in _parts(study):
-        lines += [f"## {_plain(title)}", "", _line(columns), "|" + "---|" * len(columns)]
-        lines += [*map(_line, rows), ""]
-    return "\n".join([*lines, *(f"{_plain(line)}\n" for line in _protocol(study))])
+    parts = [f"# SPI on {plain(study.model)}"]
+    for title, rows in _parts(study):
+        parts += [f"## {plain(title)}", markdown_table(*rows)]
+    return "\n\n".join([*parts, *map(plain, _protocol(study))]) + "\n"
 
 
 def write_spi_page(study: SpiStudy, out: Path) -> Path:
     """Write the Markdown page into the folder `out` and return where."""
-    path = out / PAGE_NAME
-    with atomic_file(path, overwrite=True) as stream:
-        stream.write(spi_markdown(study).encode())
-    return path
+    return write_markdown(out / PAGE_NAME, spi_markdown(study))
 
 
 def _parts(study: SpiStudy) -> Iterator[tuple[str, Rows]]:
@@ -61,7 +56,7 @@ def _table_rows(study: SpiStudy, one: SpiTable) -> Rows:
     original = study.original
     first = (
         "original", "all", "", f"{original.file_bytes:,}", f"{original.bpw:.3f}",
-        _shown(study.original_ppl, "{:.4f}"), "1", "0",
+        measure_text(study.original_ppl, "{:.4f}"), "1", "0",
     )  # fmt: skip
     return columns, [first, *(_row(row) for row in one.rows)]
 
@@ -74,8 +69,8 @@ def _row(row: SpiRow) -> Sequence[str]:
         f"{row.file_bytes:,}",
         f"{row.bpw:.3f}",
         f"{row.measures['ppl_cand'].value:.4f}",
-        _shown(row.measures["ppl_ratio"], "{:.4f}"),
-        _shown(row.measures["mean_kld"], "{:.6f}"),
+        measure_text(row.measures["ppl_ratio"], "{:.4f}"),
+        measure_text(row.measures["mean_kld"], "{:.6f}"),
     )
 
 
@@ -105,15 +100,7 @@ def _claim_rows(study: SpiStudy) -> Rows:
 def _figure(measure: Measure) -> str:
     """Return a figure in its unit's precision."""
     styles = {"nats": "{:+.6f} nats", "ratio": "{:.4g} ×"}
-    return _shown(measure, styles.get(measure.unit, "{:+.3f}"))
-
-
-def _shown(measure: Measure, style: str) -> str:
-    value = style.format(measure.value)
-    if measure.low is None or measure.high is None:
-        return f"{value} (interval unmeasured)"
-    bare = style.split("}", maxsplit=1)[0] + "}"
-    return f"{value} ({bare.format(measure.low)} … {bare.format(measure.high)})"
+    return measure_text(measure, styles.get(measure.unit, "{:+.3f}"))
 
 
 def _protocol(study: SpiStudy) -> Iterator[str]:
@@ -132,11 +119,3 @@ def _protocol(study: SpiStudy) -> Iterator[str]:
         f"original: {bytes_text(study.original.file_bytes)}; linears not kept: NF4, blocks of 64, nearest "
         f"rounding, double quantization; bpw over all stored weights; {study.seconds:.0f} s"
     )
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_plain(cell) for cell in cells) + " |"
-
-
-def _plain(text: str) -> str:
-    return printable(text, 2000).replace("|", "\\|")
