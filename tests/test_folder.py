@@ -315,13 +315,15 @@ def test_a_width_that_no_group_divides_falls_back_and_says_so(tmp_path: Path) ->
 
 
 def test_the_first_rule_that_matches_wins(tiny_qwen3: Path) -> None:
-    rules = [(r"layers\.0\.", "BF16"), ("mlp", "W8A16"), ("lm_head", "W8A16"), ("down", "BF16")]
+    rules = [(r"layers\.0\.", "BF16"), ("mlp", "W8A16"), ("lm_head", "W8A16")]
     plan = plan_folder(tiny_qwen3, "W4A16", tensor_types=rules, ignore=["model.layers.2.self_attn.o_proj"])
     schemes = {row.name: row.scheme for row in plan.rows}
     assert {scheme for name, scheme in schemes.items() if "layers.0." in name} == {"BF16"}
     assert schemes["model.layers.1.mlp.down_proj.weight"] == schemes["lm_head.weight"] == "W8A16"
     assert schemes["model.layers.1.self_attn.o_proj.weight"] == "W4A16"
     assert schemes["model.layers.2.self_attn.o_proj.weight"] == schemes["model.embed_tokens.weight"] == "BF16"
+    with pytest.raises(BitsmithError, match="down=BF16 changes nothing: mlp comes before it"):
+        plan_folder(tiny_qwen3, "W4A16", tensor_types=[*rules, ("down", "BF16")])
 
 
 def test_statistics_guide_the_codes(tmp_path: Path) -> None:
@@ -367,8 +369,8 @@ def packed_twice(m: Path, out: Path) -> Any:
 
 REFUSALS: dict[str, tuple[Callable[[Path, Path], Any], type[BitsmithError], str]] = {
     "scheme": (lambda m, o: write_folder(m, o, "W3A16"), BitsmithError, "'W3A16'; known: W4A16"),
-    "scheme of a rule": (torn("("), BitsmithError, "no regular expression"),
-    "rule of nothing": (torn("embed"), BitsmithError, "'embed' names no linear of the text model"),
+    "scheme of a rule": (torn("("), BitsmithError, "bad regular expression"),
+    "rule of nothing": (torn("embed"), BitsmithError, "changes nothing: no linear of the text model"),
     "group": (lambda m, o: write_folder(m, o, "W4A16", group=48), BitsmithError, "groups of 32, 64, 128"),
     "ignored nothing": (
         lambda m, o: write_folder(m, o, "W4A16", ignore=["model.layers.9.mlp.up_proj"]), BitsmithError,

@@ -8,7 +8,8 @@ from typing import Any
 from bitsmith.lab.corpus import write_held_out_text
 from bitsmith.run.format_rows import FormatsStudy
 from bitsmith.run.studied_formats import studied
-from bitsmith.run.study_formats import prepare_study, study_formats
+from bitsmith.run.study_formats import RESULT_NAME, study_formats
+from bitsmith.store.journal import result_folder
 
 TEXT_NAME = "held_out.txt"
 TEXT_BYTES = 60_000
@@ -18,6 +19,6 @@ def formats_study_of(model: Path, text: Path | None, out: Path, **options: Any) 
     """Do as `study_formats`; without a `text`, on the demo's held-out text, written into `out`."""
     if text is None:
         studied(options.get("formats"))
-        prepare_study(out, bool(options.get("overwrite")), [model])
+        result_folder(out, RESULT_NAME, bool(options.get("overwrite")))
         text = write_held_out_text(out / TEXT_NAME, TEXT_BYTES, overwrite=True)
     return study_formats(model, text, out, **options)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from bitsmith.archs import TensorSpec, architecture_of, claim
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.run.overrides import Override, first_match
 from bitsmith.run.pack_bitsandbytes import BitsandbytesPacker
 from bitsmith.run.pack_compressed import CompressedTensorsPacker
 from bitsmith.run.packer import Assigned, Packer
@@ -129,16 +130,16 @@ def _asked(
 ) -> dict[str, str]:
     """Return the scheme asked for by tensor, of those that are to be packed."""
     text = {name: spec for name, spec in specs.items() if spec.component == "text" and _is_linear(spec)}
-    rules = [(_compiled(pattern), named) for pattern, named in tensor_types]
-    for pattern, _ in rules:
-        if not any(map(pattern.search, text)):
-            raise BitsmithError(f"{printable(pattern.pattern)!r} names no linear of the text model")
+    rules = [Override(pattern, named) for pattern, named in tensor_types]
     found = {}
     for name, spec in text.items():
         by_default = scheme if spec.layer is not None and spec.role not in _TINY_ROLES else KEPT
-        named = next((named for pattern, named in rules if pattern.search(name)), by_default)
+        rule = first_match(rules, name)
+        named = by_default if rule is None else rule.type
         if named != KEPT and _module(name) not in ignored:
             found[name] = named
+    for rule in rules:
+        rule.refuse_idle("no linear of the text model has a name that matches")
     return found
 
 

@@ -18,7 +18,7 @@ class Override:
         self.pattern = pattern
         self.type = type_name
         self.applied = False
-        self.idle_because = "no tensor has a name that matches"
+        self.idle_because: str | None = None
         try:
             self._regex = re.compile(pattern, re.IGNORECASE)
         except re.error as error:
@@ -30,11 +30,12 @@ class Override:
         """Tell whether the regex is found in one of a tensor's names."""
         return any(self._regex.search(name) for name in names)
 
-    def refuse_idle(self) -> None:
-        """Raise BitsmithError if no tensor took its type from this override."""
+    def refuse_idle(self, unmatched: str = "no tensor has a name that matches") -> None:
+        """Raise BitsmithError if no tensor took its type from this override; `unmatched` says of which."""
         if not self.applied:
             raise BitsmithError(
-                f"tensor type {printable(self.pattern)}={self.type} changes nothing: {self.idle_because}"
+                f"tensor type {printable(self.pattern)}={self.type} changes nothing: "
+                f"{self.idle_because or unmatched}"
             )
 
 

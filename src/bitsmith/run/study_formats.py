@@ -25,9 +25,9 @@ from bitsmith.run.format_rows import ORIGINAL, FormatRow, FormatsStudy
 from bitsmith.run.studied_formats import StudiedFormat, studied
 from bitsmith.run.vocabulary import Vocabulary
 from bitsmith.store import GgufCheckpoint, open_checkpoint
-from bitsmith.store.atomic import _remove, atomic_file, refuse_taken
+from bitsmith.store.atomic import _remove
 from bitsmith.store.checkpoint import Checkpoint
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, result_folder, write_result
 from bitsmith.store.packed import refuse_rounded
 from bitsmith.store.statistics import open_statistics
 from bitsmith.store.stored import FLOATS
@@ -79,7 +79,7 @@ def study_formats(
     """
     started = time.monotonic()
     chosen = studied(formats)
-    prepare_study(out, overwrite, [model, text])
+    result_folder(out, RESULT_NAME, overwrite)
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
         _refuse_source(reference.model.source)
         task = _Task(reference, prompts, written_tokens, progress)
@@ -102,7 +102,7 @@ def study_formats(
                     seconds=time.monotonic() - started,
                 )
             )
-            _write(out / RESULT_NAME, result)
+            write_result(out / RESULT_NAME, result.to_json())
             if known is not None and statistics is None and not keep:
                 shutil.rmtree(known, ignore_errors=True)
             journal.remove()
@@ -228,15 +228,6 @@ def _float_bytes(stored: Checkpoint) -> dict[str, int]:
     return found
 
 
-def prepare_study(out: Path, overwrite: bool, sources: Sequence[Path]) -> None:
-    """Make the folder `out`; refuse one that holds a result."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"cannot be made: {error.strerror or error}", path=out) from error
-    refuse_taken(out / RESULT_NAME, overwrite, sources, folder=False)
-
-
 def _refuse_source(stored: Checkpoint) -> None:
     if isinstance(stored, GgufCheckpoint):
         raise UnsupportedError("is a GGUF file, expected a Hugging Face folder", path=stored.path)
@@ -291,8 +282,3 @@ def _key(task: _Task, learned: Path | None, is_text: bool) -> str:
         digest,
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def _write(path: Path, result: FormatsStudy) -> None:
-    with atomic_file(path, overwrite=True) as stream:
-        stream.write((json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n").encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -37,8 +36,7 @@ from bitsmith.run.spi_claims import with_claims
 from bitsmith.run.spi_figures import comparisons, correlations
 from bitsmith.run.spi_kld import Alone, alone_in_nf4
 from bitsmith.run.spi_rows import MEASURED, PURE, RULES, Equal, LinearRow, SpiRow, SpiStudy, SpiTable
-from bitsmith.store.atomic import atomic_file
-from bitsmith.store.journal import Journal, content_key, result_folder
+from bitsmith.store.journal import Journal, content_key, result_folder, write_result
 
 RESULT_NAME = "spi.json"
 JOURNAL_NAME = ".spi.journal"
@@ -110,8 +108,7 @@ def study_spi(
                     seconds=time.monotonic() - started,
                 )
             )
-            with atomic_file(out / RESULT_NAME, overwrite=True) as stream:
-                stream.write((json.dumps(result.to_json(), indent=1, allow_nan=False) + "\n").encode())
+            write_result(out / RESULT_NAME, result.to_json())
             journal.remove()
     return result
 

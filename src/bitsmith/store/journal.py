@@ -6,11 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from bitsmith.errors import OutputError
+from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint
 
 
@@ -89,6 +91,12 @@ def result_folder(out: Path, result: str, overwrite: bool) -> None:
         out.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot be made: {error.strerror or error}", path=out) from error
+
+
+def write_result(path: Path, result: Mapping[str, Any]) -> None:
+    """Write a result as JSON, over an earlier one."""
+    with atomic_file(path, overwrite=True) as stream:
+        stream.write((json.dumps(result, indent=1, allow_nan=False) + "\n").encode())
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
