@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError
 from bitsmith.lab.models import DEMO_MODEL
-from bitsmith.run.cellm import write_cellm
+from bitsmith.run.cellm import parse_kind, write_cellm
 from bitsmith.run.compress import compress, destination, output_of, plan
 from bitsmith.run.continuation import continue_prompt
 from bitsmith.run.job import Job
@@ -98,6 +98,14 @@ def test_a_rule_gives_a_matrix_of_a_cellm_its_own_kind(tiny_qwen3: Path, tmp_pat
     with pytest.raises(BitsmithError, match="tensor type nothing=i8 changes nothing"):
         write_cellm(tiny_qwen3, tmp_path / "no.cellm", "i2", tensor_types=[("nothing", "i8")])
     assert not (tmp_path / "no.cellm").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("i4", ("i4", None)), ("INT4_g32", ("i4", 32)), ("q1_0_g128", ("q1", None)), ("f16", ("f16", None))],
+)
+def test_kinds_have_the_names_of_files_and_of_grids(name: str, expected: tuple[str, int | None]) -> None:
+    assert parse_kind(name) == expected
 
 
 @pytest.mark.parametrize("arguments", [["x.cellm", "--type", "i2"], ["ct", "--type", "W8A16"]])

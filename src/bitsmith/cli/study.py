@@ -86,6 +86,7 @@ def study_spi(
     critical: Annotated[
         str | None, typer.Option("--critical", help="Linears kept; default 129 of 248 of the model's.")
     ] = None,
+    random: Annotated[int, typer.Option("--random", min=0, help="Random choices, seeds from 0.")] = 5,
     ctx: _Ctx = 512,
     chunks: _Chunks = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
@@ -104,6 +105,7 @@ def study_spi(
             out,
             calibration=calibration,
             critical=critical,
+            random_seeds=range(random),
             ctx_tokens=ctx,
             chunks=chunks,
             seed=seed,

@@ -35,6 +35,7 @@ from bitsmith.store.safetensors import side_files
 
 Kind = Literal["f16", "i8", "i4", "i2", "q1"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
+_ALIASES = {"int8": "i8", "int4": "i4", "int2": "i2", "int1": "q1", Q1: "q1"}
 Selection = Literal["cellm", "text", "layers"]
 """Which matrices are quantized: those cellm's converter would, all of the text model, those of its layers."""
 
@@ -135,8 +136,9 @@ def write_cellm(
     are quantized (`selection`) with searched scales; with `statistics` each is coded by the weighted search
     or by error feedback, whichever `rounder` allows and does best on held-out inputs (`choose_grid`). What is
     not quantized is float16. `group` columns share a scale (32, 64 or 128; None: a row, with q1 128).
-    `tensor_types` are (regex, kind) pairs, searched in a matrix's name; the first that matches says its kind
-    (`i8`, `i4_g32`, `f16`) instead. Memory holds a slice of one tensor, its scales and one site's statistics.
+    `kind` may name its group (`i4_g32`), and say `int4` for `i4`. `tensor_types` are (regex, kind) pairs,
+    searched in a matrix's name; the first that matches says its kind instead. Memory holds a slice of one
+    tensor, its scales and one site's statistics.
 
     Raises BitsmithError for an unknown kind, group, selection or rounder, for a rule without effect and for
     statistics with `like_seed`; UnsupportedError for weights that are no floats; DamagedFileError for one
@@ -190,7 +192,9 @@ def _write_tokenizer(folder: Path, out: Path) -> None:
     if TOKENIZER_NAME not in found:
         return
     target = out.with_name(out.name + TOKENIZER_SUFFIX)
-    with atomic_folder(target, last=TOKENIZER_NAME, stale=lambda _: True, overwrite=True) as part:
+    with atomic_folder(
+        target, last=TOKENIZER_NAME, stale=TOKENIZER_FILES.__contains__, overwrite=True
+    ) as part:
         for name, data in found.items():
             (part / name).write_bytes(data)
 
@@ -206,15 +210,17 @@ class _Wanted:
         selection: str | None,
         tensor_types: Sequence[tuple[str, str]],
     ) -> None:
-        self._grid = _grid(kind, like_seed, group)
-        self.kind = next(known for known in KINDS if known == kind)
+        named, own = parse_kind(kind)
+        self._grid = _grid(named, like_seed, group if own is None else own)
+        self.kind = named
         chosen = selection or ("cellm" if like_seed else "text")
         if chosen not in get_args(Selection):
             known = ", ".join(get_args(Selection))
             raise BitsmithError(f"unknown selection {printable(chosen)!r}; known: {known}")
         self.selection = cast("Selection", chosen)
         self._rules = [Override(pattern, name) for pattern, name in tensor_types]
-        self._ruled = {name: _grid(*_kind_and_group(name, like_seed)) for _, name in tensor_types}
+        ruled = {name: parse_kind(name) for _, name in tensor_types}
+        self._ruled = {name: _grid(kind, like_seed, width) for name, (kind, width) in ruled.items()}
 
     def grids(self, checkpoint: Checkpoint) -> dict[str, GridFormat]:
         """Return the grid of each tensor that is quantized; refuse a checkpoint and rules that cannot be."""
@@ -283,11 +289,8 @@ class _Job:
             yield
             return
         infos = {info.name: info for info in self.infos}
-        made: list[str] = []
 
         def make(parts: Parts, name: str) -> tuple[list[str], dict[str, Any]]:
-            made.append(name)
-            self._progress("round", len(made), len(names))
             parts.write(name, self._encoded(infos[name]))
             scales = name + SCALE_SUFFIX
             if scales in self._scales:
@@ -296,8 +299,8 @@ class _Job:
 
         names = self._guide.ordered(self._grids)
         key = self._guide.key(self._checkpoint, {name: grid.name for name, grid in self._grids.items()})
-        with finished_parts(out, key, names, make) as self._parts:
-            self.resumed = len(names) - len(made)
+        with finished_parts(out, key, names, make, self._progress) as self._parts:
+            self.resumed = self._parts.resumed
             for name in names:
                 self.written[name] = _WRITTEN.validate_python(self._parts.note(name))
             yield
@@ -344,9 +347,7 @@ class _Job:
         )
 
 
-def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:
-    if kind not in KINDS:
-        raise BitsmithError(f"unknown kind {printable(kind)!r}; known: {', '.join(KINDS)}")
+def _grid(kind: Kind, like_seed: bool, group: int | None) -> GridFormat | None:
     if kind == "q1" and group not in (None, 128):
         raise BitsmithError(f"{Q1} has groups of 128 columns, not {group}")
     if kind in ("f16", "q1"):
@@ -356,9 +357,18 @@ def _grid(kind: str, like_seed: bool, group: int | None) -> GridFormat | None:
     return None if kind == "f16" else grid_named(grids[kind] + suffix)
 
 
-def _kind_and_group(name: str, like_seed: bool) -> tuple[str, bool, int | None]:
-    kind, _, group = name.partition("_g")
-    return (kind, like_seed, int(group)) if group.isdecimal() else (name, like_seed, None)
+def parse_kind(name: str) -> tuple[Kind, int | None]:
+    """Return the kind and the group of columns that `i4`, `int4`, `i4_g32` or `q1_0_g128` name.
+
+    Raises BitsmithError for an unknown kind.
+    """
+    kind, _, group = name.lower().partition("_g")
+    if name.lower() in _ALIASES or not group.isdecimal():
+        kind, group = name.lower(), ""
+    found = next((known for known in KINDS if known == _ALIASES.get(kind, kind)), None)
+    if found is None:
+        raise BitsmithError(f"unknown kind {printable(name)!r}; known: {', '.join(KINDS)}")
+    return found, int(group) if group else None
 
 
 def _refuse_options(out: Path, rounder: str, like_seed: bool, statistics: Path | None) -> None:

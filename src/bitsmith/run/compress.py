@@ -20,7 +20,6 @@ Output = Literal["gguf", "cellm", "folder", "spi"]
 Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord
 Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan
 
-_ALIASES = {"int8": "i8", "int4": "i4", "int2": "i2", "int1": "q1", "q1_0_g128": "q1"}
 _ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite"}
 _KNOWN: dict[Output, set[str]] = {
     "cellm": _ALL | {"tensor_types", "group", "like_seed", "selection"},
@@ -116,14 +115,11 @@ def _refuse_unknown(job: Job, output: Output) -> None:
 
 
 def _cellm(job: Job) -> dict[str, Any]:
-    kind, _, group = (job.type_name or "").lower().partition("_g")
     if job.type_name is None:
         raise BitsmithError(f"a .cellm file needs a type: --type {'|'.join(KINDS)}")
-    if kind == "q1_0" or not group.isdecimal():
-        kind, group = job.type_name.lower(), ""
     return {
-        "kind": _ALIASES.get(kind, kind),
-        "group": int(group) if group else job.group,
+        "kind": job.type_name,
+        "group": job.group,
         "like_seed": job.like_seed,
         "selection": job.selection,
         "tensor_types": job.tensor_types,

@@ -249,7 +249,7 @@ class _Job:
             self._write_file(None, overwrite)
         else:
             with Parts(self._out, self._key()) as parts:
-                self.resumed = len(parts.finished)
+                self.resumed = parts.resumed
                 for row in self._ordered(guided):
                     self._part(parts, row)
                 self._write_file(parts, overwrite)

@@ -207,11 +207,8 @@ class _Job:
         if self._guide is None:
             yield
             return
-        made: list[str] = []
 
         def make(parts: Parts, name: str) -> tuple[list[str], dict[str, Any]]:
-            made.append(name)
-            self._progress("round", len(made), len(names))
             suffixes = [piece.part for piece in self._layout.pieces if piece.source == name and piece.part]
             for suffix in suffixes:
                 parts.write(_file(name, suffix), self._encoded(name, suffix))
@@ -220,8 +217,8 @@ class _Job:
 
         names = self._guide.ordered(self._layout.packed)
         key = self._guide.key(self._checkpoint, [asdict(row) for row in self._layout.rows])
-        with finished_parts(out, key, names, make) as self._parts:
-            self.resumed = len(names) - len(made)
+        with finished_parts(out, key, names, make, self._progress) as self._parts:
+            self.resumed = self._parts.resumed
             self._outcomes = {name: Outcome(**self._parts.note(name)) for name in names}
             yield
 

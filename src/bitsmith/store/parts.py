@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from bitsmith.errors import OutputError
+from bitsmith.progress import Progress, silent
 from bitsmith.store.atomic import Chunk, write_chunk
 from bitsmith.store.checkpoint import Bytes
 from bitsmith.store.journal import Journal
@@ -24,14 +25,16 @@ class Parts:
     """The folder `.OUT.parts`: each finished piece's bytes, and a journal of what is finished.
 
     `key` is a digest of everything the bytes depend on; pieces of another key are dropped. `finished` has
-    what was noted of each. The folder goes at the end of the context if nothing was finished, else `remove`
-    deletes it. Raises OutputError if it cannot be written or another run holds it.
+    what was noted of each, `resumed` of them by a killed run. The folder goes at the end of the context if
+    nothing was finished, else `remove` deletes it. Raises OutputError if it cannot be written or another run
+    holds it.
     """
 
     def __init__(self, out: Path, key: str) -> None:
         self._folder = out.absolute().with_name(f".{out.name}.parts")
         self._key = f"2 {key}"  # the second layout of the notes
         self.finished: dict[str, Any] = {}
+        self.resumed = 0
 
     def __enter__(self) -> Self:
         try:
@@ -40,6 +43,7 @@ class Parts:
             raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
         self._journal = Journal(self._folder / "journal", self._key)
         self.finished = dict(self._journal.entries)
+        self.resumed = len(self.finished)
         kept = {self.path(file) for value in self.finished.values() for file in value["files"]}
         for path in self._folder.iterdir():
             if path not in kept | {self._journal.path}:
@@ -100,13 +104,15 @@ def finished_parts(
     key: str,
     names: Sequence[str],
     make: Make,
+    progress: Progress = silent,
 ) -> Iterator[Parts]:
     """Yield the parts of `out` with every piece of `names`: a killed run's, or made now; gone at the end.
 
     Where the block fails the parts stay, for the next run.
     """
     with Parts(out, key) as parts:
-        for name in names:
+        for number, name in enumerate(names, 1):
+            progress("round", number, len(names))
             if name not in parts.finished:
                 parts.add(name, *make(parts, name))
         yield parts
