@@ -24,7 +24,8 @@ FIELDS = ("when", "who", "what", "value", "limit", "evidence", "decision")
 class AuditLine:
     """One line: at `when` (UTC, ISO 8601) `who` looked at `what`, found `value` beside `limit`, and decided.
 
-    `value` and `limit` are None where there are none.
+    `value` and `limit` are None where there are none; `evidence` is any JSON. Of a gate it is an object with
+    `subject`, `gate`, `outcome`, `direction`, `unit`, `low`, `high` and `found`.
     """
 
     when: str
@@ -32,7 +33,7 @@ class AuditLine:
     what: str
     value: Value
     limit: Value
-    evidence: str
+    evidence: Any
     decision: str
 
 
@@ -77,7 +78,7 @@ class AuditLog:
         *,
         value: Value = None,
         limit: Value = None,
-        evidence: str = "",
+        evidence: Any = "",
         decision: str,
     ) -> AuditLine:
         """Append a line and return it. Raises OutputError if it cannot be written."""
@@ -103,15 +104,27 @@ class AuditLog:
             f"{what}: {found.name}",
             value=found.value,
             limit=found.limit,
-            evidence=f"{found.outcome.value} ({found.direction} the limit, {found.unit})"
-            + (f" {_interval(found)}" if found.low is not None and found.high is not None else "")
-            + (f"; {found.evidence}" if found.evidence else ""),
+            evidence=gate_evidence(what, found),
             decision=decision,
         )
 
     def _drop_torn_line(self) -> None:
         data = self._stream.read()
         self._stream.truncate(data.rfind(b"\n") + 1)
+
+
+def gate_evidence(subject: str, found: Judged) -> dict[str, Any]:
+    """Return what an audit line says of a gate's verdict beside its value and limit."""
+    return {
+        "subject": subject,
+        "gate": found.name,
+        "outcome": found.outcome.value,
+        "direction": found.direction,
+        "unit": found.unit,
+        "low": found.low,
+        "high": found.high,
+        "found": found.evidence,
+    }
 
 
 def read_audit(path: Path) -> Iterator[AuditLine]:
@@ -139,7 +152,3 @@ def _line(raw: bytes, number: int, path: Path) -> AuditLine:
 
 def _plain(value: Value) -> Value:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _interval(found: Judged) -> str:
-    return f"[{found.low:.6g} … {found.high:.6g}]"
