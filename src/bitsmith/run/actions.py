@@ -256,7 +256,7 @@ def _tensor(one: Mapping[str, Any], plan: Mapping[str, Any], places: Mapping[str
         "squared_error": one.get("relative_error"),
         "held_squared_error": one.get("held_error", rounding.get("held_errors", {}).get(rounder)),
         "rounder": rounder or "",
-        "note": one.get("note") or row.get("fallback_from") and f"fallback from {row['fallback_from']}" or "",
+        "note": one.get("note", row.get("note", "")),
     }
 
 

@@ -1,4 +1,4 @@
-"""A reference's hidden states on a text, kept in a file: its forward runs once, whoever measures against it."""
+"""A reference's hidden states on a text, in a file: one forward for all candidates."""
 
 from __future__ import annotations
 
