@@ -18,7 +18,9 @@ from bitsmith.errors import BitsmithError, printable
 SCHEMA = 1
 """Version of the JSON; grows when a field changes its meaning."""
 
-Outcome = Literal["PASS", "FAIL", "UNMEASURED"]
+Outcome = Literal["PASS", "FAIL", "UNMEASURED", ""]
+"""Of a gate; empty for a line of the audit log that only tells a decision."""
+
 Status = Literal["pending", "running", "done", "failed", "blocked"]
 Held = Literal["HELD", "NOT HELD", "NOT TESTED"]
 
@@ -28,7 +30,7 @@ class _Part(BaseModel):
 
 
 class Figure(_Part):
-    """A measured value; `low` and `high` are None where the interval is unmeasured, `interval` names its kind.
+    """A measured value; `low` and `high` are None where the interval is unmeasured, `interval` is its kind.
 
     The fields are those of `bitsmith.run.evaluate.Measure`.
     """
@@ -60,20 +62,24 @@ class Tensor(_Part):
 
 
 class LayerFigure(_Part):
-    """A figure of one layer, such as the cosine of its output with the original's; `what` names it."""
+    """A figure of one layer, such as the cosine of its output with the original's; `what` names it.
+
+    `role` is that of a single tensor in the layer, empty for the whole layer.
+    """
 
     layer: int
     what: str
     figure: Figure
+    role: str = ""
 
 
 class Artifact(_Part):
     """One row of the study: what was made, and its figures.
 
-    `group` is what the legend filters by (a family, a recipe); `is_original` marks the yardstick. `measures`
-    are by `evaluate`'s names (`mean_kld`, `ppl_cand`, `kld_99_9`, `top1_agreement`, …), others may be added.
-    `protocol` names one of the study's protocols. `verdict` is one word on what was found, `unmeasured` why a
-    figure is missing; `tensors` and `layers` may be empty.
+    `bpw` = 8 file_bytes / weights. `group` is what the legend filters by (a family, a recipe), `is_original`
+    marks the yardstick. `measures` are by `evaluate`'s names (`mean_kld`, `ppl_cand`, `kld_99_9`, …), others
+    may be added. `protocol` names one of the study's protocols. `verdict` is one word on what was found,
+    `unmeasured` why a figure is missing; `tensors` and `layers` may be empty.
     """
 
     name: str
@@ -121,9 +127,9 @@ class GateLine(_Part):
     when: str
     who: str
     what: str
-    outcome: Outcome
-    value: float | None = None
-    limit: float | None = None
+    outcome: Outcome = ""
+    value: float | str | None = None
+    limit: float | str | None = None
     unit: str = ""
     low: float | None = None
     high: float | None = None
