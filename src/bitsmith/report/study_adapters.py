@@ -22,7 +22,6 @@ Json = Mapping[str, Any]
 
 ORIGINAL = "original"
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|h|blk|blocks?)\.(\d+)\.")
-_OUTCOME = re.compile(r"(PASS|FAIL|UNMEASURED)\b")
 _DELTA = {
     "in_proj_qkv": "delta.in_qkv", "in_proj_z": "delta.in_z", "in_proj_a": "delta.in_a",
     "in_proj_b": "delta.in_b", "conv1d": "delta.conv", "out_proj": "delta.out",
@@ -121,11 +120,18 @@ def from_records(
 
 def from_audit(path: Path) -> list[dict[str, Any]]:
     """Return the gate lines of an audit log, as a study holds them. Raises as `read_audit` does."""
-    lines = []
-    for line in read_audit(path):
-        found = _OUTCOME.match(line.evidence)
-        lines.append(asdict(line) | {"outcome": found[1] if found else ""})
-    return lines
+    return [gate_line(asdict(line)) for line in read_audit(path)]
+
+
+def gate_line(line: Json) -> dict[str, Any]:
+    """Return one audit line (`run.audit`) as a `GateLine`: a gate's verdict is spread over its fields."""
+    evidence = line["evidence"]
+    if not isinstance(evidence, Mapping) or "outcome" not in evidence:
+        return dict(line)
+    more = {key: evidence.get(key) for key in ("outcome", "low", "high")}
+    unit = str(evidence.get("unit") or "")
+    found = evidence.get("found") or f"limit: {evidence.get('direction', '')}"
+    return {**line, **more, "unit": unit, "evidence": found, "tensor": str(evidence.get("subject") or "")}
 
 
 def load_study(paths: Sequence[Path], audit: Path | None = None, peers: Path | None = None) -> Study:
