@@ -1,4 +1,4 @@
-"""YAML as people write it, read strictly: no key twice, no aliases, no tags, and every value's line is known."""
+"""YAML as people write it, read strictly: no key twice, no aliases; every value with its line."""
 
 from __future__ import annotations
 

@@ -174,7 +174,7 @@ def compress_command(study: Study, model: str, name: str, out: Path) -> str:
 
 
 def calibrate_command(study: Study, model: str) -> str:
-    """Return the command that collects a model's statistics as the study does; empty without a calibration."""
+    """Return the command that collects the statistics that the study uses; empty without a calibration."""
     wanted = study.calibration
     if wanted is None:
         return ""
