@@ -31,6 +31,9 @@ class Limits(NamedTuple):
     memory_bytes: int | None = None
 
 
+NO_LIMITS = Limits()
+
+
 @dataclass(frozen=True)
 class Task:
     """One step of a study: `action` by name, with JSON `params`, after the tasks in `needs`.
@@ -43,7 +46,7 @@ class Task:
     action: str
     params: Mapping[str, Any] = field(default_factory=dict)
     needs: tuple[str, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
     retries: int = 1
     sources: tuple[str, ...] = ()
 
@@ -102,6 +105,6 @@ def _by_name(tasks: Iterable[Task]) -> dict[str, Task]:
         for source in task.sources:
             if not isinstance(task.params.get(source), str):
                 raise BitsmithError(
-                    f"task {printable(task.name)!r}: source {printable(source)!r} is no path in its parameters"
+                    f"task {printable(task.name)!r}: its parameter {printable(source)!r} is no path"
                 )
     return named

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -58,7 +58,10 @@ class Decision:
 
 
 class StateFile:
-    """`state.json` in `folder`: every task's state and the last 100 decisions; `state.json.bak` is the one before."""
+    """`state.json` in `folder`: every task's state and the last 100 decisions.
+
+    `state.json.bak` is the one before.
+    """
 
     def __init__(self, folder: Path, tasks: Mapping[str, TaskState], decisions: list[Decision]) -> None:
         self.folder = folder
@@ -80,8 +83,7 @@ class StateFile:
         path = self.folder / STATE
         if path.exists():
             spare = self.folder / f".{BACKUP}.part"
-            spare.unlink(missing_ok=True)
-            os.link(path, spare)
+            shutil.copyfile(path, spare)
             spare.replace(self.folder / BACKUP)
         record = {
             "format": 1,

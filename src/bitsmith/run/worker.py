@@ -1,4 +1,4 @@
-"""A process that does one task: reads a request, runs the action, seals its artifact, and tells how it went."""
+"""A process that does one task: runs its action, seals the artifact, and tells how it went."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reference_of(action: Action) -> str:
     """
     module, name = getattr(action, "__module__", None), getattr(action, "__qualname__", "")
     if module in (None, "__main__") or not name or "<" in name:
-        raise BitsmithError(f"action {printable(repr(action))} is no function of a module, so no process finds it")
+        raise BitsmithError(f"action {printable(repr(action))} is no function that a process finds by a name")
     return f"{module}:{name}"
 
 

@@ -1,4 +1,4 @@
-"""Finished artifacts, each in a folder named by the key of the task that makes it, with a digest of every file."""
+"""Finished artifacts by the key of the task that makes them, with a digest of every file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Unused(NamedTuple):
 
 
 class ArtifactStore:
-    """A folder of artifacts by key: `objects/KE/KEY` holds `files`, `result.json`, `manifest.json`, `cost.json`.
+    """A folder of artifacts by key: `objects/KE/KEY` holds `files` and three JSON files about them.
 
-    The manifest, written last but for the rename that makes the artifact appear, has bytes and SHA-256 of all
-    the others but `cost.json`, which tells what making it took and differs from run to run.
+    `result.json` is what the action returned. `manifest.json`, the last but for the rename that makes the
+    artifact appear, has bytes and SHA-256 of result and files. `cost.json` tells what making it took.
     """
 
     def __init__(self, root: Path) -> None:
@@ -163,7 +163,10 @@ def sealed_result(staged: Path) -> dict[str, Any]:
 
 
 def verify_sealed(folder: Path) -> None:
-    """Compare every file of a sealed folder with its manifest. Raises DamagedFileError for the first that differs."""
+    """Compare every file of a sealed folder with its manifest.
+
+    Raises DamagedFileError for the first that differs.
+    """
     entries = _manifest(folder)
     for name, entry in entries.items():
         _refuse_size(folder / name, entry)
@@ -221,9 +224,9 @@ def _plain_files(folder: Path) -> list[Path]:
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
-    entries = _read_json(folder / MANIFEST).get("files")
-    sound = isinstance(entries, dict) and RESULT in entries
-    if not sound or not all(_is_entry(name, entry) for name, entry in entries.items()):
+    entries: Any = _read_json(folder / MANIFEST).get("files")
+    named = isinstance(entries, dict) and RESULT in entries
+    if not named or not all(_is_entry(name, entry) for name, entry in entries.items()):
         raise DamagedFileError("is no manifest of an artifact", path=folder / MANIFEST)
     return dict(entries)
 

@@ -13,7 +13,10 @@ from bitsmith.store.journal import write_result
 
 
 class SourceDigests:
-    """SHA-256 of sources by path; those of files are kept in `cache` by place, size, inode and time of change."""
+    """SHA-256 of sources by path.
+
+    Those of files are kept in `cache`, by place, size, inode and time of change.
+    """
 
     def __init__(self, cache: Path) -> None:
         self._cache = cache
