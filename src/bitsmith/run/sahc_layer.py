@@ -65,6 +65,11 @@ class LayerProbe:
         """Number of layers."""
         return self._network.n_layers
 
+    def names(self) -> list[str]:
+        """Return the names of the tensors of the layer entered."""
+        prefix = f"{self._model.arch.text_prefix}layers.{self._layer}."
+        return [prefix + name for name, _ in self._module.named_parameters()]
+
     def enter(self, layer: int) -> None:
         """Go on to `layer`; those before it run with the original's weights."""
         while self._layer < layer:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
-from bitsmith.run.sahc_methods import LowRank, Method, Rows, Stored, Train
+from bitsmith.run.sahc_methods import SEED_SIDE, LowRank, Method, Rows, Stored, Train
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.factored import Blocks
 
@@ -42,6 +42,24 @@ COMPONENTS = (
     ),
     ComponentPlan("C5", "vision, MTP, norms", 4.0, "3.13 to 3.89", SAFE),
 )
+
+
+def promised_ratio(row: PlanRow, method: Method) -> float | None:
+    """Return the ratio to 16 bits that a method of a row's chain stands for; None for what is kept.
+
+    The first is the component's claim, the others the seed's own figures for them.
+    """
+    if method is STORED:
+        return None
+    if method is row.chain[0]:
+        return component(row.component).claimed_ratio
+    if isinstance(method, Rows):
+        return 16 / method.bits
+    if isinstance(method, Train):
+        return 3.92 if method.rank == SEED_SIDE else 4.85
+    return 4.0
+
+
 _PREFIXES = {"ffn": "C1", "attn": "C2", "delta": "C3", "embed": "C4", "head": "C4"}
 
 
