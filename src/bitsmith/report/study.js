@@ -16,8 +16,10 @@ const lineOf = at => {
 };
 const GREY = "#8a93a3";
 const axis = (text, log) => ({title: {text}, automargin: true, zeroline: false,
-  ...(log ? {type: "log", tickformat: "~s", dtick: "D2"} : {})});
-const layout = (x, y, more) => ({height: 430, margin: {l: 60, r: 15, t: 15, b: 50}, paper_bgcolor: "rgba(0,0,0,0)",
+  ...(log ? {type: "log", tickformat: "~g"} : {})});
+const depth_axis = (text, traces) => ({...axis(text), tickformat: "d",
+  dtick: Math.max(1, Math.ceil(Math.max(1, ...traces.flatMap(t => t.x)) / 16))});
+const layout = (x, y, more) => ({height: 430, margin: {l: 60, r: 15, t: 40, b: 50}, paper_bgcolor: "rgba(0,0,0,0)",
   plot_bgcolor: "rgba(0,0,0,0)", font: {family: "system-ui, sans-serif", size: 13, color: GREY}, xaxis: x, yaxis: y,
   showlegend: false, hovermode: "closest", hoverlabel: {namelength: -1}, ...more});
 const draw = (id, traces, where) => Plotly.react(id, traces, where, {responsive: true, displaylogo: false});
@@ -45,21 +47,31 @@ function pareto(at) {
       customdata: ends.map(v => v ? `${v[1].toPrecision(5)} … ${v[2].toPrecision(5)}` : "interval unmeasured"),
       hovertemplate: `<b>%{text}</b><br>%{x:,.5~g} ${size}<br>%{y:.5g} (%{customdata})<extra>${name}</extra>`, ...extra};
   };
+  const span = get => Math.max(...kept.map(get)) - Math.min(...kept.map(get)) || 1;
+  const across = i => Math.log(data.artifacts[i][size]), up = i => {
+    const v = value(data.artifacts[i])[0];
+    return measure.log ? Math.log(v) : v;
+  };
+  const wide = span(across), high = span(up), named = new Set();
+  for (const i of [...front, ...(kept.length <= 10 ? kept : [])])
+    if (![...named].some(j => Math.abs(across(i) - across(j)) < wide / 6 && Math.abs(up(i) - up(j)) < high / 14))
+      named.add(i);
   const traces = [{type: "scatter", mode: "lines", hoverinfo: "skip", name: "Pareto front",
     line: {color: GREY, width: 1, shape: "hv", dash: "dot"}, x: front.map(i => data.artifacts[i][size]),
     y: front.map(i => value(data.artifacts[i])[0])}];
   data.groups.forEach((group, g) => {
     const ids = kept.filter(i => data.artifacts[i].group === g);
     if (!ids.length) return;
-    const named = i => kept.length <= 10 || front.includes(i);
     traces.push(trace(ids.map(i => data.artifacts[i]), group.name, group.colour,
       data.artifacts[ids[0]].original ? "star" : "circle",
-      {mode: "markers+text", ids: ids.map(String), textposition: "top center", textfont: {size: 11},
-        texttemplate: ids.map(i => named(i) ? "%{text}" : "")}));
+      {mode: "markers+text", ids: ids.map(String), textposition: "top center", textfont: {size: 11}, cliponaxis: false,
+        texttemplate: ids.map(i => named.has(i) ? "%{text}" : "")}));
   });
   const peers = data.peers.filter(good);
   if (peers.length) traces.push(trace(peers, "peer", GREY, "diamond-open"));
-  draw(`pareto-${at}`, traces, layout(axis(size === "bytes" ? "bytes of the weight files" : "bits per weight", true),
+  draw(`pareto-${at}`, traces, layout(
+    {...axis(size === "bytes" ? "bytes of the weight files" : "bits per weight", true),
+      tickformat: size === "bytes" ? "~s" : "~g", ...(wide > 1.5 ? {dtick: "D2"} : {})},
     axis(measure.label, measure.log)));
   const absent = rows.filter(i => !kept.includes(i)).map(i => data.artifacts[i].name);
   one(`pareto-note-${at}`).textContent = absent.length
@@ -81,7 +93,7 @@ function layers() {
     traces.push({type: "scatter", mode: "lines", name: "no closer than zeros", hovertemplate: "no closer than zeros",
       x: [...new Set(traces.flatMap(t => t.x))].sort((a, b) => a - b), line: {color: "#e45756", dash: "dash", width: 1.5},
       y: [...new Set(traces.flatMap(t => t.x))].map(() => 1)});
-  draw("layers", traces, layout({...axis("layer"), rangemode: "tozero"}, {...axis(""), rangemode: "tozero"},
+  draw("layers", traces, layout(depth_axis("layer", traces), {...axis(""), rangemode: "tozero"},
     {showlegend: traces.length > 0, legend: {orientation: "h", y: -0.18}}));
 }
 
@@ -152,7 +164,7 @@ function spectra() {
       type: "scatter", mode: l.length > 1 ? "lines+markers" : "markers", name: l[0].role, line: {color: tone(l[0]), width: 1.5},
       x: l.map(s => s.layer ?? -1), y: l.map(s => values[s.at]), text: l.map(s => s.label), marker: {size: 7, color: tone(l[0])},
       hovertemplate: "%{text}<br>%{y:.4g}<extra></extra>"}));
-    where = layout(axis("layer (-1: outside the layers)"), axis(what));
+    where = layout(depth_axis("layer (-1: outside the layers)", traces), axis(what));
   }
   draw("spectra", traces, {...where, showlegend: true, height: 480});
 }

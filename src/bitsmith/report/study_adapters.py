@@ -425,9 +425,9 @@ def _spectra(assay: Json) -> Iterator[dict[str, Any]]:
 def _record_digests(pairs: Iterable[tuple[Json, Json | None]]) -> Iterator[dict[str, str]]:
     texts: set[str] = set()
     for record, evaluation in pairs:
-        for what, key in (("artifact", "sha256"), ("statistics of", "statistics_sha256")):
-            if record.get(key):
-                yield {"what": f"{what} {_name(str(record['out']))}", "sha256": record[key]}
+        if record.get("statistics_sha256"):
+            what = f"statistics of {_name(str(record['out']))}"
+            yield {"what": what, "sha256": record["statistics_sha256"]}
         if evaluation is not None and evaluation["protocol"]["text_sha256"] not in texts:
             texts.add(evaluation["protocol"]["text_sha256"])
             yield _text_digest(evaluation["protocol"])

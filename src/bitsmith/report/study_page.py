@@ -44,12 +44,17 @@ def write_study_page(path: Path, study: Study) -> Path:
     """
     page = Environment(autoescape=True, keep_trailing_newline=True).from_string(_part("study.html.jinja"))
     text = page.render(
-        marks=_MARKS, choices_of=_choices_of, title=printable(study.title), version=study.bitsmith,
-        policy=POLICY + "; script-src 'unsafe-inline'", style=Markup(STYLE + FIGURE_STYLE + _part("study.css")),  # noqa: S704
-        plotly=Markup(plotly_source()), script=Markup(_part("study.js")),  # noqa: S704  our own and plotly's source
-        data=Markup(script_json(_data(study))),  # noqa: S704  escaped for a script element
         **_parts(study),
-    )  # fmt: skip
+        marks=_MARKS,
+        choices_of=_choices_of,
+        title=printable(study.title),
+        version=printable(study.bitsmith),
+        policy=POLICY + "; script-src 'unsafe-inline'",
+        style=Markup(STYLE + FIGURE_STYLE + _part("study.css")),  # noqa: S704  our own
+        plotly=Markup(plotly_source()),  # noqa: S704  plotly's own source
+        script=Markup(_part("study.js")),  # noqa: S704  our own
+        data=Markup(script_json(_data(study))),  # noqa: S704  escaped for a script element
+    )
     with atomic_file(path, overwrite=True) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
     return path
@@ -194,7 +199,9 @@ def _text(text: str) -> str:
 
 
 def _facts(study: Study) -> list[tuple[str, Table]]:
-    digests = [row for row in study.artifacts if row.sha256]
+    said = {one.sha256 for one in study.digests}
+    digests = [row for row in study.artifacts if row.sha256 and row.sha256 not in said]
+    own = [(r.name, line) for r in study.artifacts for line in r.commands if line not in study.commands]
     return [
         ("Environment", _pairs(("what", "value"), list(study.environment.items()))),
         *(
@@ -210,7 +217,7 @@ def _facts(study: Study) -> list[tuple[str, Table]]:
         ),
         (
             "Commands of single artifacts",
-            _pairs(("artifact", "command"), [(r.name, line) for r in study.artifacts for line in r.commands]),
+            _pairs(("artifact", "command"), own),
         ),
     ]
 
