@@ -167,20 +167,26 @@ def _factors(
     left, right = low_rank(matrix, rank, metric)
     if code.grid is None:
         return metric.as_stored(left, code), metric.as_stored(right, code)
-    best, least = (metric.as_stored(left, code), metric.as_stored(right, code)), np.inf
-    for _ in range(rounds):
-        b = metric.as_stored(right, code)
-        weighed = metric.weighed(b.decoded)
-        inner = weighed @ b.decoded.T.astype(np.float64)
-        left = _solved(inner, weighed @ matrix.T.astype(np.float64)).T
-        a = ErrorMetric(inner, _INNER_DAMPING).as_stored(left, code)
-        error = metric.error(matrix - a.decoded @ b.decoded)
-        if not error < least:
+    best = _turn(matrix, right, code, metric)
+    for _ in range(rounds - 1):
+        exact = best[0].decoded.astype(np.float64)
+        found = _turn(matrix, _solved(exact.T @ exact, exact.T @ matrix), code, metric)
+        if not found[2] < best[2]:
             break
-        best, least = (a, b), error
-        exact = a.decoded.astype(np.float64)
-        right = _solved(exact.T @ exact, exact.T @ matrix)
-    return best
+        best = found
+    return best[:2]
+
+
+def _turn(
+    matrix: Float32, right: Float64, code: FactorCode, metric: ErrorMetric
+) -> tuple[Rounded, Rounded, float]:
+    """Return A and B as stored, B first and A solved for that, and the error."""
+    b = metric.as_stored(right, code)
+    weighed = metric.weighed(b.decoded)
+    inner = weighed @ b.decoded.T.astype(np.float64)
+    left = _solved(inner, weighed @ matrix.T.astype(np.float64)).T
+    a = ErrorMetric(inner, _INNER_DAMPING).as_stored(left, code)
+    return a, b, metric.error(matrix - a.decoded @ b.decoded)
 
 
 def with_remainder(
@@ -288,5 +294,5 @@ def _damped(moment: NDArray[Any], damping: float, shrink: float) -> Float64:
 def _solved(gram: Float64, right: Float64) -> Float64:
     """Return `gram⁻¹ right`, a little damped, so that rows of zeros are none of a problem."""
     ridge = _RIDGE * float(np.diagonal(gram).mean()) or 1.0
-    found: Float64 = linalg.solve(gram + ridge * np.eye(len(gram)), right, assume_a="pos")
+    found: Float64 = np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
     return found

@@ -159,7 +159,9 @@ class FactoredForm:
             return f"has rank {self.rank} for {self.kept[0]}x{self.kept[1]} and factors {self.factors}"
         split = self.kernel is not None
         if split and not (self.factors and self.rest and 0 < self.first_rest < self.kept[0]):
-            return f"has a kernel of {self.kernel} rows of {self.kept[0]} and not factors, rest and other rows"
+            return (
+                f"has a kernel of {self.kernel} rows of {self.kept[0]}, without factors, rest or other rows"
+            )
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -263,8 +265,9 @@ def read_factored(stored: Checkpoint, settings: Mapping[str, Any]) -> dict[str, 
         _refuse(stored, "modules is no map")
     tensors: dict[str, TensorRef] = {}
     taken: set[str] = set()
+    recent = _Recent()
     for module, said in modules.items():
-        weight = _Weight(stored, str(module), _form_of(stored, str(module), said))
+        weight = _Weight(stored, str(module), _form_of(stored, str(module), said), recent)
         taken.update(part.name for part in weight.parts)
         tensors[weight.name] = PackedTensor(
             weight.name, weight.form.shape, weight.form.name, weight.parts, weight.decode
@@ -278,11 +281,25 @@ def read_factored(stored: Checkpoint, settings: Mapping[str, Any]) -> dict[str, 
     return tensors
 
 
+class _Recent:
+    """The decoded factors of the weight that was read last: rows of embeddings are read a few at a time."""
+
+    def __init__(self) -> None:
+        self._held: tuple[str, dict[str, Float32]] = ("", {})
+
+    def of(self, name: str) -> dict[str, Float32]:
+        """Return the factors of a weight by suffix; those of another are let go."""
+        held = self._held
+        if held[0] != name:
+            held = self._held = name, {}
+        return held[1]
+
+
 class _Weight:
     """One factored weight: its stored tensors, checked against its form."""
 
-    def __init__(self, stored: Checkpoint, module: str, form: Form) -> None:
-        self.name, self.form = f"{module}.weight", form
+    def __init__(self, stored: Checkpoint, module: str, form: Form, recent: _Recent) -> None:
+        self.name, self.form, self._recent = f"{module}.weight", form, recent
         self._by_suffix: dict[str, TensorRef] = {}
         for suffix, dtype, shape in form.parts():
             name = f"{module}.{suffix}"
@@ -304,7 +321,7 @@ class _Weight:
         form = self.form
         if isinstance(form, TrainForm):
             cores = [
-                self._numbers(form.cores, suffix, shape, 0, shape[0])
+                self._whole(form.cores, suffix, shape)
                 for suffix, shape in zip(CORES, form.core_shapes, strict=True)
             ]
             return train_rows(form, cores, start, stop)
@@ -327,13 +344,20 @@ class _Weight:
         end, first = min(stop, form.product_rows), max(start, form.first_rest)
         if form.factors is not None and start < end:
             left = self._numbers(form.factors, LEFT, (form.product_rows, form.rank), start, end)
-            right = self._numbers(form.factors, RIGHT, (form.rank, form.kept[1]), 0, form.rank)
+            right = self._whole(form.factors, RIGHT, (form.rank, form.kept[1]))
             rows[: end - start] = left @ right
         if form.rest is not None and first < stop:
             shape = form.kept[0] - form.first_rest, form.kept[1]
             rest = self._numbers(form.rest, REST, shape, first - form.first_rest, stop - form.first_rest)
             rows[first - start :] += rest
         return rows
+
+    def _whole(self, code: str, suffix: str, shape: tuple[int, int]) -> Float32:
+        """Return all of a factor, decoded once while rows of the same weight are read."""
+        held = self._recent.of(self.name)
+        if suffix not in held:
+            held[suffix] = self._numbers(code, suffix, shape, 0, shape[0])
+        return held[suffix]
 
     def _numbers(self, code: str, suffix: str, shape: tuple[int, int], start: int, stop: int) -> Float32:
         """Return rows of a stored matrix of numbers of `shape`."""
