@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def write_report(out: Path, study: Study) -> tuple[Path, Path, Path]:
 def model_card(study: Study) -> str:
     """Return the study as a Markdown model card; names, samples and texts of files are escaped.
 
-    The first artifact that is not the original gets the snippets to run it, those of one kind once.
+    The first artifact of each kind (GGUF, .cellm, folder) gets the snippets to run it.
     """
     parts = [f"# {plain(study.title)}", *(plain(line) for line in summary_of(study))]
     for title, table in (
@@ -57,11 +58,9 @@ def model_card(study: Study) -> str:
 def modelfile(artifact: str, ctx_tokens: int | None = None) -> str:
     """Return an Ollama Modelfile for a GGUF; the context is the one it was measured at, if any.
 
-    Ollama takes the chat template from the GGUF. Raises OutputError for a name that no Modelfile can hold.
+    Ollama takes the chat template from the GGUF.
     """
-    if not artifact.isprintable() or '"' in artifact:
-        raise OutputError(f"no Modelfile can name it: {printable(artifact)}")
-    lines = [f"FROM ./{artifact}"]
+    lines = [f"FROM ./{printable(artifact)}"]
     if ctx_tokens is not None:
         lines.append(f"PARAMETER num_ctx {ctx_tokens}")
     return "\n".join(lines) + "\n"
@@ -76,19 +75,20 @@ def _snippets(study: Study) -> Iterator[str]:
         yield "## Use"
     for kind, row in kinds.items():
         name = printable(Path(row.path).name)
+        word = shlex.quote(name)
         if kind == "gguf":
             yield f"llama.cpp and Ollama ({plain(name)}):"
-            yield _block(f"llama-cli -m {name} -p 'Hello'\nollama create NAME -f Modelfile")
+            yield _block(f"llama-cli -m {word} -p 'Hello'\nollama create NAME -f Modelfile")
             yield "Modelfile:"
             yield _block(modelfile(name))
         elif kind == "cellm":
             yield f"bitsmith ({plain(name)}):"
-            yield _block(f"bitsmith generate {name} -p 'Hello'")
+            yield _block(f"bitsmith generate {word} -p 'Hello'")
         else:
             yield f"transformers and vLLM ({plain(name)}); config.json names the packing:"
             yield _block(
                 f"from transformers import AutoModelForCausalLM\n"
-                f"model = AutoModelForCausalLM.from_pretrained({name!r})\n\nvllm serve {name}"
+                f"model = AutoModelForCausalLM.from_pretrained({name!r})\n\nvllm serve {word}"
             )
 
 

@@ -131,7 +131,7 @@ def gate_line(line: Json) -> dict[str, Any]:
     more = {key: evidence.get(key) for key in ("outcome", "low", "high")}
     unit = str(evidence.get("unit") or "")
     found = evidence.get("found") or f"limit: {evidence.get('direction', '')}"
-    return {**line, **more, "unit": unit, "evidence": found, "tensor": str(evidence.get("subject") or "")}
+    return {**line, **more, "unit": unit, "evidence": found, "artifact": str(evidence.get("subject") or "")}
 
 
 def load_study(paths: Sequence[Path], audit: Path | None = None, peers: Path | None = None) -> Study:

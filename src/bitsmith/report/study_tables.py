@@ -56,11 +56,21 @@ class Table(NamedTuple):
 
 
 def measures_of(study: Study) -> dict[str, Shown]:
-    """Return the measures that some artifact or peer has, known ones first, by name."""
+    """Return the measures that some artifact or peer has, known ones first, by name.
+
+    `NAME @ WHERE` is the measure NAME on another text, shown as NAME is.
+    """
     found = dict.fromkeys(key for row in (*study.artifacts, *study.peers) for key in row.measures)
     known = {key: shown for key, shown in MEASURES.items() if key in found}
-    others = [key for key in found if key not in MEASURES and key not in _SKIPPED]
-    return known | {key: Shown(_label(study, key), "{:.4g}", log=False) for key in others}
+    others = [key for key in found if key not in MEASURES and key.split(" @ ")[0] not in _SKIPPED]
+    return known | {key: _shown(study, key) for key in others}
+
+
+def _shown(study: Study, key: str) -> Shown:
+    name, _, where = key.partition(" @ ")
+    if name in MEASURES:
+        return MEASURES[name]._replace(label=printable(f"{MEASURES[name].label}, {where}"))
+    return Shown(_label(study, key), "{:.4g}", log=False)
 
 
 def _label(study: Study, key: str) -> str:
