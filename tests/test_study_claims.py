@@ -77,9 +77,9 @@ def _low_rank(values: Float32, rank: int) -> Float32:
     return ((left[:, :rank] * sigma[:rank]) @ right[:rank]).astype(np.float32)
 
 
-def _model(out: Path, *, planted: bool, layers: int = 1) -> Path:
+def _model(out: Path, *, planted: bool, vocab: int = 256) -> Path:
     """Write a dense Qwen3 of random weights; `planted` gives every matrix a rank of a sixteenth."""
-    config = published_config("qwen3-tiny", layers=layers)
+    config = published_config("qwen3-tiny", layers=1) | {"vocab_size": vocab, "intermediate_size": 256}
     data = []
     for name, ref in synth_tensors(config, 5).items():
         values = np.asarray(ref.read(), dtype=np.float32)
@@ -95,6 +95,12 @@ def _model(out: Path, *, planted: bool, layers: int = 1) -> Path:
 @pytest.fixture(scope="module")
 def random(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _model(tmp_path_factory.mktemp("claims") / "random", planted=False)
+
+
+@pytest.fixture(scope="module")
+def readable(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `random`, with a vocabulary for its tokenizer."""
+    return _model(tmp_path_factory.mktemp("claims") / "readable", planted=False, vocab=4352)
 
 
 @pytest.fixture(scope="module")
@@ -116,9 +122,8 @@ def _outcomes(study: ClaimsStudy) -> dict[str, str]:
 
 def test_every_claim_is_registered_and_says_what_it_is() -> None:
     assert set(SEED_CLAIMS) == {*WEIGHTS, *FORWARD}
-    assert [one.seed[:2] for one in chosen_claims(None)] == sorted(
-        one.seed[:2] for one in SEED_CLAIMS.values()
-    )
+    seeds = [one.seed[:2] for one in chosen_claims(None)]
+    assert seeds == sorted(seeds) and len(seeds) == len(SEED_CLAIMS)
     for one in SEED_CLAIMS.values():
         assert "“" in one.words and one.seed[:2] in {"S0", "S1", "S2", "S3", "S4"}
         assert "HELD" in one.rule and one.test and one.needs
@@ -172,15 +177,15 @@ def test_a_killed_study_goes_on(random: Path, study: ClaimsStudy, tmp_path: Path
         study_claims(random, out)
 
 
-def test_states_are_split_and_judged_in_one_forward(random: Path, text: Path, tmp_path: Path) -> None:
+def test_states_are_split_and_judged_in_one_forward(readable: Path, text: Path, tmp_path: Path) -> None:
     only = ["two-tier-beats-svd", "trunk-variance"]
-    study = study_claims(random, tmp_path / "out", text=text, only=only, ctx_tokens=64, chunks=4)
+    study = study_claims(readable, tmp_path / "out", text=text, only=only, ctx_tokens=64, chunks=4)
     two, trunk = study.claims
     assert two.outcome == "NOT HELD" and two.measure is not None and abs(two.measure.value) < 1e-6
     assert trunk.measure is not None and 0 < trunk.measure.value < 1
     assert "every other chunk" in trunk.protocol
     assert json.loads((tmp_path / "out" / RESULT_NAME).read_text())["claims"][0]["outcome"] == "NOT HELD"
-    one = study_claims(random, tmp_path / "one", text=text, only=only[:1], ctx_tokens=64, chunks=1)
+    one = study_claims(readable, tmp_path / "one", text=text, only=only[:1], ctx_tokens=64, chunks=1)
     assert one.claims[0].outcome == "NOT TESTED" and "one chunk" in one.claims[0].found
 
 
@@ -330,9 +335,9 @@ def test_table_and_page_show_every_claim(
 
 
 @pytest.mark.slow
-def test_everything_on_a_small_model(random: Path, text: Path, tmp_path: Path) -> None:
+def test_everything_on_a_small_model(readable: Path, text: Path, tmp_path: Path) -> None:
     study = study_claims(
-        random, tmp_path / "out", text=text, calibration=text, ctx_tokens=64, chunks=4, only=FORWARD
+        readable, tmp_path / "out", text=text, calibration=text, ctx_tokens=64, chunks=4, only=FORWARD
     )
     found = {one.name: one for one in study.claims}
     assert found["spi-13-percent"].outcome == "NOT HELD"

@@ -11,11 +11,12 @@ from rich.markup import escape
 from bitsmith.report.markdown import UNMEASURED, markdown_table, plain, write_markdown
 from bitsmith.report.terminal import Rows, table
 from bitsmith.run.evaluate import Measure
+from bitsmith.run.format_rows import Outcome
 from bitsmith.run.seed_claims import EXACT, ClaimsStudy, Cost
 
 PAGE_NAME = "claims.md"
 
-_OUTCOMES = ("HELD", "NOT HELD", "NOT TESTED")
+_OUTCOMES: tuple[Outcome, ...] = ("HELD", "NOT HELD", "NOT TESTED")
 
 
 def claim_rows(study: ClaimsStudy) -> Rows:

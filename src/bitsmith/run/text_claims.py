@@ -225,8 +225,8 @@ class TwoTier(SeedClaim):
     test = (
         "share of held-out energy of the states entering every layer kept by the split (1/5 of the width as "
         "trunk, the rest 4:1), less that kept by plain SVD of the same width; the better of two readings: "
-        "the code's (SVD of the rest) and the words' (four directions share a slot). One model shows the basis "
-        "alone; what merging into a student makes of it is not tested here"
+        "the code's (SVD of the rest) and the words' (four directions share a slot). One model shows the "
+        "basis alone; what merging into a student makes of it is not tested here"
     )
     rule = f"HELD if the whole interval is above {_ROUNDING:g}, NOT HELD if it is not"
     needs = ("tiers",)
