@@ -203,7 +203,7 @@ def with_remainder(
     """
     alone = metric.rounded(matrix, grid)
     left, right = (np.zeros(shape) for shape in ((matrix.shape[0], rank), (rank, matrix.shape[1])))
-    nothing = [metric.as_stored(factor, code) for factor in (left, right)]
+    nothing = [ErrorMetric().as_stored(factor, code) for factor in (left, right)]
     found = [_measured(matrix, nothing[0], nothing[1], alone, metric)]
     for start in (np.zeros_like(matrix), alone.decoded):
         found.append(_in_turns(matrix, rank, code, grid, metric, start, rounds))

@@ -33,13 +33,15 @@ _CODES = re.compile(r"(^|\.)(q?weight(_packed)?|qzeros|W_q|codes|\w+_(blocks|pac
 def unpacked(stored: Checkpoint) -> Checkpoint:
     """Return `stored` as its model has it: packed weights decoded on read, MLX's layout undone.
 
-    A config that says that weights are packed where all of them are plain floats is taken as left over.
+    A config that says that weights are packed where all of them are plain floats is taken as left over;
+    factors may be floats themselves.
 
     Raises UnsupportedError for a packing that is not known and for codes without settings in the config,
     DamagedFileError for parts that do not fit.
     """
     settings = _settings(stored.config)
-    if settings is None or all(ref.dtype in FLOATS for ref in stored.values()):
+    floats = all(ref.dtype in FLOATS for ref in stored.values())
+    if settings is None or (floats and settings[0] != FACTORED):
         tensors = dict(stored)
     else:
         tensors = _decoded(stored, *settings)
