@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, printable
-from bitsmith.store.atomic import atomic_file, sync_folder, sync_path
+from bitsmith.store.atomic import sync_folder, sync_path
 from bitsmith.store.journal import write_result
 
 FILES, RESULT, MANIFEST, COST = "files", "result.json", "manifest.json", "cost.json"
@@ -92,11 +92,13 @@ class ArtifactStore:
             return
         target = self._object(key)
         try:
-            write_result(staged / COST, cost or {})
-            target.parent.mkdir(parents=True, exist_ok=True)
+            (staged / COST).write_text(json.dumps(cost or {}) + "\n")
+            sync_path(staged / COST)
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True)
+                sync_folder(target.parent.parent)
             staged.rename(target)
-            for folder in (staged.parent, target.parent, target.parent.parent, self.root):
-                sync_folder(folder)
+            sync_folder(target.parent)
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror or error}", path=target) from error
 
@@ -126,8 +128,10 @@ class ArtifactStore:
         self.root.mkdir(parents=True, exist_ok=True)
         with locked_folder(self.root):
             remove_folder(self.root / "staging")
-            yield
-            remove_folder(self.root / "staging")
+            try:
+                yield
+            finally:
+                remove_folder(self.root / "staging")
 
     def _object(self, key: str) -> Path:
         return self.root / "objects" / key[:2] / key
@@ -142,17 +146,14 @@ def seal(staged: Path, result: Mapping[str, Any]) -> None:
         text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BitsmithError(f"the action's result is not JSON: {error}") from error
-    with atomic_file(staged / RESULT, overwrite=True) as stream:
-        stream.write(text.encode() + b"\n")
+    (staged / RESULT).write_text(text + "\n")
     paths = [staged / RESULT, *_plain_files(staged / FILES)]
     entries = {
         path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in paths
     }
-    for path in paths:
+    for path in [*paths, *{path.parent for path in paths}]:
         sync_path(path)
-    for folder in {path.parent for path in paths}:
-        sync_folder(folder)
     write_result(staged / MANIFEST, {"format": 1, "files": dict(sorted(entries.items()))})
 
 
