@@ -23,6 +23,9 @@ SAMPLES = "samples.json"
 EVALUATION = "evaluation.json"
 RECORD = "record.json"
 INSPECTION = "inspection.json"
+SAHC = "sahc.json"
+GATE_LOG = "audit.jsonl"
+"""Beside an artifact's files, and no part of them: what the gates of its recipe said, and when."""
 MODEL_NAMES = ("model.gguf", "model.cellm", "model")
 """What a compressed model is called in its artifact; a folder has no suffix."""
 
@@ -36,9 +39,14 @@ Facts = Mapping[str, Any]
 
 
 def model_in(artifact: Path) -> Path:
-    """Return the model in the artifact of a `compress`; any other path as it is."""
-    found = (artifact / name for name in MODEL_NAMES)
-    return next((path for path in found if path.exists()), artifact)
+    """Return the model in the artifact of a `compress` or a `sahc`; any other path as it is.
+
+    Raises BitsmithError for a recipe's artifact that has none.
+    """
+    found = next((artifact / name for name in MODEL_NAMES if (artifact / name).exists()), artifact)
+    if found is artifact and (artifact / SAHC).exists():
+        raise BitsmithError("the recipe wrote no model: the gates of what it made did not pass")
+    return found
 
 
 def inspect(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
@@ -109,6 +117,30 @@ def compress(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
     }
 
 
+def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Compress `model` by the gated recipe, judged on `text`; without a model where its gates do not pass.
+
+    The recipe's audit log tells times, so it goes beside the artifact's files.
+    """
+    from bitsmith.run.sahc import RESULT_NAME  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.sahc import sahc as run  # noqa: PLC0415
+
+    model, audit = _model(params, inputs), out.parent / GATE_LOG
+    options = {**_window(params), "audit": audit, "overwrite": True, "progress": progress}
+    result = run(model, _text(params), out, **options)
+    record = _settled(result.to_json(), params, inputs)
+    write_result(out / RESULT_NAME, record)
+    written = out / "model"
+    made = {**_size(written), "path": written.name, "sha256": result.sahc.sha256} if written.exists() else {}
+    names = ("gates_passed", "gates_failed", "gates_unmeasured", "replans", "same_as_int4", "bytes_over_int4")
+    return {
+        **made,
+        **{name: record[name] for name in names},
+        "ppl_over_int4": record["ppl_over_int4"],
+        "tensors": [_sahc_tensor(row) for row in record["rows"]] if made else [],
+    }
+
+
 def reference(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
     """Run `text` through `model` and keep the states that its logits are made of, for every `evaluate`."""
     from bitsmith.run.reference_states import STATES_NAME, write_states  # noqa: PLC0415 (loads torch)
@@ -164,7 +196,8 @@ def generate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
 
 
 ACTIONS: dict[str, Action] = {
-    action.__name__: action for action in (inspect, assay, calibrate, compress, reference, evaluate, generate)
+    action.__name__: action
+    for action in (inspect, assay, calibrate, compress, sahc, reference, evaluate, generate)
 }
 """Every action by its name in a task."""
 
@@ -257,6 +290,17 @@ def _tensor(one: Mapping[str, Any], plan: Mapping[str, Any], places: Mapping[str
         "held_squared_error": one.get("held_error", rounding.get("held_errors", {}).get(rounder)),
         "rounder": rounder or "",
         "note": one.get("note", row.get("note", "")),
+    }
+
+
+def _sahc_tensor(row: Mapping[str, Any]) -> dict[str, Any]:
+    error = row["total_error"]
+    return {
+        **{name: row[name] for name in ("name", "role", "layer", "shape")},
+        "type": row["scheme"],
+        "nbytes": row["stored_bytes"],
+        "squared_error": None if error is None else error**2,
+        "note": f"{row['method']}, {max(0, len(row['attempts']) - 1)} replans",
     }
 
 

@@ -40,9 +40,9 @@ def read_yaml(path: Path, what: str) -> Document:
             if node is None:
                 return Document(None, {})
             lines = dict(_lines(node, ()))
-            return Document(loader.construct_document(node), lines)  # type: ignore[no-untyped-call]
+            return Document(loader.construct_document(node), lines)
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise BitsmithError(f"is not YAML{where}: {printable(str(error.problem))}", path=path) from error

@@ -30,6 +30,7 @@ from bitsmith.run.strict_yaml import Document, read_yaml
 from bitsmith.run.task import Limits
 
 AUTO = "auto"
+SAHC_RECIPE = "sahc"
 _OUTPUTS = {"gguf": "model.gguf", "cellm": "model.cellm", "folder": "model"}
 _UNITS = {"top1_agreement": "fraction", "ppl_ratio": "ratio"}
 MEASURES = (
@@ -81,7 +82,8 @@ class Calibration(_Part):
 class Recipe(_Part):
     """One way to compress, in the options of the command line; `output` where the type leaves it open.
 
-    `stats` is `auto` (those of the study's `calibration`) or a path; `text` is a text's name.
+    `stats` is `auto` (those of the study's `calibration`) or a path; `text` is a text's name. Recipe `sahc`
+    is judged on `text`, in chunks of `ctx`, at most `chunks`.
     """
 
     type: str | None = None
@@ -89,7 +91,8 @@ class Recipe(_Part):
     transforms: str | None = None
     target: str | None = None
     fit: str | None = None
-    ctx: Positive = 8192
+    ctx: Positive | None = None
+    chunks: Positive | None = None
     stats: str | None = None
     text: str | None = None
     rounder: Literal["nearest", "weighted", "gptq", "auto"] = "auto"
@@ -237,6 +240,15 @@ def _refusal(path: Path, document: Document, place: tuple[str | int, ...], messa
     return BitsmithError(f"line {line or 1}: {printable(where)}: {printable(message)}", path=path)
 
 
+def _misplaced(recipe: Recipe) -> list[tuple[str, str]]:
+    """Return the options that are not for this recipe, with why."""
+    if recipe.recipe != SAHC_RECIPE:
+        return [] if recipe.chunks is None else [("chunks", f"is for recipe {SAHC_RECIPE}")]
+    others = recipe.model_fields_set - {"recipe", "text", "ctx", "chunks"}
+    found = [(option.replace("_", "-"), f"is not for recipe {SAHC_RECIPE}") for option in sorted(others)]
+    return found if recipe.text else [*found, ("recipe", f"{SAHC_RECIPE} needs a text to be judged on")]
+
+
 def _inconsistent(study: Study) -> list[tuple[tuple[str | int, ...], str]]:
     """Return each place that names what there is not, with what is wrong."""
     found: list[tuple[tuple[str | int, ...], str]] = []
@@ -258,6 +270,7 @@ def _inconsistent(study: Study) -> list[tuple[tuple[str | int, ...], str]]:
             found.append((("recipes", name, "stats"), "auto needs the study's calibration"))
         if any(not rule.rpartition("=")[0] for rule in recipe.tensor_type):
             found.append((("recipes", name, "tensor-type"), "expected REGEX=TYPE"))
+        found += [(("recipes", name, option), why) for option, why in _misplaced(recipe)]
     for measure in study.gates:
         if measure not in MEASURES:
             found.append((("gates", measure), f"no measure; measures: {', '.join(MEASURES)}"))

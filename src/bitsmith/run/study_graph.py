@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bitsmith.run.study_file import AUTO, Evaluation, Recipe, Study
+from bitsmith.run.study_file import AUTO, SAHC_RECIPE, Evaluation, Recipe, Study
 from bitsmith.run.task import Task
 
 _FIELDS = {
@@ -83,7 +83,11 @@ class _Graph:
 
     def _add_recipe(self, model: str, name: str, source: Mapping[str, Any]) -> None:
         recipe, made = self._study.recipes[name], named("compress", model, name)
-        self._add(made, "compress", source | self._options(recipe, model))
+        if recipe.recipe == SAHC_RECIPE:
+            window = {"ctx_tokens": recipe.ctx, "chunks": recipe.chunks, "text": self._text(recipe)}
+            self._add(made, "sahc", source | {key: one for key, one in window.items() if one is not None})
+        else:
+            self._add(made, "compress", source | self._options(recipe, model))
         for evaluation in self._study.evaluations:
             where = window_name(self._study, evaluation)
             states = {"states": named("reference", model, where), "candidate": made}
@@ -115,6 +119,9 @@ class _Graph:
         text = str(self._study.text(evaluation.text))
         return {"text": text, "ctx_tokens": evaluation.ctx, "chunks": evaluation.chunks}
 
+    def _text(self, recipe: Recipe) -> str:
+        return "" if recipe.text is None else str(self._study.text(recipe.text))
+
     def _options(self, recipe: Recipe, model: str) -> dict[str, Any]:
         """Return the fields of `Job` that a recipe sets."""
         params: dict[str, Any] = {
@@ -132,7 +139,7 @@ class _Graph:
                 named("calibrate", model) if given == AUTO else str(self._study.place(given))
             )
         if recipe.text is not None:
-            params["text"] = str(self._study.text(recipe.text))
+            params["text"] = self._text(recipe)
         if recipe.plan is not None:
             params["plan_file"] = str(self._study.place(recipe.plan))
         return params

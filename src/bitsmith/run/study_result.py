@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith import __version__
+from bitsmith.run.actions import GATE_LOG
 from bitsmith.run.audit import AuditLine, read_audit
 from bitsmith.run.gate import Judged, Verdict
 from bitsmith.run.graph import Outcome
@@ -79,7 +80,7 @@ class StudyResult:
                 *(self._artifact(*row) for row in self._rows()),
             ],
             "protocols": list(self._protocols()),
-            "gates": [_gate_line(line) for line in read_audit(self.audit)],
+            "gates": [_gate_line(line) for line in self._audit_lines()],
             "tasks": [self._task_line(task) for task in self.tasks],
             "samples": list(self._samples()),
             "environment": dict(self.environment),
@@ -92,6 +93,14 @@ class StudyResult:
         """Return the result of the task so named; nothing where there is none."""
         outcome = self.outcomes.get(named(names[0], *names[1:]))
         return {} if outcome is None or outcome.result is None else outcome.result
+
+    def _audit_lines(self) -> Iterator[AuditLine]:
+        """Yield the study's log, and behind it those of recipes that judge themselves."""
+        yield from read_audit(self.audit)
+        for outcome in self.outcomes.values():
+            own = None if outcome.path is None else outcome.path.parent / GATE_LOG
+            if own is not None and own.is_file():
+                yield from read_audit(own)
 
     def _rows(self) -> list[Row]:
         return [(model, recipe) for model in self.study.models for recipe in self.study.recipes]
@@ -143,7 +152,7 @@ class StudyResult:
             "group": recipe,
             "model": model,
             "recipe": recipe,
-            "path": "" if made.path is None else str(made.path / facts["path"]),
+            "path": "" if made.path is None or "path" not in facts else str(made.path / facts["path"]),
             "measures": measures,
             "protocol": self._first_window(),
             "verdict": _verdict(self.judged.get((model, recipe), ())),
@@ -215,7 +224,7 @@ class StudyResult:
                 yield {"what": f"text {protocol['name']}", "sha256": protocol["settings"]["text_sha256"]}
         for row in self._rows():
             found = self.result("compress", *row)
-            if found:
+            if "sha256" in found:
                 yield {"what": "/".join(row), "sha256": found["sha256"]}
 
 
