@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import claim
 from bitsmith.errors import UnsupportedError
+from bitsmith.lab.synth import synth
 from bitsmith.run.audit import AuditLog, read_audit
 from bitsmith.run.folder import write_folder
 from bitsmith.run.sahc import sahc
@@ -52,7 +53,7 @@ def _random(shape: tuple[int, int], seed: int = 0) -> Float32:
 
 
 def test_a_planted_low_rank_matrix_keeps_its_svd(tmp_path: Path) -> None:
-    pick = _chosen(_random((384, 16)) @ _random((16, 128), 1), tmp_path)
+    pick = _chosen(_random((512, 16)) @ _random((16, 128), 1), tmp_path)
     assert pick.method is COMPONENTS[0].chain[0]
     row = row_of(pick, 0)
     assert row.scheme == "SVD:r=16:int4"
@@ -63,7 +64,7 @@ def test_a_planted_low_rank_matrix_keeps_its_svd(tmp_path: Path) -> None:
 
 
 def test_a_random_matrix_falls_to_int4_and_the_log_says_why(tmp_path: Path) -> None:
-    pick = _chosen(_random((384, 128)), tmp_path)
+    pick = _chosen(_random((512, 128)), tmp_path)
     assert pick.method is INT4
     first, second = pick.attempts
     assert first.failed is not None
@@ -145,6 +146,12 @@ def test_every_tensor_has_a_component_and_pruning_keeps_heads_together(tiny_qwen
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One dense layer of random weights."""
+    return synth(tmp_path_factory.mktemp("sahc-model") / "small", "qwen3-tiny", layers=1, seed=3)
+
+
+@pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT)
@@ -152,14 +159,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _run(model: Path, text: Path, out: Path, **more: object) -> SahcResult:
-    options = {"ctx_tokens": 32, "chunks": 4, "probe_chunks": 2, "ppl_limit": 1e9, "cosine_limit": 0.9}
+    options = {"ctx_tokens": 32, "chunks": 4, "probe_chunks": 2, "ppl_limit": 1e9}
     return sahc(model, text, out, **{**options, **more})  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def whole(demo_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SahcResult]:
+def whole(small: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SahcResult]:
     out = tmp_path_factory.mktemp("sahc") / "out"
-    return out, _run(demo_model, text, out)
+    return out, _run(small, text, out)
 
 
 def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]) -> None:
@@ -169,10 +176,10 @@ def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]
     assert all(row.ratio is not None for row in result.rows)
     assert result.ratio is not None
     assert result.bytes_over_int4 >= 0.99
-    assert [row.name for row in result.components] == ["C1", "C2", "C3", "C4", "C5"]
+    assert [row.name for row in result.components] == ["C1", "C2", "C4", "C5"]
     table = result.components[0]
     assert table.claimed_ratio == 25.3
-    assert table.theory_ratio == pytest.approx(22.3, abs=0.5)
+    assert table.theory_ratio == pytest.approx(19.8, abs=0.5)
     assert table.ratio is not None
     assert table.ratio < 4
     with open_checkpoint(out / "model") as written:
@@ -186,47 +193,47 @@ def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]
 
 
 def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
-    whole: tuple[Path, SahcResult], demo_model: Path, text: Path, tmp_path: Path
+    whole: tuple[Path, SahcResult], small: Path, text: Path, tmp_path: Path
 ) -> None:
     class StoppedError(Exception):
         pass
 
     def stop(stage: str, done: int, total: int) -> None:
-        if stage == "parts" and done == 3:
+        if stage == "parts" and done == 2:
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        _run(demo_model, text, tmp_path / "out", progress=stop)
+        _run(small, text, tmp_path / "out", progress=stop)
     assert not (tmp_path / "out" / "model").exists()
-    result = _run(demo_model, text, tmp_path / "out")
-    assert result.resumed == 3
+    result = _run(small, text, tmp_path / "out")
+    assert result.resumed == 2
     assert result.sahc.sha256 == whole[1].sahc.sha256
     assert (tmp_path / "out" / "sahc.json").read_bytes() == (whole[0] / "sahc.json").read_bytes()
     assert not list((tmp_path / "out").glob(".sahc*"))
 
 
 def test_no_ratio_for_an_artifact_that_does_not_pass(
-    demo_model: Path, text: Path, tmp_path: Path, whole: tuple[Path, SahcResult]
+    small: Path, text: Path, tmp_path: Path, whole: tuple[Path, SahcResult]
 ) -> None:
-    result = _run(demo_model, text, tmp_path / "out", ppl_ratio_limit=0.5)  # nothing can pass that
+    result = _run(small, text, tmp_path / "out", ppl_ratio_limit=0.5)  # nothing can pass that
     assert result.ratio is None
     assert result.rounds > 2
     assert {row.method for row in result.rows} == {"as stored"}
     assert not (tmp_path / "out" / "model").exists()
 
 
-def test_a_packed_source_is_refused(demo_model: Path, text: Path, tmp_path: Path) -> None:
-    write_folder(demo_model, tmp_path / "packed", "W4A16", group=32)
+def test_a_packed_source_is_refused(small: Path, text: Path, tmp_path: Path) -> None:
+    write_folder(small, tmp_path / "packed", "W4A16", group=32)
     with pytest.raises(UnsupportedError, match="give the checkpoint it was made of"):
         _run(tmp_path / "packed", text, tmp_path / "out")
 
 
-def test_a_probe_leaves_the_original_alone(demo_model: Path) -> None:
+def test_a_probe_leaves_the_original_alone(small: Path) -> None:
     from bitsmith.run.evaluate import open_model
 
-    with open_model(demo_model) as model:
+    with open_model(small) as model:
         probe = LayerProbe(model, np.arange(64).reshape(2, 32))
-        probe.enter(1)
+        probe.enter(0)
         names = probe.names()
         name = next(name for name in names if name.endswith("mlp.gate_proj.weight"))
         exact = np.array(model.checkpoint[name].read())

@@ -16,11 +16,12 @@ from pydantic import TypeAdapter
 
 from bitsmith import __version__
 from bitsmith.archs import claim
-from bitsmith.errors import UnsupportedError, printable
+from bitsmith.errors import printable
 from bitsmith.progress import Progress, silent
 from bitsmith.run.audit import AuditLog
 from bitsmith.run.evaluate import Protocol, Reference, open_model, text_chunks
-from bitsmith.run.folder import write_folder
+from bitsmith.run.folder import KEPT as STORED_SCHEME
+from bitsmith.run.folder import plan_folder, write_folder
 from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Gate, all_pass, first_failure
 from bitsmith.run.guide import finite_rows
 from bitsmith.run.sahc_artifact import artifact_gates, digest
@@ -77,6 +78,7 @@ def sahc(
     OutputError where `out` holds a result without `overwrite` or cannot be written.
     """
     started = time.monotonic()
+    plan_folder(model, STORED_SCHEME)  # refuse what cannot be written before anything is measured
     result_folder(out, RESULT_NAME, overwrite)
     gates = (
         replace(FORWARD_COSINE, limit=cosine_limit),
@@ -132,12 +134,11 @@ class _Run:
         self._progress = progress
         self._trials = Trials(log, self._cosine_gate)
         self._plan = plan_rows(claim(self._checkpoint))
-        self._refuse_packed()
 
     def result(self, probe: Protocol, keep_int4: bool) -> SahcResult:
         """Return what was found; writes `model/`."""
         rows = self._rows()
-        int4 = self._written(BASELINE_NAME, self._int4_types(), None)
+        int4 = self._written(BASELINE_NAME, self._int4_types(), None, keep_int4)
         if not keep_int4:
             shutil.rmtree(self._out / BASELINE_NAME, ignore_errors=True)
         rows, rounds, written = self._passing(rows)
@@ -247,7 +248,7 @@ class _Run:
         while True:
             rounds += 1
             planned = sum(row.stored_bytes for row in rows)
-            written = self._written(MODEL_NAME, _types(rows), planned)
+            written = self._written(MODEL_NAME, _types(rows), planned, True)
             failed = [gate for gate in written.gates if gate["outcome"] != "PASS"]
             ppl = [gate for gate in failed if gate["name"] in (PPL.name, PPL_RATIO.name)]
             if failed and ppl == failed and (more := self._replanned(rows, rounds)) is not None:
@@ -268,32 +269,36 @@ class _Run:
         worst = {row.name for row in ordered[: max(1, int(_WORST_SHARE * len(ordered)))]}
         entry = f"replan {rounds}"
         if entry not in self._journal.entries:
-            plans = {plan.name: plan for plan in self._plan}
-            moved = [asdict(self._moved(row, plans[row.name])) for row in rows if row.name in worst]
-            self._journal.add(entry, moved)
-        done = {
-            row.name: row for row in TypeAdapter(list[SahcRow]).validate_python(self._journal.entries[entry])
-        }
+            moved = self._moved({row.name: row for row in rows if row.name in worst})
+            self._journal.add(entry, [asdict(row) for row in moved])
+        found = TypeAdapter(list[SahcRow]).validate_python(self._journal.entries[entry])
+        done = {row.name: row for row in found}
         return [done.get(row.name, row) for row in rows]
 
-    def _moved(self, row: SahcRow, plan: PlanRow) -> SahcRow:
-        """Return a row behind its present method; its errors are gated, its layer with the artifact."""
-        names = [method.name for method in plan.chain]
-        at = names.index(row.method) + 1
-        decision = f"replan: {names[at]}"
-        self._log.add("sahc plan", row.name, evidence="perplexity of the artifact", decision=decision)
-        last = replace(row.attempts[-1], decision=decision)
-        weights = self._weights(plan, {})
-        known = Cosine(_cosine_of(row), None, None, f"at least that of {row.method}")
-        pick = self._trials.choose(plan, weights, lambda _: known, at, (*row.attempts[:-1], last))
-        return row_of(pick, self._checkpoint[row.name].nbytes)
+    def _moved(self, rows: Mapping[str, SahcRow]) -> list[SahcRow]:
+        """Return rows behind their present methods, gated again, alone."""
+        probe, moved = LayerProbe(self._model, self._tokens), []
+        for plan in (plan for _, plans in self._parts() for plan in plans if plan.name in rows):
+            if plan.place == "layer" and plan.layer is not None:
+                probe.enter(plan.layer)
+            row, names = rows[plan.name], [method.name for method in plan.chain]
+            at = names.index(row.method) + 1
+            decision = f"replan: {names[at]}"
+            self._log.add("sahc plan", row.name, evidence="perplexity of the artifact", decision=decision)
+            before = (*row.attempts[:-1], replace(row.attempts[-1], decision=decision))
+            weights = self._weights(plan, {})
+            pick = self._trials.choose(plan, weights, self._forward(probe, plan), at, before)
+            moved.append(row_of(pick, self._checkpoint[row.name].nbytes))
+        return moved
 
-    def _written(self, name: str, types: Sequence[tuple[str, str]], planned: int | None) -> Written:
-        """Return an artifact as written and measured; equal ones are measured once, and always there."""
+    def _written(
+        self, name: str, types: Sequence[tuple[str, str]], planned: int | None, needed: bool
+    ) -> Written:
+        """Return an artifact as written and measured, once; where it is `needed` it is there."""
         entry = f"{name} {hashlib.sha256(repr(types).encode()).hexdigest()}"
         path = self._out / name
         known = self._journal.entries.get(entry)
-        if known is None or (name == MODEL_NAME and not _is_whole(path, known["sha256"])):
+        if known is None or (needed and not _is_whole(path, known["sha256"])):
             self._journal.add(entry, asdict(self._made(path, types, planned)))
         return TypeAdapter(Written).validate_python(self._journal.entries[entry])
 
@@ -301,7 +306,7 @@ class _Run:
         write_folder(
             self._checkpoint.path,
             path,
-            "BF16",
+            STORED_SCHEME,
             group=ROW_GROUP,
             tensor_types=types,
             overwrite=True,
@@ -329,15 +334,6 @@ class _Run:
 
     def _int4_types(self) -> list[tuple[str, str]]:
         return [(_exactly(plan.name), "INT4") for plan in self._plan if plan.place and INT4 in plan.chain]
-
-    def _refuse_packed(self) -> None:
-        packed = next((ref for ref in self._checkpoint.values() if ref.dtype not in _FLOATS), None)
-        if packed is not None:
-            said = f"is {packed.dtype}; give the checkpoint it was made of"
-            raise UnsupportedError(said, path=self._checkpoint.path, tensor=packed.name)
-
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def _types(rows: Sequence[SahcRow]) -> list[tuple[str, str]]:

@@ -145,7 +145,7 @@ class Rows(Method):
         return Coded(
             ErrorMetric().rounded(values, _grid(self.bits)).decoded,
             None,
-            _stored_bytes(self.scheme(weights), weights),
+            stored_bytes(self.scheme(weights), weights),
             float(np.sqrt(noise / energy)) if energy else None,
         )
 
@@ -187,7 +187,7 @@ class LowRank(Method):
         return Coded(
             weights.whole(found) if part is not weights else found,
             weights.whole(truncated) if part is not weights else truncated,
-            _stored_bytes(self.scheme(weights), weights),
+            stored_bytes(self.scheme(weights), weights),
             claimed_error(rank, side) if rank < side else None,
             part.factors.theory(rank) if part is weights else None,
         )
@@ -233,7 +233,7 @@ class Train(Method):
             found, exact, more = self._train(part, weights.shape[1])
             decoded, truncated, nbytes = decoded @ found, truncated @ exact, nbytes + more
         promised = None if self.rank == SEED_SIDE else SEED_TRAIN_ERROR
-        stored = nbytes if scheme is None else _stored_bytes(scheme, weights)
+        stored = nbytes if scheme is None else stored_bytes(scheme, weights)
         return Coded(decoded, truncated, stored, promised)
 
     def _rank(self, columns: int) -> int:
@@ -254,6 +254,11 @@ class Train(Method):
         return found.astype(np.float32), exact.astype(np.float32), nbytes
 
 
+def stored_bytes(scheme: str, weights: Weights) -> int:
+    """Return the bytes of a matrix under a scheme of factors or codes."""
+    return form_bytes(form_of(parse_scheme(scheme), weights.shape, ROW_GROUP))
+
+
 def relative_error(values: Float32, found: Float32) -> float | None:
     """Return |W - W'| / |W|, None for a matrix of zeros."""
     energy = squared(values)
@@ -268,7 +273,3 @@ def squared(values: Float32) -> float:
 
 def _grid(bits: int) -> GridFormat:
     return grid_named(f"int{bits}")
-
-
-def _stored_bytes(scheme: str, weights: Weights) -> int:
-    return form_bytes(form_of(parse_scheme(scheme), weights.shape, ROW_GROUP))

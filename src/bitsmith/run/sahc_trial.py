@@ -24,7 +24,7 @@ from bitsmith.run.gate import (
     first_failure,
 )
 from bitsmith.run.sahc_layer import Cosine
-from bitsmith.run.sahc_methods import Coded, Method, Weights, relative_error, squared
+from bitsmith.run.sahc_methods import Coded, Method, Weights, relative_error, squared, stored_bytes
 from bitsmith.run.sahc_plan import INT4, STORED, PlanRow, promised_ratio
 from bitsmith.run.sahc_rows import Attempt, SahcRow
 
@@ -74,16 +74,19 @@ class Trials:
         for at, method in enumerate(plan.chain[first:], first):
             if method is STORED or rival is None:
                 break
+            scheme = method.scheme(weights)
+            if scheme is not None and (early := _too_large(plan, at, weights, scheme)) is not None:
+                attempts.append(early[0])
+                self._log(plan, method, [early[1]], early[0].decision)
+                continue
             coded = method.code(weights)
             judged = _error_gates(plan, method, weights, coded, rival)
             if all_pass(judged):
                 judged.append(self._forward_gate(forward(coded.decoded)))
-            passed = all_pass(judged)
             decision = _decision(plan, at, judged)
-            scheme = method.scheme(weights)
-            attempts.append(_attempt(method, scheme, coded, judged, decision))
+            attempts.append(_attempt(method, scheme, coded.stored_bytes, judged, decision))
             self._log(plan, method, judged, decision)
-            if passed:
+            if all_pass(judged):
                 return Pick(plan, weights, at, coded.decoded, judged[-1].value, tuple(attempts))
         return self.kept(plan, weights, tuple(attempts))
 
@@ -155,15 +158,32 @@ def _error_gates(plan: PlanRow, method: Method, weights: Weights, coded: Coded, 
     if coded.promised is not None:
         said = f"promised {coded.promised:.4g}"
         judged.append(ERROR_OVER_THEORY.judge(_over(truncated, coded.promised), evidence=said))
-    if (ratio := promised_ratio(plan, method)) is not None:
-        actual = 2 * values.size / coded.stored_bytes
-        said = f"promised {ratio:g}x, stored {actual:.2f}x"
-        judged.append(BYTES_OVER_PLAN.judge(ratio / actual, evidence=said))
+    if (size := _bytes_gate(plan, method, weights, coded.stored_bytes)) is not None:
+        judged.append(size)
     if method is not INT4:
         judged.append(_dominated(total, coded, rival, values))
     if method.scheme(weights) is None:
         judged.append(STORABLE.judge(1, evidence="trains of an SVD's factors have no stored form"))
     return judged
+
+
+def _bytes_gate(plan: PlanRow, method: Method, weights: Weights, nbytes: int) -> Judged | None:
+    """Judge a method's size, which its shape alone decides; None where nothing was promised."""
+    ratio = promised_ratio(plan, method)
+    if ratio is None:
+        return None
+    actual = 2 * weights.values.size / nbytes
+    said = f"promised {ratio:g}x, stored {actual:.2f}x"
+    return BYTES_OVER_PLAN.judge(ratio / actual, evidence=said)
+
+
+def _too_large(plan: PlanRow, at: int, weights: Weights, scheme: str) -> tuple[Attempt, Judged] | None:
+    """Return the attempt that a method is by its size alone, None where that passes: nothing is computed."""
+    method, nbytes = plan.chain[at], stored_bytes(scheme, weights)
+    judged = _bytes_gate(plan, method, weights, nbytes)
+    if judged is None or judged.passed:
+        return None
+    return _attempt(method, scheme, nbytes, [judged], _next(plan, at)), judged
 
 
 def _dominated(total: float | None, coded: Coded, rival: Coded, values: Float32) -> Judged:
@@ -183,11 +203,9 @@ def _over(found: float | None, expected: float | None) -> float | None:
     return found / expected
 
 
-def _attempt(
-    method: Method, scheme: str | None, coded: Coded, judged: list[Judged], decision: str
-) -> Attempt:
+def _attempt(method: Method, scheme: str | None, nbytes: int, judged: list[Judged], decision: str) -> Attempt:
     gates = tuple(one.to_json() for one in judged)
-    return Attempt(method.name, scheme, coded.stored_bytes, gates, decision)
+    return Attempt(method.name, scheme, nbytes, gates, decision)
 
 
 def _decision(plan: PlanRow, at: int, judged: list[Judged]) -> str:
