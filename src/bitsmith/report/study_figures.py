@@ -68,9 +68,9 @@ def groups_of(study: Study) -> dict[str, str]:
     }
 
 
-def layer_choices(study: Study) -> tuple[list[str], list[str]]:
-    """Return the figures that are known by layer, and the roles, both as the data names them."""
-    lines = [line for row in study.artifacts for line in _by_layer(row)]
+def layer_choices(data: Data) -> tuple[list[str], list[str]]:
+    """Return the figures that `plot_data` has by layer, and the roles, both as it names them."""
+    lines = [line for row in data["artifacts"] for line in row["layers"]]
     roles = dict.fromkeys([ALL_ROLES, *(line["role"] for line in lines)]) if lines else {}
     return list(dict.fromkeys(line["what"] for line in lines)), list(roles)
 
@@ -106,16 +106,15 @@ def _measures(measures: Mapping[str, Figure]) -> Data:
 
 def _by_layer(row: Artifact) -> Iterator[Data]:
     """Yield lines of a figure by layer: the weights' and outputs' errors, then figures of the layers."""
-    numbers = sorted({one.layer for one in row.tensors if one.layer is not None and is_matrix(one)})
-    roles = dict.fromkeys(one.role for one in row.tensors if one.layer is not None and is_matrix(one))
+    placed: dict[str, dict[int, list[Tensor]]] = {ALL_ROLES: {}}
+    for one in row.tensors:
+        if one.layer is not None and is_matrix(one):
+            for role in (ALL_ROLES, one.role):
+                placed.setdefault(role, {}).setdefault(one.layer, []).append(one)
     for what, held in ((WEIGHTS_ERROR, False), (OUTPUTS_ERROR, True)):
-        for role in (ALL_ROLES, *roles):
-            chosen = [one for one in row.tensors if is_matrix(one) and role in (ALL_ROLES, one.role)]
-            points = [
-                (layer, error)
-                for layer in numbers
-                if (error := error_of([one for one in chosen if one.layer == layer], held=held)) is not None
-            ]
+        for role, layers in placed.items():
+            errors = [(layer, error_of(layers[layer], held=held)) for layer in sorted(layers)]
+            points = [(layer, error) for layer, error in errors if error is not None]
             if points:
                 none = [None] * len(points)
                 xs, ys = ([point[at] for point in points] for at in (0, 1))

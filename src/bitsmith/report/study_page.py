@@ -42,9 +42,14 @@ def write_study_page(path: Path, study: Study) -> Path:
     Names, samples and whatever else the study holds are text: escaped in the page, in the plots and in the
     data. Every plot has a table with its figures, every control works from the keyboard.
     """
+    data = plot_data(study) | {
+        "all_roles": ALL_ROLES,
+        "weights_error": WEIGHTS_ERROR,
+        "palette": ROLE_COLOURS,
+    }
     page = Environment(autoescape=True, keep_trailing_newline=True).from_string(_part("study.html.jinja"))
     text = page.render(
-        **_parts(study),
+        **_parts(study, data),
         marks=_MARKS,
         choices_of=_choices_of,
         title=printable(study.title),
@@ -53,7 +58,7 @@ def write_study_page(path: Path, study: Study) -> Path:
         style=Markup(STYLE + FIGURE_STYLE + _part("study.css")),  # noqa: S704  our own
         plotly=Markup(plotly_source()),  # noqa: S704  plotly's own source
         script=Markup(_part("study.js")),  # noqa: S704  our own
-        data=Markup(script_json(_data(study))),  # noqa: S704  escaped for a script element
+        data=Markup(script_json(data)),  # noqa: S704  escaped for a script element
     )
     with atomic_file(path, overwrite=True) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
@@ -80,11 +85,12 @@ def summary_of(study: Study) -> list[str]:
             counts.append(f"{name}: {found}")
     if study.seconds is not None:
         counts.append(f"{study.seconds:,.0f} s")
-    return [*(printable(line, _TEXT_CHARACTERS) for line in study.summary), "; ".join(counts)]
+    said = [printable(line, _TEXT_CHARACTERS) for line in study.summary]
+    return [*said, "; ".join(counts)] if counts else said
 
 
-def _parts(study: Study) -> dict[str, Any]:
-    whats, roles = layer_choices(study)
+def _parts(study: Study, data: dict[str, Any]) -> dict[str, Any]:
+    whats, roles = layer_choices(data)
     found: dict[str, Any] = {
         "summary": summary_of(study),
         "legend": [(printable(name), colour) for name, colour in groups_of(study).items()],
@@ -101,7 +107,7 @@ def _parts(study: Study) -> dict[str, Any]:
         "roles": _choices(roles),
         "component_whats": [("weights", WEIGHTS_ERROR), ("outputs", OUTPUTS_ERROR)],
         "mapped": [(at, printable(row.name)) for at, row in enumerate(study.artifacts) if row.tensors],
-        **_spectral(study),
+        **_spectral(study, data),
         **_measures(study),
         **_samples(study),
         "commands": "\n".join(printable(line, _TEXT_CHARACTERS) for line in study.commands),
@@ -128,11 +134,6 @@ def _contents(found: dict[str, Any]) -> list[tuple[str, str]]:
     return [(anchor, name) for anchor, name, there in parts if there]
 
 
-def _data(study: Study) -> dict[str, Any]:
-    more = {"all_roles": ALL_ROLES, "weights_error": WEIGHTS_ERROR, "palette": ROLE_COLOURS}
-    return plot_data(study) | more
-
-
 def _choices(labels: Sequence[str]) -> list[tuple[str, str]]:
     """Return the options of a list: what the data calls it, and the same as text."""
     return [(one, html.unescape(one)) for one in labels]
@@ -156,15 +157,14 @@ def _intervals(study: Study) -> str:
     return printable("; ".join(kinds) or "unmeasured", 500)
 
 
-def _spectral(study: Study) -> dict[str, Any]:
-    found = plot_data(study)
+def _spectral(study: Study, data: dict[str, Any]) -> dict[str, Any]:
     roles = dict.fromkeys(one.role for one in study.spectra)
     curves = any(one.sigma for one in study.spectra)
-    figures = [one["name"] for one in found["spectral"]]
+    figures = [one["name"] for one in data["spectral"]]
     return {
         "spectral": ([("sigma", "singular values")] if curves else []) + [(name, name) for name in figures],
         "spectrum_roles": [(ALL_ROLES, ALL_ROLES), *((label(role), printable(role)) for role in roles)],
-        "role_names": "\n".join(html.unescape(role) for role in found["roles"]),
+        "role_names": "\n".join(html.unescape(role) for role in data["roles"]),
     }
 
 
