@@ -55,11 +55,6 @@ def weights() -> tuple[Float32, NDArray[np.float64]]:
     return matrix.astype(np.float32), inputs.T @ inputs / 512
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path) -> Path:
-    return tiny_qwen3
-
-
 RULES = [
     (r"layers\.0\.mlp\.gate_proj", "SVD:r=16:int4"),
     (r"layers\.0\.mlp\.up_proj", "svd+int4:bpw=5.5"),
@@ -73,10 +68,10 @@ RULES = [
 
 
 @pytest.fixture(scope="module")
-def mixed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FolderRecord]:
+def mixed(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FolderRecord]:
     """A folder with every kind of factors in it, in several shards."""
     out = tmp_path_factory.mktemp("factored") / "mixed"
-    return out, write_folder(source, out, "INT4", group=32, tensor_types=RULES, shard_bytes=60_000)
+    return out, write_folder(tiny_qwen3, out, "INT4", group=32, tensor_types=RULES, shard_bytes=60_000)
 
 
 # ---------------------------------------------------------------- what is computed
@@ -150,6 +145,16 @@ def test_a_remainder_is_never_worse_than_its_codes_alone(
     assert with_remainder(outlier, 4, code, grid, plain).error < 0.7 * alone
 
 
+def test_variances_alone_weigh_columns(weights: tuple[Float32, NDArray[np.float64]]) -> None:
+    matrix, moment = weights
+    variances = np.diagonal(moment).astype(np.float32)
+    metric, exact = ErrorMetric(importance=variances), ErrorMetric(np.diag(np.diagonal(moment)))
+    code = FactorCode(grid_named("int4_g32"))
+    left = exact.error(matrix - factorize(matrix, 24, code, metric).decoded)
+    assert left < 0.9 * exact.error(matrix - factorize(matrix, 24, code, ErrorMetric()).decoded)
+    assert not metric.feeds
+
+
 def test_dropped_columns_are_made_up_for(weights: tuple[Float32, NDArray[np.float64]]) -> None:
     matrix, moment = weights
     metric, kept = ErrorMetric(moment, 0.01), np.arange(48)
@@ -198,9 +203,9 @@ def test_cores_are_the_train_that_is_measured(shape: tuple[int, int]) -> None:
 # ---------------------------------------------------------------- what is stored and read back
 
 
-def test_plans_tell_every_byte(source: Path, mixed: tuple[Path, FolderRecord]) -> None:
+def test_plans_tell_every_byte(tiny_qwen3: Path, mixed: tuple[Path, FolderRecord]) -> None:
     out, record = mixed
-    plan = plan_folder(source, "INT4", group=32, tensor_types=RULES, shard_bytes=60_000)
+    plan = plan_folder(tiny_qwen3, "INT4", group=32, tensor_types=RULES, shard_bytes=60_000)
     assert plan.file_bytes == record.file_bytes
     assert plan.file_bytes == sum(file.stat().st_size for file in out.glob("*.safetensors"))
     assert len(list(out.glob("*.safetensors"))) > 2
@@ -214,9 +219,9 @@ def test_plans_tell_every_byte(source: Path, mixed: tuple[Path, FolderRecord]) -
     assert row.nbytes == form_bytes(form)
 
 
-def test_what_is_read_is_what_was_measured(source: Path, mixed: tuple[Path, FolderRecord]) -> None:
+def test_what_is_read_is_what_was_measured(tiny_qwen3: Path, mixed: tuple[Path, FolderRecord]) -> None:
     out, record = mixed
-    with open_checkpoint(source) as original, open_checkpoint(out) as checkpoint:
+    with open_checkpoint(tiny_qwen3) as original, open_checkpoint(out) as checkpoint:
         assert set(original) == set(checkpoint)
         for tensor in record.tensors:
             want = np.asarray(original[tensor.name].read(), np.float32)
@@ -311,19 +316,19 @@ def test_rules_by_error_and_by_heads(demo_model: Path) -> None:
         ("SVDX:r=4", "unknown scheme"),
     ],
 )
-def test_schemes_that_make_no_sense(source: Path, tmp_path: Path, scheme: str, said: str) -> None:
+def test_schemes_that_make_no_sense(tiny_qwen3: Path, tmp_path: Path, scheme: str, said: str) -> None:
     with pytest.raises(BitsmithError, match=said):
-        write_folder(source, tmp_path / "out", scheme)
+        write_folder(tiny_qwen3, tmp_path / "out", scheme)
     assert not (tmp_path / "out").exists()
 
 
-def test_other_packings_do_not_mix_in(source: Path) -> None:
+def test_other_packings_do_not_mix_in(tiny_qwen3: Path) -> None:
     with pytest.raises(BitsmithError, match="cannot be in one folder"):
-        plan_folder(source, "SVD:r=4", tensor_types=[("down_proj", "W4A16")])
+        plan_folder(tiny_qwen3, "SVD:r=4", tensor_types=[("down_proj", "W4A16")])
     with pytest.raises(BitsmithError, match="groups of"):
-        plan_folder(source, "SVD:r=4", group=48)
+        plan_folder(tiny_qwen3, "SVD:r=4", group=48)
     with pytest.raises(BitsmithError, match="matches"):
-        plan_folder(source, "W4A16", tensor_types=[("embed_tokens", "W8A16")])  # these pack no tables
+        plan_folder(tiny_qwen3, "W4A16", tensor_types=[("embed_tokens", "W8A16")])  # these pack no tables
 
 
 MODULE = "model.layers.0.mlp.gate_proj"

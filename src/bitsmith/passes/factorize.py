@@ -94,8 +94,10 @@ class ErrorMetric:
         feed: bool = True,
         importance: Float32 | None = None,
     ) -> None:
+        if moment is None and importance is not None:
+            moment, feed = np.diag(importance), False
         self.matrix = None if moment is None else _damped(moment, damping, shrink)
-        self.importance = importance if self.matrix is None else np.diagonal(self.matrix).astype(np.float32)
+        self.importance = None if self.matrix is None else np.diagonal(self.matrix).astype(np.float32)
         self.feeds = feed and self.matrix is not None
         self._feedback: dict[int, InputMetric] = {}
 
@@ -269,8 +271,7 @@ def without_columns(
     `W H[:, k] H[k, k]⁻¹`: what inputs that are kept tell of those that are not is not lost.
     """
     if metric.matrix is None:
-        importance = None if metric.importance is None else metric.importance[kept]
-        return np.ascontiguousarray(matrix[:, kept]), ErrorMetric(importance=importance)
+        return np.ascontiguousarray(matrix[:, kept]), ErrorMetric()
     inside = metric.matrix[np.ix_(kept, kept)]
     target = _solved(inside, metric.matrix[kept] @ matrix.T.astype(np.float64)).T
     return target.astype(np.float32), ErrorMetric(inside, 0.0, feed=metric.feeds)
@@ -292,7 +293,7 @@ def _damped(moment: NDArray[Any], damping: float, shrink: float) -> Float64:
 
 
 def _solved(gram: Float64, right: Float64) -> Float64:
-    """Return `gram⁻¹ right`, a little damped, so that rows of zeros are none of a problem."""
+    """Return `gram⁻¹ right`, a little damped: factors of zeros give zeros."""
     ridge = _RIDGE * float(np.diagonal(gram).mean()) or 1.0
     found: Float64 = np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
     return found
