@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,7 +17,6 @@ from bitsmith.store.artifacts import FILES
 from graph_actions import ACTIONS
 
 MIB = 1 << 20
-PROGRAM = Path(__file__).with_name("graph_run.py")
 
 
 def _all(engine, tasks, folder):
@@ -36,7 +37,7 @@ def _is_gone(pid):
         return True
 
 
-def _wait_for(what, seconds=60):
+def _wait_for(what, seconds=120):
     end = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < end
@@ -105,6 +106,24 @@ def test_what_a_killed_task_had_started_is_killed_too(ended):
     pids = [int(pid) for pid in (folder / "pids").read_text().split()]
     assert len(pids) == 2
     assert all(_is_gone(pid) for pid in pids)
+
+
+def test_a_killed_parent_takes_its_workers_and_their_children_along(tmp_path):
+    program = (
+        "import sys; from pathlib import Path; from graph_actions import ACTIONS\n"
+        "from bitsmith.run.engine import LocalEngine; from bitsmith.run.task import Task\n"
+        "engine, out = LocalEngine(), Path(sys.argv[1])\n"
+        "engine.start(Task('x', 'hang', {'pids': str(out / 'pids')}), ACTIONS['hang'], {}, out / 'x')\n"
+        "engine.wait(600)\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    parent = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], env=paths)
+    _wait_for(lambda: (tmp_path / "pids").exists() and (tmp_path / "pids").read_text().count(" "))
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text().split()]
+    assert not any(map(_is_gone, pids))
+    parent.kill()
+    parent.wait()
+    _wait_for(lambda: all(map(_is_gone, pids)))
 
 
 def test_tasks_wait_for_room(tmp_path):

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitsmith.errors import BitsmithError, printable
+from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.run.audit import AuditLog
 from bitsmith.run.engine import RESOURCE_KINDS, Attempt, Engine, Failure
 from bitsmith.run.task import Action, Task, in_order, task_key
 from bitsmith.run.task_state import StateFile, Status, TaskState, load_state
-from bitsmith.store.artifacts import ArtifactStore, locked_folder
+from bitsmith.store.artifacts import ArtifactStore, locked_folder, remove_folder
 from bitsmith.store.digests import SourceDigests
 
 LOCK = ".study.lock"
@@ -235,6 +235,8 @@ class _Run:
                 return
             except BitsmithError as error:
                 failure = Failure("error", str(error))
+        with suppress(OutputError):  # what it left goes at the end of the run at the latest
+            remove_folder(attempt.out)
         self._failed(task, state, failure)
 
     def _complete(self, name: str, reason: str, attempts: int) -> None:

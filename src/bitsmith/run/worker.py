@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from bitsmith.errors import BitsmithError, printable
@@ -100,14 +101,22 @@ def _end_with_parent() -> None:
     signal goes to the process group, which a thread that waits could not promise while compiled code runs.
     """
     lifeline = os.dup(0)
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    if sys.platform != "linux":  # no choice of the signal elsewhere
+        Thread(target=_wait_for_end, args=[lifeline], daemon=True).start()
+        return
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
     fcntl.fcntl(lifeline, F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | O_ASYNC)
     if select.select([lifeline], [], [], 0)[0]:  # closed before the signal was armed
         os.killpg(0, signal.SIGKILL)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
+
+
+def _wait_for_end(lifeline: int) -> None:
+    os.read(lifeline, 1)
+    os.killpg(0, signal.SIGKILL)
 
 
 def _reporter(report: int) -> Progress:
