@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from bitsmith.progress import Progress
 from bitsmith.run.task import Action
 from bitsmith.store import open_checkpoint
 from bitsmith.store.journal import write_result
+from bitsmith.store.statistics_manifest import MANIFEST_NAME, parse_manifest, write_manifest
 
 STATISTICS = "statistics"
 SAMPLES = "samples.json"
@@ -84,6 +86,9 @@ def calibrate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> 
         progress=progress,
         **options,
     )
+    manifest = out / STATISTICS / MANIFEST_NAME
+    kept = parse_manifest(manifest.read_bytes(), manifest)
+    write_manifest(manifest, replace(kept, model=Path(kept.model).name, text=Path(kept.text).name))
     names = ("text_sha256", "ctx_tokens", "chunks", "held_chunks", "fit_tokens", "sites", "size_bytes")
     return {name: getattr(found, name) for name in names}
 

@@ -122,12 +122,15 @@ class RayEngine:
         deadline = time.monotonic() + timeout_seconds
         while True:
             left = max(0.0, deadline - time.monotonic())
+            patience = min(left, POLL_SECONDS)
             waiting = [run.told for run in self._running]
-            ready = self._ray.wait(waiting, timeout=min(left, POLL_SECONDS))[0] if waiting else []
+            if not waiting:
+                time.sleep(patience)
+            ready = self._ray.wait(waiting, timeout=patience)[0] if waiting else []
             for run in [run for run in self._running if run.told in ready]:
                 self._take(run)
             ended = [run for run in self._running if run.attempt.seconds]
-            if ended or left == 0.0 or not waiting:
+            if ended or left == 0.0:
                 self._running = [run for run in self._running if run not in ended]
                 return [run.attempt for run in ended]
 

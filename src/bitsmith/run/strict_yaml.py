@@ -26,13 +26,13 @@ class Document(NamedTuple):
         return next((line for line in found if line is not None), None)
 
 
-def read_yaml(path: Path, what: str) -> Document:
+def read_yaml(path: Path, what: str, max_bytes: int = MAX_BYTES) -> Document:
     """Read the YAML file `path`; `what` it is goes into the errors.
 
-    Raises BitsmithError with the line for a file that cannot be read, is larger than 1 MiB, no YAML, or has
-    a key twice or an alias.
+    Raises BitsmithError with the line for a file that cannot be read, is larger than `max_bytes`, no YAML, or
+    has a key twice or an alias.
     """
-    text = _text(path, what)
+    text = _text(path, what, max_bytes)
     try:
         loader = _Loader(text)
         try:
@@ -50,10 +50,10 @@ def read_yaml(path: Path, what: str) -> Document:
         raise BitsmithError(f"is not {what}: {printable(str(error))}", path=path) from error
 
 
-def _text(path: Path, what: str) -> str:
+def _text(path: Path, what: str, max_bytes: int) -> str:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise BitsmithError(f"is larger than {MAX_BYTES} bytes, which is not {what}", path=path)
+        if path.stat().st_size > max_bytes:
+            raise BitsmithError(f"is larger than {max_bytes} bytes, so it is not {what}", path=path)
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise BitsmithError(f"cannot be read: {error.strerror}", path=path) from error
