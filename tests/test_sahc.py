@@ -212,11 +212,13 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
     assert not list((tmp_path / "out").glob(".sahc*"))
 
 
+@pytest.mark.slow
 def test_no_ratio_for_an_artifact_that_does_not_pass(
     small: Path, text: Path, tmp_path: Path, whole: tuple[Path, SahcResult]
 ) -> None:
     result = _run(small, text, tmp_path / "out", ppl_ratio_limit=0.5)  # nothing can pass that
     assert result.ratio is None
+    assert all(row.ratio is None for row in (*result.rows, *result.components))
     assert result.rounds > 2
     assert {row.method for row in result.rows} == {"as stored"}
     assert not (tmp_path / "out" / "model").exists()

@@ -142,6 +142,8 @@ class _Run:
         if not keep_int4:
             shutil.rmtree(self._out / BASELINE_NAME, ignore_errors=True)
         rows, rounds, written = self._passing(rows)
+        if written.ratio is None:
+            rows = [replace(row, ratio=None) for row in rows]
         passed, failed, unmeasured = counted(rows, written.gates)
         return SahcResult(
             model=printable(str(self._checkpoint.path)),
