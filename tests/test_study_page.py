@@ -44,7 +44,7 @@ const drawn = id => document.getElementById(id).data.filter(t => t.type !== "sca
   .flatMap(t => t.ids ?? []).length;
 const rows = id => [...document.getElementById(id).tBodies[0].rows].filter(r => !r.hidden).length;
 const bars = () => document.getElementById("components").data.length;
-const legend = [...document.querySelectorAll(".legend")];
+const legend = [...document.querySelectorAll(".group")];
 const count = selector => document.querySelectorAll(selector).length;
 const see = what => say(what, [drawn("pareto-0"), drawn("pareto-1"), bars(), rows("component-table"),
   rows("gates"), count("tr.out"), count(".sample:not([hidden]) article:not([hidden])"),
@@ -79,7 +79,7 @@ document.getElementById("spectrum-what").value = "α of the tail of σ²";
 document.getElementById("spectrum-what").dispatchEvent(new Event("change"));
 say("alpha", document.getElementById("spectra").data.flatMap(t => t.y));
 say("unreachable", [...document.querySelectorAll(
-  ".legend, .pick, #everything, select, input, th button, pre, .wide")].filter(e => e.tabIndex < 0)
+  ".group, .pick, #everything, select, input, th button, pre, .wide")].filter(e => e.tabIndex < 0)
   .map(e => e.outerHTML.slice(0, 80)));
 say("unnamed", [...document.querySelectorAll("select, input, .figure, .wide")]
   .filter(e => !e.labels?.length && !e.getAttribute("aria-label")).length);
@@ -249,7 +249,7 @@ def test_the_page_draws_quietly_in_light_and_dark(
     assert seen.dom.count('class="trace scatter') >= 9
     assert seen.dom.count('class="trace bars"') == 3
     assert seen.dom.count('class="hm"') == 1
-    assert seen.dom.count('class="errorbar"') >= 7
+    assert seen.dom.count('class="errorbar"') >= 6
     background = seen.pixels[2, 2].astype(int)
     assert background.sum() < 100 if dark else background.sum() > 700
     bands = [np.abs(band.astype(int) - background).max() for band in np.array_split(seen.pixels[:3500], 16)]

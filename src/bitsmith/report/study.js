@@ -201,14 +201,14 @@ function rows() {
 const PLOTS = {"pareto-0": () => pareto(0), "pareto-1": () => pareto(1), layers, components, allocation: map, spectra};
 const OF_ARTIFACTS = ["pareto-0", "pareto-1", "layers", "components", "allocation"];
 function refresh(names) {
-  for (const button of all(".legend")) button.setAttribute("aria-pressed", chosen.groups.has(Number(button.dataset.group)));
+  for (const button of all(".group")) button.setAttribute("aria-pressed", chosen.groups.has(Number(button.dataset.group)));
   one("status").textContent = `${indices().length} of ${data.artifacts.length} artifacts shown`;
   one("everything").disabled = free();
   rows();
   for (const name of names) if (one(name)) PLOTS[name]();
 }
 const toggle = (set, value) => { set.has(value) ? set.delete(value) : set.add(value); refresh(OF_ARTIFACTS); };
-for (const button of all(".legend")) button.addEventListener("click", () => toggle(chosen.groups, Number(button.dataset.group)));
+for (const button of all(".group")) button.addEventListener("click", () => toggle(chosen.groups, Number(button.dataset.group)));
 for (const row of all("tr[data-row]")) row.addEventListener("click", () => {
   if (!String(getSelection())) toggle(chosen.rows, Number(row.dataset.row)); });
 one("everything").addEventListener("click", () => { chosen.groups.clear(); chosen.rows.clear(); refresh(OF_ARTIFACTS);

@@ -5,7 +5,7 @@ Names come twice: as text, and escaped for plotly, which reads its own markup in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bitsmith.errors import printable
@@ -24,7 +24,7 @@ from bitsmith.report.study_tables import (
 ALL_ROLES = "all roles"
 _OUTSIDE = "outside"
 _ORIGINAL_COLOUR = "#8a93a3"
-_SPECTRAL = {
+_SPECTRAL: dict[str, Callable[[Spectrum], float | None]] = {
     "α of the tail of σ²": lambda one: one.alpha,
     "effective rank / n": lambda one: _over_n(one, one.effective_rank),
     "stable rank / n": lambda one: _over_n(one, one.stable_rank),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,13 +76,14 @@ def summary_of(study: Study) -> list[str]:
     if study.artifacts:
         missing = sum(bool(row.unmeasured) for row in study.artifacts)
         counts.append(f"{len(study.artifacts)} artifacts, {missing} of them with figures unmeasured")
-    for name, words in (
-        ("gates", [line.outcome for line in study.gates if line.outcome]),
-        ("tasks", [task.status for task in study.tasks]),
-        ("claims", [one.outcome for one in study.claims]),
-    ):
+    outcomes: dict[str, list[str]] = {
+        "gates": [line.outcome for line in study.gates if line.outcome],
+        "tasks": [task.status for task in study.tasks],
+        "claims": [one.outcome for one in study.claims],
+    }
+    for name, words in outcomes.items():
         if words:
-            found = ", ".join(f"{words.count(word)} {word}" for word in dict.fromkeys(words))
+            found = ", ".join(f"{count} {word}" for word, count in Counter(words).items())
             counts.append(f"{name}: {found}")
     if study.seconds is not None:
         counts.append(f"{study.seconds:,.0f} s")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod, sqrt
 from typing import NamedTuple
 
@@ -51,8 +51,8 @@ class Table(NamedTuple):
     """Columns and rows; `rows[i]` belongs to the artifact `artifacts[i]` (None: to none)."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[Cell, ...]]
-    artifacts: list[int | None]
+    rows: Sequence[tuple[Cell, ...]]
+    artifacts: Sequence[int | None]
 
 
 def measures_of(study: Study) -> dict[str, Shown]:
@@ -60,10 +60,14 @@ def measures_of(study: Study) -> dict[str, Shown]:
 
     `NAME @ WHERE` is the measure NAME on another text, shown as NAME is.
     """
-    found = dict.fromkeys(key for row in (*study.artifacts, *study.peers) for key in row.measures)
+    found = dict.fromkeys(key for row in _rows(study) for key in row.measures)
     known = {key: shown for key, shown in MEASURES.items() if key in found}
     others = [key for key in found if key not in MEASURES and key.split(" @ ")[0] not in _SKIPPED]
     return known | {key: _shown(study, key) for key in others}
+
+
+def _rows(study: Study) -> list[Artifact | Peer]:
+    return [*study.artifacts, *study.peers]
 
 
 def _shown(study: Study, key: str) -> Shown:
@@ -87,7 +91,7 @@ def artifact_table(study: Study) -> Table:
     """Return a row per artifact: sizes, the main measures with intervals, the verdict."""
     shown = {key: one for key, one in measures_of(study).items() if key in _TABLE}
     original = next((row for row in study.artifacts if row.is_original and row.file_bytes), None)
-    optional = {
+    optional: dict[str, Callable[[Artifact], str]] = {
         "verdict": lambda row: row.verdict,
         "made by": lambda row: row.recipe,
         "what": lambda row: row.what,
