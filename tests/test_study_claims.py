@@ -79,7 +79,7 @@ def _low_rank(values: Float32, rank: int) -> Float32:
 
 def _model(out: Path, *, planted: bool, vocab: int = 256) -> Path:
     """Write a dense Qwen3 of random weights; `planted` gives every matrix a rank of a sixteenth."""
-    config = published_config("qwen3-tiny", layers=1) | {"vocab_size": vocab, "intermediate_size": 256}
+    config = published_config("qwen3-tiny", layers=1) | {"vocab_size": vocab, "intermediate_size": 768}
     data = []
     for name, ref in synth_tensors(config, 5).items():
         values = np.asarray(ref.read(), dtype=np.float32)
@@ -221,6 +221,8 @@ def test_tiers_by_hand() -> None:
     assert all(a < b for a, b in zip(row.kept_trunk, row.kept_folded, strict=True))
     energy = np.square(held.astype(np.float64)).sum(axis=(1, 2))
     assert all(0 < share < 1 for share in row.kept_svd) and len(row.kept_svd) == len(energy)
+    few = tier_row(0, fit[:1, :6], held)  # fewer tokens than the width: only directions that were seen
+    assert few.kept_two_tier == pytest.approx(few.kept_svd, abs=1e-9)
     with pytest.raises(BitsmithError, match="no residual"):
         tier_row(0, fit[..., :3], held[..., :3])
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 from pydantic import TypeAdapter
 
 from bitsmith import __version__
-from bitsmith.archs import claim
+from bitsmith.archs import claim, import_view
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.tensor_train import balanced_modes, matrix_shape, sweep
 from bitsmith.passes.transform import model_of
@@ -117,7 +117,13 @@ class Evidence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None or issubclass(kind, BitsmithError):
+            _remove(self._work)
         self._stack.close()
+
+    @property
+    def _work(self) -> Path:
+        return self.folder / "work"
 
     @cached_property
     def reference(self) -> Reference:
@@ -190,7 +196,7 @@ class Evidence:
         return found
 
     def _swept(self, name: str) -> list[TrainPoint]:
-        ref = self.checkpoint[name]
+        ref = self.checkpoint.get(name) or import_view(self.checkpoint)[name]
         sizes = balanced_modes(*matrix_shape(ref)).sizes
         ranks = [
             (1, max(1, sizes[0] * step // _STEPS), max(1, sizes[2] * step // _STEPS), 1)
@@ -313,15 +319,11 @@ class Evidence:
         _ = self.text  # said before an artifact is written
 
         def measured() -> ArtifactRow:
-            work = self.folder / "work"
-            _remove(work)
-            work.mkdir()
-            path = work / f"{name}{suffix}"
-            try:
-                make(path)
-                found, scores = self.reference.measure(path)
-            finally:
-                _remove(work)
+            self._work.mkdir(exist_ok=True)  # what a killed run left of this artifact is gone on with
+            path = self._work / f"{name}{suffix}"
+            make(path)
+            found, scores = self.reference.measure(path)
+            _remove(self._work)
             return ArtifactRow(
                 name,
                 found.candidate.file_bytes,

@@ -24,6 +24,7 @@ Float64 = NDArray[np.float64]
 SEED_TRUNK, SEED_WIDTH = 1024, 5120
 SHARED = 4
 """Directions per slot of the residual."""
+_NOTHING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def tier_row(layer: int, fit: Float32, held: Float32) -> TierRow:
     first, rest = directions[:, :trunk], directions[:, trunk:]
     # as the write-up's code does it: an SVD of the states along the remaining directions
     again = rest @ _leading(rest.T @ moment @ rest)[:, :slots]
-    folded = rest[:, : SHARED * slots].reshape(width, SHARED, slots).sum(axis=1) / np.sqrt(SHARED)
+    folded = _folded(rest, slots)
     bases = (first, directions[:, : trunk + slots], np.hstack([first, again]), np.hstack([first, folded]))
     return TierRow(layer, width, trunk, slots, *(_kept(held, basis) for basis in bases))
 
@@ -114,9 +115,21 @@ def _moment(states: Float32) -> Float64:
 
 
 def _leading(moment: Float64) -> Float64:
-    """Return eigenvectors as columns, the largest eigenvalue's first."""
-    _, vectors = np.linalg.eigh(moment)
-    return np.ascontiguousarray(vectors[:, ::-1], dtype=np.float64)
+    """Return eigenvectors as columns, the largest eigenvalue's first; those of no energy are any, so none."""
+    values, vectors = np.linalg.eigh(moment)
+    seen = values > _NOTHING * values.max(initial=0.0)
+    return np.ascontiguousarray(vectors[:, seen][:, ::-1], dtype=np.float64)
+
+
+def _folded(rest: Float64, slots: int) -> Float64:
+    """Return the sums of every `SHARED` directions (`d slots`) at unit length; missing ones are zeros."""
+    room = np.zeros((len(rest), SHARED * slots))
+    count = min(rest.shape[1], SHARED * slots)
+    room[:, :count] = rest[:, :count]
+    sums = room.reshape(len(rest), SHARED, slots).sum(axis=1)
+    length = np.linalg.norm(sums, axis=0)
+    unit: Float64 = np.divide(sums, length, out=np.zeros_like(sums), where=length > 0)
+    return unit
 
 
 def _kept(held: Float32, basis: Float64) -> tuple[float, ...]:
