@@ -204,6 +204,24 @@ def test_a_changed_source_makes_its_tasks_anew_and_says_so(tmp_path):
     assert "its artifact is gone, or is of other sources, parameters or another version" in reasons
 
 
+def test_what_was_made_of_a_source_that_changed_meanwhile_is_not_kept(tmp_path):
+    source = tmp_path / "model.gguf"
+    source.write_bytes(b"one")
+
+    class Meddling(InlineEngine):
+        def wait(self, timeout_seconds):
+            source.write_bytes(b"other")
+            return super().wait(timeout_seconds)
+
+    task = Task("a", "read_source", {"source": str(source)}, sources=("source",))
+    outcomes, _ = _run(tmp_path / "out", [task], Meddling())
+    assert outcomes["a"].status is Status.FAILED
+    assert "what it reads changed since the study began" in outcomes["a"].reason
+    assert not ArtifactStore(tmp_path / "out/store").keys()
+    again, _ = _run(tmp_path / "out", [task])
+    assert (again["a"].path / "data").read_bytes() == b"other"
+
+
 def test_two_runs_on_one_folder_are_refused(tmp_path):
     out = tmp_path / "out"
     _run(out, [_write("a")])

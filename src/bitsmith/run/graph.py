@@ -96,11 +96,14 @@ def keys_of(tasks: Sequence[Task], store: ArtifactStore) -> dict[str, str]:
     digests = SourceDigests(store.root / "sources.json")
     keys: dict[str, str] = {}
     for task in in_order(tasks):
-        sources = {name: digests.of(Path(task.params[name])) for name in task.sources}
-        keys[task.name] = task_key(task, keys, sources)
+        keys[task.name] = _key(task, keys, digests)
     store.root.mkdir(parents=True, exist_ok=True)
     digests.save()
     return keys
+
+
+def _key(task: Task, keys: Mapping[str, str], digests: SourceDigests) -> str:
+    return task_key(task, keys, {name: digests.of(Path(task.params[name])) for name in task.sources})
 
 
 class _Run:
@@ -196,18 +199,24 @@ class _Run:
             self._complete(task.name, "its artifact was there", 0)
             return
         try:
-            if self._engine.has_room(task):
-                self._start(task)
-        except BitsmithError as error:  # it can never start
+            has_room = self._engine.has_room(task)
+        except BitsmithError as error:  # there never will be
             self._change(task.name, Status.FAILED, str(error), {"kind": "error"})
+            return
+        if has_room:
+            self._start(task)
 
     def _start(self, task: Task) -> None:
         state, key = self._states.tasks[task.name], self._keys[task.name]
-        inputs = {need: self._store.path(self._keys[need]) for need in task.needs}
-        staged = self._store.stage(key, state.attempts + 1)
-        attempt = self._engine.start(task, self._actions[task.action], inputs, staged)
-        self._running[task.name] = attempt
         state.attempts += 1
+        try:
+            inputs = {need: self._store.path(self._keys[need]) for need in task.needs}
+            staged = self._store.stage(key, state.attempts)
+            attempt = self._engine.start(task, self._actions[task.action], inputs, staged)
+        except BitsmithError as error:
+            self._failed(task, state, Failure("error", str(error)))
+            return
+        self._running[task.name] = attempt
         self._change(task.name, Status.IN_PROGRESS, f"attempt {state.attempts}", {"key": key})
 
     def _is_in_store(self, name: str) -> bool:
@@ -226,18 +235,25 @@ class _Run:
     def _settle(self, attempt: Attempt) -> None:
         task, state = attempt.task, self._states.tasks[attempt.task.name]
         state.seconds, state.peak_bytes = attempt.seconds, attempt.peak_bytes
-        failure = attempt.failure
+        failure = attempt.failure or self._kept(attempt)
         if failure is None:
-            try:
-                cost = {"seconds": attempt.seconds, "peak_bytes": attempt.peak_bytes}
-                self._store.put(self._keys[task.name], attempt.out, cost)
-                self._complete(task.name, f"attempt {state.attempts} succeeded", state.attempts)
-                return
-            except BitsmithError as error:
-                failure = Failure("error", str(error))
+            self._complete(task.name, f"attempt {state.attempts} succeeded", state.attempts)
+            return
         with suppress(OutputError):  # what it left goes at the end of the run at the latest
             remove_folder(attempt.out)
         self._failed(task, state, failure)
+
+    def _kept(self, attempt: Attempt) -> Failure | None:
+        """Put what an attempt made into the store; return why that cannot be, None if it is there."""
+        task, key = attempt.task, self._keys[attempt.task.name]
+        try:
+            if _key(task, self._keys, SourceDigests(self._store.root / "sources.json")) != key:
+                return Failure("error", "what it reads changed since the study began; run the study again")
+            cost = {"seconds": attempt.seconds, "peak_bytes": attempt.peak_bytes}
+            self._store.put(key, attempt.out, cost)
+        except BitsmithError as error:
+            return Failure("error", str(error))
+        return None
 
     def _complete(self, name: str, reason: str, attempts: int) -> None:
         state, key = self._states.tasks[name], self._keys[name]
