@@ -266,7 +266,9 @@ def test_a_report_is_three_files_and_reads_back(study: Study, tmp_path: Path) ->
 
 
 def test_an_empty_study_makes_a_page_too(tmp_path: Path) -> None:
-    seen = visit(write_study_page(tmp_path / "e.html", Study(bitsmith="0", title="empty")), tmp_path)
+    seen = visit(
+        write_study_page(tmp_path / "e.html", Study(bitsmith="0", title="empty")), tmp_path, size=(600, 400)
+    )
     assert seen.console == []
     assert "How to repeat it" in seen.dom
 

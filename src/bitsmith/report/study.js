@@ -94,7 +94,7 @@ function layers() {
       x: [...new Set(traces.flatMap(t => t.x))].sort((a, b) => a - b), line: {color: "#e45756", dash: "dash", width: 1.5},
       y: [...new Set(traces.flatMap(t => t.x))].map(() => 1)});
   draw("layers", traces, layout(depth_axis("layer", traces), {...axis(""), rangemode: "tozero"},
-    {showlegend: traces.length > 0, legend: {orientation: "h", y: -0.18}}));
+    {showlegend: traces.length > 0, legend: {orientation: "h", y: -0.25}}));
 }
 
 function components() {
@@ -105,7 +105,7 @@ function components() {
       y: found.map(c => c[one("component-what").value]), hovertemplate: "%{x}: %{y:.4g}"};
   });
   draw("components", traces, layout(axis(""), {...axis("relative error"), rangemode: "tozero"},
-    {barmode: "group", showlegend: traces.length > 0, legend: {orientation: "h", y: -0.18}}));
+    {barmode: "group", showlegend: traces.length > 0, legend: {orientation: "h", y: -0.25}}));
 }
 
 function map() {
