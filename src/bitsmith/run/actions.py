@@ -89,7 +89,7 @@ def calibrate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> 
     manifest = out / STATISTICS / MANIFEST_NAME
     kept = parse_manifest(manifest.read_bytes(), manifest)
     write_manifest(manifest, replace(kept, model=Path(kept.model).name, text=Path(kept.text).name))
-    names = ("text_sha256", "ctx_tokens", "chunks", "held_chunks", "fit_tokens", "sites", "size_bytes")
+    names = ("text_sha256", "ctx_tokens", "chunks", "held_chunks", "fit_tokens", "sites")
     return {name: getattr(found, name) for name in names}
 
 

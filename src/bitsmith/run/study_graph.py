@@ -81,7 +81,7 @@ class _Graph:
         for recipe in study.recipes:
             self._add_recipe(model, recipe, source)
 
-    def _add_recipe(self, model: str, name: str, source: Mapping[str, Any]) -> None:
+    def _add_recipe(self, model: str, name: str, source: dict[str, Any]) -> None:
         recipe, made = self._study.recipes[name], named("compress", model, name)
         if recipe.recipe == SAHC_RECIPE:
             window = {"ctx_tokens": recipe.ctx, "chunks": recipe.chunks, "text": self._text(recipe)}

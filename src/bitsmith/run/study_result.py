@@ -107,7 +107,8 @@ class StudyResult:
 
     def _summary(self) -> Iterator[str]:
         counts = self.counts()
-        yield ", ".join(f"{number} tasks {name}" for name, number in counts.items() if number) or "no tasks"
+        said = ", ".join(f"{number} {name}" for name, number in counts.items())
+        yield f"{len(self.tasks)} tasks: {said}"
         for (model, recipe), judged in self.judged.items():
             for one in judged:
                 if not one.passed:
