@@ -71,7 +71,7 @@ function pareto(at) {
   if (peers.length) traces.push(trace(peers, "peer", GREY, "diamond-open"));
   draw(`pareto-${at}`, traces, layout(
     {...axis(size === "bytes" ? "bytes of the weight files" : "bits per weight", true),
-      tickformat: size === "bytes" ? "~s" : "~g", ...(wide > 1.5 ? {dtick: "D2"} : {})},
+      tickformat: size === "bytes" ? "~s" : "~g", ...(wide > 1.5 || kept.length < 2 ? {dtick: "D2"} : {})},
     axis(measure.label, measure.log)));
   const absent = rows.filter(i => !kept.includes(i)).map(i => data.artifacts[i].name);
   one(`pareto-note-${at}`).textContent = absent.length
