@@ -16,6 +16,8 @@ from bitsmith.run.seed_claims import EXACT, ClaimsStudy, Cost
 
 PAGE_NAME = "claims.md"
 
+_NOTHING = 1e-12
+
 _OUTCOMES: tuple[Outcome, ...] = ("HELD", "NOT HELD", "NOT TESTED")
 
 
@@ -109,5 +111,5 @@ def write_claims_page(study: ClaimsStudy, out: Path) -> Path:
 
 
 def _short(value: float) -> str:
-    """Return four significant digits."""
-    return f"{value:.4g}"
+    """Return four significant digits; rounding errors are zeros."""
+    return f"{value:.4g}" if abs(value) > _NOTHING else "0"

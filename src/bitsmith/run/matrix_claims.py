@@ -156,8 +156,8 @@ class TrainGate(SeedClaim):
 
     def judge(self, evidence: Evidence) -> Judged:
         """Judge embedding and head, by the one that compresses further."""
-        brackets = [_bracket(points) for points in _by_name(evidence.trains)]
-        measure = max(brackets, key=lambda one: one.value)
+        brackets = {points[0].name: _bracket(points) for points in _by_name(evidence.trains)}
+        name, measure = max(brackets.items(), key=lambda one: one[1].value)
         seeds = [
             row
             for one in evidence.assay.matrices
@@ -165,7 +165,7 @@ class TrainGate(SeedClaim):
             if row.cosine is not None and row.ratio > 1
         ]
         best = max(seeds, key=lambda row: row.cosine or 0.0, default=None)
-        found = "the write-up's ranks in proportion: " + (
+        found = f"best {name}; the write-up's ranks in proportion: " + (
             "none saves parameters"
             if best is None
             else f"{sum(bool(row.passes) for row in seeds)} of {len(seeds)} that save parameters pass, the "
