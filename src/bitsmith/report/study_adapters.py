@@ -76,22 +76,15 @@ def from_spi(study: Json) -> Study:
     )
 
 
-def from_record(
-    record: Json, evaluation: Json | None = None, assay: Json | None = None, *, name: str | None = None
-) -> Study:
+def from_record(record: Json, evaluation: Json | None = None, assay: Json | None = None) -> Study:
     """Return a study of one record of `compress`, its evaluation and an assay of the original.
 
     Without an evaluation the divergence is unmeasured.
     """
-    return from_records([(record, evaluation)], assay, names=None if name is None else [name])
+    return from_records([(record, evaluation)], assay)
 
 
-def from_records(
-    pairs: Sequence[tuple[Json, Json | None]],
-    assay: Json | None = None,
-    *,
-    names: Sequence[str] | None = None,
-) -> Study:
+def from_records(pairs: Sequence[tuple[Json, Json | None]], assay: Json | None = None) -> Study:
     """Return a study of several records of `compress`, each with its evaluation where it has one.
 
     Raises BitsmithError for evaluations against different originals or by different protocols: their figures
@@ -100,8 +93,6 @@ def from_records(
     evaluations = [found for _, found in pairs if found is not None]
     _refuse_mixed(evaluations)
     rows = [_record_row(record, found) for record, found in pairs]
-    for row, name in zip(rows, names or (), strict=False):
-        row["name"] = name
     if evaluations:
         found = evaluations[0]
         own = {"ppl_cand": found["measures"]["ppl_ref"]}
