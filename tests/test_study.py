@@ -157,6 +157,9 @@ def test_a_whole_study_measures_samples_and_judges(tiny_qwen3: Path, tmp_path: P
     assert "tiny/q8: mean_kld FAIL" in shown.summary
 
 
+MORE = "texts: {held: held.txt}\ngenerate: {prompts: [import os], tokens: 3}\n"
+
+
 def killed_after(path: Path, out: Path, seconds: float) -> None:
     code = (
         "import sys; from pathlib import Path; from bitsmith.run.study import run_study; "
@@ -172,14 +175,13 @@ def killed_after(path: Path, out: Path, seconds: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_killed_study_goes_on_and_computes_nothing_twice(tiny_qwen3: Path, tmp_path: Path) -> None:
     for name in ("calm", "killed"):
         (tmp_path / name).mkdir()
-    calm = run_study(
-        tiny_study(tmp_path / "calm", tiny_qwen3, MEASURED), tmp_path / "calm" / "out", workers=2
-    )
-    path, out = tiny_study(tmp_path / "killed", tiny_qwen3, MEASURED), tmp_path / "killed" / "out"
-    for seconds in (1.0, 5.0, 9.0, 13.0):
+    calm = run_study(tiny_study(tmp_path / "calm", tiny_qwen3, MORE), tmp_path / "calm" / "out", workers=2)
+    path, out = tiny_study(tmp_path / "killed", tiny_qwen3, MORE), tmp_path / "killed" / "out"
+    for seconds in (1.0, 4.0, 7.0, 10.0):
         killed_after(path, out, seconds)
         time.sleep(0.2)
     resumed = run_study(path, out, workers=2, resume=True)
