@@ -295,5 +295,5 @@ def _damped(moment: NDArray[Any], damping: float, shrink: float) -> Float64:
 def _solved(gram: Float64, right: Float64) -> Float64:
     """Return `gram⁻¹ right`, a little damped: factors of zeros give zeros."""
     ridge = _RIDGE * float(np.diagonal(gram).mean()) or 1.0
-    found: Float64 = np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
-    return found
+    found = np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
+    return found.astype(np.float64)
