@@ -171,7 +171,8 @@ class GainsAtLowBits(SeedClaim):
         sides = [larger_gain(ratios[bits], differences[bits]) for bits in pairs]
         held = True if True in sides else False if set(sides) == {False} else None
         said = "; ".join(
-            f"{bits} bits: {_interval(ratios[bits])}, {_pair_words(*pair)}" for bits, pair in pairs.items()
+            f"{bits} bits: {_interval(ratios[bits])}, perplexity {_ppl_ratio(*pair):.4f}×"
+            for bits, pair in pairs.items()
         )
         return Judged(
             outcome_of(held),
@@ -309,9 +310,12 @@ def _pair(evidence: Evidence, bits: int) -> tuple[ArtifactRow, ArtifactRow]:
 
 
 def _pair_words(with_it: ArtifactRow, without: ArtifactRow) -> str:
-    ppl = exp(float(np.mean(with_it.chunk_nll_nats) - np.mean(without.chunk_nll_nats)))
     klds = " and ".join(f"{row.measures['mean_kld'].value:.5f}" for row in (with_it, without))
-    return f"mean KLD {klds} nats with and without at {without.bpw:.3f} bpw, perplexity {ppl:.4f}×"
+    return f"mean KLD {klds} nats with and without at {without.bpw:.3f} bpw, perplexity {_ppl_ratio(with_it, without):.4f}×"
+
+
+def _ppl_ratio(row: ArtifactRow, base: ArtifactRow) -> float:
+    return exp(float(np.mean(row.chunk_nll_nats) - np.mean(base.chunk_nll_nats)))
 
 
 def _kld_ratio(row: ArtifactRow, base: ArtifactRow, evidence: Evidence) -> Measure:
