@@ -311,7 +311,8 @@ def _pair(evidence: Evidence, bits: int) -> tuple[ArtifactRow, ArtifactRow]:
 
 def _pair_words(with_it: ArtifactRow, without: ArtifactRow) -> str:
     klds = " and ".join(f"{row.measures['mean_kld'].value:.5f}" for row in (with_it, without))
-    return f"mean KLD {klds} nats with and without at {without.bpw:.3f} bpw, perplexity {_ppl_ratio(with_it, without):.4f}×"
+    bpw, ppl = f"{without.bpw:.3f} bpw", f"perplexity {_ppl_ratio(with_it, without):.4f}×"
+    return f"mean KLD {klds} nats with and without at {bpw}, {ppl}"
 
 
 def _ppl_ratio(row: ArtifactRow, base: ArtifactRow) -> float:
