@@ -82,12 +82,12 @@ def forward(config: Mapping[str, Any], tensors: Tensors, dtype: str = "float64",
     torch.set_default_dtype(kind)
     try:
         with _Lifted() if dtype == "float64" else nullcontext(), torch.inference_mode():
-            return _run(config, {name: _tensor(array, kind) for name, array in tensors.items()}, seed)
+            return _run(config, {name: weight_of(array, kind) for name, array in tensors.items()}, seed)
     finally:
         torch.set_default_dtype(before)
 
 
-def _tensor(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
+def weight_of(array: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.array(array)).to(dtype)
 
 

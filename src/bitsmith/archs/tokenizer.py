@@ -69,7 +69,7 @@ def tokenizer_metadata(checkpoint: Checkpoint, arch: Architecture) -> tuple[dict
         }
         return keys, [f"{folder}: no tokenizer.json; the GGUF has no tokenizer and takes token ids only"]
     tokenizer = json.loads(_load_file(file).to_str())  # in the package's own, checked form
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = read_json(folder / "tokenizer_config.json")
     _refuse_other_models(tokenizer, file)
     tokens, types = _token_table(tokenizer, vocab_size, file)
     keys = {
@@ -81,7 +81,7 @@ def tokenizer_metadata(checkpoint: Checkpoint, arch: Architecture) -> tuple[dict
     }
     if tokenizer.get("normalizer") is None:
         keys[_NORMALIZER_KEY] = "none"
-    configs = [checkpoint.config, arch.text_config, _read_json(folder / "generation_config.json")]
+    configs = [checkpoint.config, arch.text_config, read_json(folder / "generation_config.json")]
     keys |= _special_ids(tokenizer, settings, configs, vocab_size)
     keys |= _added_ends(tokenizer, settings)
     keys |= _chat_templates(folder, settings)
@@ -166,7 +166,11 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Path:
     return own if own.is_dir() else path.parent
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return a JSON object of a model's folder, an empty one where the file is absent.
+
+    Raises DamagedFileError for anything else.
+    """
     if not file.is_file():
         return {}
     try:
@@ -287,7 +291,7 @@ def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if template is None and jinja.is_file():
         template = jinja.read_text("utf-8")
     if template is None:
-        template = _read_json(folder / "chat_template.json").get("chat_template")
+        template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, str):
         return {"tokenizer.chat_template": template}
     keys: dict[str, Any] = {}

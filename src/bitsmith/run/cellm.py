@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from bitsmith.archs.tokenizer import TOKENIZER_FILES, TOKENIZER_NAME, TOKENIZER_SUFFIX, tokenizer_folder
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
@@ -17,18 +19,19 @@ from bitsmith.formats.format import Bytes
 from bitsmith.formats.integer import GridFormat, grid_named
 from bitsmith.passes.choice import Choice
 from bitsmith.progress import Progress, silent
+from bitsmith.run.cellm_header import cellm_metadata
 from bitsmith.run.encode import SLICE_BYTES, check_rounder
 from bitsmith.run.guide import Guide, Total, finite_rows
 from bitsmith.run.overrides import Override, first_match
 from bitsmith.store import open_checkpoint
-from bitsmith.store.atomic import atomic_folder
-from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmCheckpoint, CellmInfo
+from bitsmith.store.atomic import atomic_folder, refuse_taken
+from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmInfo
 from bitsmith.store.cellm_writer import cellm_rows, cellm_size_bytes, write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.packed import refuse_rounded
-from bitsmith.store.safetensors import load_json, side_files
-from bitsmith.store.stored import SourceFile
+from bitsmith.store.parts import Parts, finished_parts
+from bitsmith.store.safetensors import side_files
 
 Kind = Literal["f16", "i8", "i4", "i2", "q1"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -40,11 +43,6 @@ _SEED_GRIDS = {"i8": "cellm-i8", "i4": "cellm-i4", "i2": "cellm-i2", "q1": f"cel
 _LAYERS = ("model.layers.", "model.text_model.layers.", "model.language_model.layers.")
 _TEXT = (*_LAYERS, "language_model.model.layers.")
 _OUTER = ("embed_tokens.weight", "lm_head.weight")
-_TEXT_PREFIXES = ("model.text_model.", "language_model.", "model.")
-_VISION_PREFIXES = (
-    "model.vision_tower.vision_model.", "vision_tower.vision_model.", "model.vision_model.", "vision_model.",
-)  # fmt: skip
-_PROJECTOR_PREFIXES = ("model.connector.", "connector.", "multi_modal_projector.")
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ class CellmTensor:
     nbytes: int
     relative_error: float
     held_error: float | None = None
+
+
+_WRITTEN = TypeAdapter(CellmTensor)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,10 @@ class CellmPlan:
 
 @dataclass(frozen=True)
 class CellmRecord:
-    """What one conversion did; `bpw` are the file's bits per parameter."""
+    """What one conversion did; `resumed` matrices were taken over from a killed run.
+
+    `bpw` are the file's bits per parameter.
+    """
 
     out: Path
     kind: Kind
@@ -99,6 +103,7 @@ class CellmRecord:
     parameters: int
     tensors: tuple[CellmTensor, ...]
     seconds: float
+    resumed: int = 0
 
     @property
     def bpw(self) -> float:
@@ -146,12 +151,17 @@ def write_cellm(
         job = _Job(checkpoint, wanted.grids(checkpoint), guide, progress)
         metadata = cellm_metadata(checkpoint, like_seed=like_seed)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
-        size = write_cellm_file(out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources)
+        refuse_taken(out, overwrite, sources, folder=False)
+        with job.prepared(out):
+            size = write_cellm_file(
+                out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources
+            )
         parameters = sum(ref.size for ref in checkpoint.values())
         _write_tokenizer(tokenizer_folder(checkpoint), out)
     seconds = time.monotonic() - started
-    written = tuple(job.written)
-    return CellmRecord(out, wanted.kind, like_seed, wanted.selection, size, parameters, written, seconds)
+    written = tuple(job.written[name] for name in sorted(job.written))
+    made = wanted.kind, like_seed, wanted.selection
+    return CellmRecord(out, *made, size, parameters, written, seconds, job.resumed)
 
 
 def plan_cellm(
@@ -240,46 +250,6 @@ def is_selected(selection: Selection, grid: GridFormat, name: str, shape: Sequen
     return {8: _is_i8, 4: _is_i4, 2: _is_i2, 1: _is_q1}[grid.bits](name)
 
 
-def cellm_metadata(checkpoint: Checkpoint, *, like_seed: bool = False) -> dict[str, Any]:
-    """Return the header's fields for a checkpoint, from its config.json (or from the .cellm that it is).
-
-    `like_seed` leaves out what cellm's converter does not know: Qwen3.5's vision prefix, the newer `dtype`.
-    Raises BitsmithError for a size that the config lacks.
-    """
-    if isinstance(checkpoint, CellmCheckpoint):
-        return dict(checkpoint.metadata)
-    config = checkpoint.config
-    nested = config.get("text_config")
-    text: Mapping[str, Any] = nested if isinstance(nested, dict) else config
-    both = {**text, **{key: value for key, value in config.items() if value is not None}}
-    sizes = _sizes(checkpoint, both)
-    vision = _VISION_PREFIXES if like_seed else (*_VISION_PREFIXES, "model.visual.", "visual.")
-    dtype = both.get("torch_dtype") or (None if like_seed else both.get("dtype"))
-    return {
-        "model_type": text.get("model_type") or config.get("model_type") or "unknown",
-        "source_model_type": config.get("model_type"),
-        "source_safetensors_format": _safetensors_format(checkpoint.files),
-        "text_tensor_prefix": _prefix(checkpoint, _TEXT_PREFIXES),
-        "vision_tensor_prefix": _prefix(checkpoint, vision),
-        "projector_tensor_prefix": _prefix(checkpoint, _PROJECTOR_PREFIXES),
-        **sizes,
-        "head_dim": both.get("head_dim"),
-        "rms_norm_eps": both.get("rms_norm_eps", 1e-5),
-        "rope_theta": _rope_theta(both, text),
-        "bos_token_id": _token(config, text, "bos_token_id"),
-        "eos_token_id": _token(config, text, "eos_token_id"),
-        "max_position_embeddings": both.get("max_position_embeddings"),
-        "tie_word_embeddings": both.get("tie_word_embeddings"),
-        "source_torch_dtype": dtype,
-        "source_architectures": config.get("architectures"),
-        "source_quantization": config.get("quantization"),
-        "source_quantization_config": config.get("quantization_config"),
-        "source_text_config": dict(text),
-        "source_vision_config": config.get("vision_config"),
-        "source_projector_config": config.get("connector_config") or config.get("perceiver_config"),
-    }
-
-
 class _Job:
     """The tensors on their way out; scales wait in memory until the file comes to them."""
 
@@ -292,7 +262,9 @@ class _Job:
     ) -> None:
         self._checkpoint, self._grids, self._guide, self._progress = checkpoint, grids, guide, progress
         self._scales: dict[str, Bytes] = {}
-        self.written: list[CellmTensor] = []
+        self._parts: Parts | None = None
+        self.written: dict[str, CellmTensor] = {}
+        self.resumed = 0
         self.infos = [info for name, ref in checkpoint.items() for info in self._listed(name, ref)]
         self._total, self._done = sum(info.nbytes for info in self.infos), 0
 
@@ -304,9 +276,38 @@ class _Job:
             per_row = () if grid.group is None else (grid.groups(ref.shape[1]),)
             yield CellmInfo(name + SCALE_SUFFIX, (ref.shape[0], *per_row), "f16")
 
+    @contextmanager
+    def prepared(self, out: Path) -> Iterator[None]:
+        """Round what statistics guide beforehand, into parts that outlive a killed run."""
+        if self._guide is None:
+            yield
+            return
+        infos = {info.name: info for info in self.infos}
+        made: list[str] = []
+
+        def make(parts: Parts, name: str) -> tuple[list[str], dict[str, Any]]:
+            made.append(name)
+            self._progress("round", len(made), len(names))
+            parts.write(name, self._encoded(infos[name]))
+            scales = name + SCALE_SUFFIX
+            if scales in self._scales:
+                parts.write(scales, [self._scales.pop(scales)])
+            return [file for file in (name, scales) if file in infos], asdict(self.written[name])
+
+        names = self._guide.ordered(self._grids)
+        key = self._guide.key(self._checkpoint, {name: grid.name for name, grid in self._grids.items()})
+        with finished_parts(out, key, names, make) as self._parts:
+            self.resumed = len(names) - len(made)
+            for name in names:
+                self.written[name] = _WRITTEN.validate_python(self._parts.note(name))
+            yield
+
     def encode(self, info: CellmInfo) -> Iterator[Bytes]:
         """Yield a tensor's bytes slice by slice."""
-        made = self._scaled(info) if info.name in self._scales else self._encoded(info)
+        if self._parts is not None and info.name.removesuffix(SCALE_SUFFIX) in self._grids:
+            made = self._parts.read(info.name)
+        else:
+            made = self._scaled(info) if info.name in self._scales else self._encoded(info)
         for chunk in made:
             yield chunk
             self._done += chunk.size
@@ -338,8 +339,8 @@ class _Job:
             self._scales[info.name + SCALE_SUFFIX] = waiting
             nbytes += waiting.size
         name = None if grid is None else grid.name
-        self.written.append(
-            CellmTensor(info.name, ref.shape, info.dtype, name, choice.rounder, nbytes, *total.errors())
+        self.written[info.name] = CellmTensor(
+            info.name, ref.shape, info.dtype, name, choice.rounder, nbytes, *total.errors()
         )
 
 
@@ -397,54 +398,3 @@ def _is_i2(name: str) -> bool:
 def _is_q1(name: str) -> bool:
     parts = (".mlp.", ".self_attn.", "linear_attn.", "embed_tokens", "lm_head")
     return "norm" not in name and (name.startswith(_LAYERS) or any(part in name for part in parts))
-
-
-def _sizes(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, int]:
-    names = {
-        "vocab_size": "vocab_size",
-        "hidden_dim": "hidden_size",
-        "intermediate_size": "intermediate_size",
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "num_kv_heads": "num_key_value_heads",
-    }
-    for key in names.values():
-        if type(config.get(key)) is not int:
-            raise BitsmithError(f"config.json has no {key}, which the header needs", path=checkpoint.path)
-    return {field: config[key] for field, key in names.items()}
-
-
-def _rope_theta(both: Mapping[str, Any], text: Mapping[str, Any]) -> float:
-    for holder in (both, text.get("rope_parameters")):
-        if isinstance(holder, Mapping) and isinstance(holder.get("rope_theta"), int | float):
-            return float(holder["rope_theta"])
-    return 10000.0
-
-
-def _token(config: Mapping[str, Any], text: Mapping[str, Any], key: str) -> int | None:
-    """Return a token id, the first where there are several."""
-    for holder in (config, text):
-        value = holder.get(key)
-        for token in value if isinstance(value, list) else [value]:
-            if type(token) is int and token >= 0:
-                return token
-    return None
-
-
-def _prefix(names: Iterable[str], prefixes: Sequence[str]) -> str | None:
-    listed = list(names)
-    return next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in listed)), None)
-
-
-def _safetensors_format(files: Sequence[Path]) -> str | None:
-    """Return what the first file that says so calls its format (`pt`)."""
-    for path in files:
-        source = SourceFile(path)
-        try:
-            length = int(source.read(0, 8).view("<u8")[0])
-            metadata = load_json(source.read(8, length).tobytes(), path, "header").get("__metadata__")
-        finally:
-            source.close()
-        if isinstance(metadata, dict) and "format" in metadata:
-            return str(metadata["format"])
-    return None

@@ -35,7 +35,7 @@ from bitsmith.run.study_spi import study_spi
 from bitsmith.run.tiers import TierRow, measure_tiers
 from bitsmith.run.transforms import asked_for
 from bitsmith.store import open_checkpoint
-from bitsmith.store.atomic import _remove
+from bitsmith.store.atomic import remove
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.journal import Journal, content_key
 from bitsmith.store.statistics import open_statistics
@@ -118,7 +118,7 @@ class Evidence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None or issubclass(kind, BitsmithError):
-            _remove(self._work)
+            remove(self._work)
         self._stack.close()
 
     @property
@@ -323,7 +323,7 @@ class Evidence:
             path = self._work / f"{name}{suffix}"
             make(path)
             found, scores = self.reference.measure(path)
-            _remove(self._work)
+            remove(self._work)
             return ArtifactRow(
                 name,
                 found.candidate.file_bytes,

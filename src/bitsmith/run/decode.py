@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from transformers.cache_utils import DynamicCache
 
 from bitsmith.errors import BitsmithError
-from bitsmith.run.forward import TextModel, _embed, _Network, _quiet_transformers, _tensor
+from bitsmith.run.forward import Network, TextModel, embed, quiet_transformers, weight_of
 from bitsmith.run.machine import available_bytes
 
 _BLOCK_TOKENS = 512  # of a prompt at a time, which bounds what the activations take
@@ -32,16 +32,16 @@ class Decoder:
         self, model: TextModel, ctx_tokens: int | None = None, memory_bytes: int | None = None
     ) -> None:
         self._model = model
-        with _quiet_transformers():
-            self._network = _Network(model)
-        self._config = self._network._config
+        with quiet_transformers():
+            self._network = Network(model)
+        self._config = self._network.config
         self.ctx_tokens = _context(self._config, ctx_tokens, model)
         self.weight_bytes = 4 * sum(model.checkpoint[name].size for name in self._resident())
         self.cache_bytes = self._cache_bytes()
         self._refuse_beyond(available_bytes() if memory_bytes is None else memory_bytes)
-        self._layers = [self._network._layer(index) for index in range(self._network.n_layers)]
-        self._norm = self._built_norm()
-        self._head = _tensor(model.head)
+        self._layers = [self._network.layer(index) for index in range(self._network.n_layers)]
+        self._norm = self._network.norm(f"{model.arch.text_prefix}norm.")
+        self._head = weight_of(model.head)
         self._stepped = False
         self.reset()
 
@@ -65,7 +65,7 @@ class Decoder:
                 path=self._model.checkpoint.path,
             )
         # transformers says what it falls back to in its first steps; to silence it costs a tenth of a step
-        with nullcontext() if self._stepped and len(tokens) == 1 else _quiet_transformers():
+        with nullcontext() if self._stepped and len(tokens) == 1 else quiet_transformers():
             for start in range(0, len(tokens), _BLOCK_TOKENS):
                 hidden = self._through(tokens[start : start + _BLOCK_TOKENS])
         self._stepped = self.n_tokens > len(tokens) == 1
@@ -82,9 +82,9 @@ class Decoder:
         stop = self.n_tokens + len(tokens)
         positions = torch.arange(self.n_tokens, stop)[None]
         states = np.empty((1, len(tokens), self._network.hidden_size), np.float32)
-        _embed(self._model, np.asarray(tokens, np.int64)[None], states)
+        embed(self._model, np.asarray(tokens, np.int64)[None], states)
         hidden = torch.from_numpy(states)
-        rotary = self._network._rotary(hidden, positions)
+        rotary = self._network.rotary(hidden, positions)
         mask = None
         if self.n_tokens and len(tokens) > 1:  # otherwise scaled_dot_product_attention needs none
             mask = (torch.arange(stop)[None] <= positions[0][:, None])[None, None]
@@ -98,14 +98,6 @@ class Decoder:
             )
         self.n_tokens = stop
         return hidden
-
-    def _built_norm(self) -> torch.nn.Module:
-        arch, network = self._model.arch, self._network
-        with torch.device("meta"):
-            norm = getattr(network._module, arch.norm_class)(
-                network.hidden_size, eps=self._config.rms_norm_eps
-            )
-        return network._filled(norm, f"{arch.text_prefix}norm.")
 
     def _resident(self) -> list[str]:
         """Return the names of the tensors that stay in memory."""
@@ -136,8 +128,8 @@ class Decoder:
 
 def positions(model: TextModel, asked: int | None = None) -> int:
     """Return the positions that `model` has, or `asked`; BitsmithError where more are asked for."""
-    with _quiet_transformers():
-        return _context(_Network(model)._config, asked, model)
+    with quiet_transformers():
+        return _context(Network(model).config, asked, model)
 
 
 def _context(config: Any, asked: int | None, model: TextModel) -> int:

@@ -201,7 +201,7 @@ class Reference:
         self._progress = progress
         self._warnings: dict[Path, tuple[str, ...]] = {}
         try:
-            self._tokens, self.protocol = text_chunks(self.model, text, ctx_tokens, chunks, seed)
+            self.tokens, self.protocol = text_chunks(self.model, text, ctx_tokens, chunks, seed)
         except BaseException:
             self.model.source.close()
             raise
@@ -223,7 +223,7 @@ class Reference:
         """Return a candidate's measures, and what they were made of (`chunks tokens`)."""
         if path not in self._warnings:
             self.check(path)
-        tokens, protocol = self._tokens, self.protocol
+        tokens, protocol = self.tokens, self.protocol
         targets = tokens[:, protocol.ctx_tokens // 2 + 1 :].reshape(-1)
         with open_model(path) as candidate:
             states = self._states, _states(candidate, tokens, self._progress, "candidate")
@@ -242,7 +242,7 @@ class Reference:
 
     @cached_property
     def _states(self) -> NDArray[np.float32]:
-        return _states(self.model, self._tokens, self._progress, "reference")
+        return _states(self.model, self.tokens, self._progress, "reference")
 
 
 def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
@@ -287,7 +287,7 @@ def text_chunks(
         True  # llama.cpp's perplexity reads "<|im_end|>" in a text as plain text
     )
     found = np.asarray(tokenizer.encode(decoded, add_special_tokens=False).ids, dtype=np.int64)
-    bos = _bos_token(model)
+    bos = bos_token(model)
     if bos is not None:
         found = np.concatenate([[bos], found])
     available = len(found) // ctx_tokens
@@ -330,7 +330,7 @@ def _read_text(path: Path) -> tuple[bytes, str]:
 def _check_vocabulary(reference: TextModel, candidate: TextModel) -> tuple[str, ...]:
     """Refuse a candidate with another vocabulary; return a warning where only its size can be compared."""
     check_heads(reference, candidate)
-    ours, theirs = _tokenizer_keys(reference)[_TOKENS], _keys(candidate).get(_TOKENS)
+    ours, theirs = tokenizer_keys(reference)[_TOKENS], _keys(candidate).get(_TOKENS)
     if not isinstance(theirs, list):
         size = reference.head.n_rows
         return (f"{candidate.checkpoint.path}: has no tokenizer; only the vocabulary's size, {size}, agrees",)
@@ -349,7 +349,7 @@ def _check_vocabulary(reference: TextModel, candidate: TextModel) -> tuple[str, 
     return ()
 
 
-def _tokenizer_keys(model: TextModel) -> dict[str, Any]:
+def tokenizer_keys(model: TextModel) -> dict[str, Any]:
     """Return the tokenizer's GGUF keys: as stored in a GGUF, as they would be exported for a folder."""
     keys = _keys(model)
     if not isinstance(keys.get(_TOKENS), list):
@@ -365,8 +365,9 @@ def _keys(model: TextModel) -> dict[str, Any]:
     return stored if model.source is not model.checkpoint else tokenizer_metadata(model.source, model.arch)[0]
 
 
-def _bos_token(model: TextModel) -> int | None:
-    keys = _tokenizer_keys(model)
+def bos_token(model: TextModel) -> int | None:
+    """Return the token that llama.cpp puts before a text, None where there is none."""
+    keys = tokenizer_keys(model)
     return keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") else None
 
 

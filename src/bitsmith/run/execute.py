@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -31,11 +28,11 @@ from bitsmith.run.transforms import refuse_inexact, solved, write_sidecar
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
 from bitsmith.store.atomic import atomic_file, refuse_taken
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
-from bitsmith.store.journal import Journal
+from bitsmith.store.parts import Parts
 from bitsmith.store.statistics import Statistics, open_statistics
 
 MANIFEST_SUFFIX = ".sha256"
-_COPIED_BYTES = 16 << 20
+_WRITTEN = TypeAdapter(Written)
 
 
 @dataclass(frozen=True)
@@ -251,8 +248,8 @@ class _Job:
         if not guided:
             self._write_file(None, overwrite)
         else:
-            with _Parts(self._out, self._key()) as parts:
-                self.resumed = len(parts.written)
+            with Parts(self._out, self._key()) as parts:
+                self.resumed = len(parts.finished)
                 for row in self._ordered(guided):
                     self._part(parts, row)
                 self._write_file(parts, overwrite)
@@ -282,16 +279,17 @@ class _Job:
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    def _part(self, parts: _Parts, row: PlanRow) -> None:
+    def _part(self, parts: Parts, row: PlanRow) -> None:
         name = row.gguf_name
-        if name not in parts.written:
+        if name not in parts.finished:
             written = self._encoder.encode_guided(
                 self._tensors[name], row, lambda blocks: parts.write(name, self._counted(blocks))
             )
-            parts.add(name, written)
-        self._written[name] = parts.written[name]
+            parts.add(name, [name], asdict(written))
+        self._written[name] = _WRITTEN.validate_python(parts.note(name))
         if self._statistics is not None:
-            self._statistics.encoded(self._tensors[name].spec, parts.tensor(row))
+            stored = blocks_in(parts.path(name), name, row.shape, format_named(row.type))
+            self._statistics.encoded(self._tensors[name].spec, stored)
         self._report(0)
 
     def _counted(self, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
@@ -305,7 +303,7 @@ class _Job:
         done = sum(written.nbytes for written in self._written.values()) + more_bytes
         self._progress("compress", done, self._plan.tensor_bytes)
 
-    def _write_file(self, parts: _Parts | None, overwrite: bool) -> None:
+    def _write_file(self, parts: Parts | None, overwrite: bool) -> None:
         rows = {row.gguf_name: row for row in self._plan.rows}
         fresh = {name for name in rows if name not in self._written}
         done = sum(written.nbytes for written in self._written.values())
@@ -333,69 +331,6 @@ class _Job:
 
     def _note(self, written: Written) -> None:
         self._written[written.gguf_name] = written
-
-
-class _Parts:
-    """The folder `.OUT.parts`: each finished tensor's blocks, and a journal of what is finished."""
-
-    def __init__(self, out: Path, key: str) -> None:
-        self._folder = out.absolute().with_name(f".{out.name}.parts")
-        self._key = key
-        self.written: dict[str, Written] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            self._folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
-        self._journal = Journal(self._folder / "journal", self._key)
-        record = TypeAdapter(Written)
-        self.written = {name: record.validate_python(v) for name, v in self._journal.entries.items()}
-        kept = {self._path(name) for name in self.written} | {self._journal.path}
-        for path in self._folder.iterdir():
-            if path not in kept:
-                path.unlink()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._journal.__exit__(kind, error, trace)
-        if not self.written:
-            self.remove()
-
-    def write(self, name: str, blocks: Iterable[Bytes]) -> None:
-        """Write a tensor's blocks, anew if called again."""
-        try:
-            with self._path(name).open("wb") as stream:
-                for part in blocks:
-                    stream.write(np.ascontiguousarray(part).data)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OutputError(f"cannot be written: {error.strerror or error}", path=self._folder) from error
-
-    def add(self, name: str, written: Written) -> None:
-        """Note a tensor as finished."""
-        self._journal.add(name, asdict(written))
-        self.written[name] = written
-
-    def read(self, name: str) -> Iterator[Bytes]:
-        """Yield a finished tensor's bytes."""
-        with self._path(name).open("rb") as stream:
-            while chunk := stream.read(_COPIED_BYTES):
-                yield np.frombuffer(chunk, np.uint8)
-
-    def tensor(self, row: PlanRow) -> TensorRef:
-        """Return a finished tensor, decoded on read."""
-        return blocks_in(self._path(row.gguf_name), row.gguf_name, row.shape, format_named(row.type))
-
-    def remove(self) -> None:
-        """Delete the folder: the file is whole, or nothing was finished."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _path(self, name: str) -> Path:
-        return self._folder / f"{name}.blocks"
 
 
 def _rounded(ref: TensorRef, form: Format) -> TensorRef:

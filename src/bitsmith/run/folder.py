@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from bitsmith.run.folder_layout import KEPT, SCHEMES, FolderRow, Layout, Piece, 
 from bitsmith.run.guide import Guide
 from bitsmith.run.packer import Encoding, Matrix, Outcome
 from bitsmith.store import CellmCheckpoint, Checkpoint, GgufCheckpoint, open_checkpoint, write_safetensors
-from bitsmith.store.atomic import Chunk
+from bitsmith.store.atomic import Chunk, refuse_taken
 from bitsmith.store.mlx_layout import Renamed
 from bitsmith.store.packed import PackedTensor
+from bitsmith.store.parts import Parts, finished_parts
 from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, safetensors_size_bytes
 from bitsmith.store.stored import StoredTensor
@@ -80,7 +82,10 @@ class FolderTensor(FolderRow):
 
 @dataclass(frozen=True)
 class FolderRecord:
-    """What one conversion did; `file_bytes` are those of all shards, headers included."""
+    """What one conversion did; `file_bytes` are those of all shards, headers included.
+
+    `resumed` matrices were taken over from a killed run.
+    """
 
     out: Path
     scheme: str
@@ -88,6 +93,7 @@ class FolderRecord:
     file_bytes: int
     parameters: int
     seconds: float
+    resumed: int = 0
 
     @property
     def bpw(self) -> float:
@@ -121,7 +127,8 @@ def write_folder(
     match wins; `ignore` names modules that stay as they are, or `re:` patterns that their names match.
     Everything else keeps its dtype: embeddings, norms, convolutions, vision, MTP. A matrix whose width no
     group divides keeps it too (`note`). With `statistics` the codes are found as `rounder` says
-    (`choose_grid`), without by the search. Tokenizer, templates and generation settings are copied.
+    (`choose_grid`), without by the search; a killed run then goes on with the matrices it had finished.
+    Tokenizer, templates and generation settings are copied.
 
     Raises BitsmithError for an unknown scheme, group or rounder, for schemes of two packings, for an `ignore`
     or a regex that names no linear, and for what the packing's loaders cannot take; UnsupportedError for a
@@ -132,21 +139,25 @@ def write_folder(
     with _opened(model) as checkpoint:
         layout = lay_out(checkpoint, scheme, group, tensor_types, ignore)
         job = _Job(checkpoint, layout, statistics, rounder, progress)
+        sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
+        refuse_taken(out, overwrite, sources, folder=True)
         config = dict(checkpoint.config)
         if layout.settings is not None:
             config["quantization_config"] = layout.settings
-        write_safetensors(
-            out,
-            layout.data(job.chunks),
-            config,
-            shard_bytes=shard_bytes,
-            files=side_files(tokenizer_folder(checkpoint), SIDE_FILES),
-            overwrite=overwrite,
-            sources=[*checkpoint.files, *([] if statistics is None else [statistics])],
-        )
+        with job.prepared(out):
+            write_safetensors(
+                out,
+                layout.data(job.chunks),
+                config,
+                shard_bytes=shard_bytes,
+                files=side_files(tokenizer_folder(checkpoint), SIDE_FILES),
+                overwrite=overwrite,
+                sources=sources,
+            )
         size = safetensors_size_bytes(layout.data(), shard_bytes=shard_bytes)
         parameters = sum(ref.size for ref in checkpoint.values())
-    return FolderRecord(out, scheme, job.written(), size, parameters, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    return FolderRecord(out, scheme, job.written(), size, parameters, seconds, job.resumed)
 
 
 def plan_folder(
@@ -185,7 +196,34 @@ class _Job:
             check_rounder(rounder, None, None) if self._guide is None else self._guide.rounder
         )
         self._encodings: dict[str, Encoding] = {}
+        self._parts: Parts | None = None
+        self._outcomes: dict[str, Outcome] = {}
         self._total, self._done = sum(row.nbytes for row in layout.rows), 0
+        self.resumed = 0
+
+    @contextmanager
+    def prepared(self, out: Path) -> Iterator[None]:
+        """Round what statistics guide beforehand, into parts that outlive a killed run."""
+        if self._guide is None:
+            yield
+            return
+        made: list[str] = []
+
+        def make(parts: Parts, name: str) -> tuple[list[str], dict[str, Any]]:
+            made.append(name)
+            self._progress("round", len(made), len(names))
+            suffixes = [piece.part for piece in self._layout.pieces if piece.source == name and piece.part]
+            for suffix in suffixes:
+                parts.write(_file(name, suffix), self._encoded(name, suffix))
+            outcome = self._encodings.pop(name).outcome()
+            return [_file(name, suffix) for suffix in suffixes], asdict(outcome)
+
+        names = self._guide.ordered(self._layout.packed)
+        key = self._guide.key(self._checkpoint, [asdict(row) for row in self._layout.rows])
+        with finished_parts(out, key, names, make) as self._parts:
+            self.resumed = len(names) - len(made)
+            self._outcomes = {name: Outcome(**self._parts.note(name)) for name in names}
+            yield
 
     def chunks(self, piece: Piece) -> Iterator[Chunk]:
         """Yield a stored tensor's bytes."""
@@ -205,15 +243,23 @@ class _Job:
             yield ref.raw(start, stop)
 
     def _packed(self, name: str, part: str) -> Iterator[Chunk]:
+        return self._encoded(name, part) if self._parts is None else self._parts.read(_file(name, part))
+
+    def _encoded(self, name: str, part: str) -> Iterator[Chunk]:
         if name not in self._encodings:
             matrix = Matrix(self._checkpoint[name], self._checkpoint.path, self._guide, self._rounder)
             self._encodings[name] = self._layout.packer.encode(self._layout.packed[name], matrix)
         yield from self._encodings[name].chunks(part)
 
     def _record(self, row: FolderRow) -> FolderTensor:
-        encoding = self._encodings.get(row.name)
-        outcome = Outcome("", 0.0) if encoding is None else encoding.outcome()
+        outcome = self._outcomes.get(row.name, Outcome("", 0.0))
+        if row.name in self._encodings:
+            outcome = self._encodings[row.name].outcome()
         return FolderTensor(**vars(row), **vars(outcome))
+
+
+def _file(name: str, suffix: str) -> str:
+    return f"{name.removesuffix('.weight')}.{suffix}"
 
 
 def _opened(model: Path) -> Checkpoint:

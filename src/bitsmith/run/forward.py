@@ -100,8 +100,8 @@ def final_hidden_states(
 
     Raises BitsmithError for tensors that are missing, extra, mis-shaped, or that make the states overflow.
     """
-    with _quiet_transformers(), torch.inference_mode():
-        network = _Network(model)
+    with quiet_transformers(), torch.inference_mode():
+        network = Network(model)
         states = _through_all(network, tokens, progress, stage)
         return network.normed(states[:, first:-1])
 
@@ -114,8 +114,8 @@ def observe(
     The same forward as `final_hidden_states`, which the observer does not change. Reports in tokens times
     layers. Raises as `final_hidden_states` does.
     """
-    with _quiet_transformers(), torch.inference_mode():
-        network = _Network(model)
+    with quiet_transformers(), torch.inference_mode():
+        network = Network(model)
         _through_all(network, tokens, progress, stage, observer)
 
 
@@ -126,14 +126,14 @@ class Steps:
     """
 
     def __init__(self, model: TextModel) -> None:
-        with _quiet_transformers():
-            self._network = _Network(model)
+        with quiet_transformers():
+            self._network = Network(model)
         self.n_layers = self._network.n_layers
 
     def embedded(self, tokens: Tokens) -> Float32:
         """Return the embedding of `tokens` (`chunks T`)."""
         states = self.room(tokens.shape)
-        _embed(self._network.model, tokens, states)
+        embed(self._network.model, tokens, states)
         return states
 
     def room(self, shape: tuple[int, ...]) -> Float32:
@@ -146,7 +146,7 @@ class Steps:
         batch = max(1, _TASK_TOKENS // states.shape[1])
         batch_bytes = network.bytes_per_token * states.shape[1] * batch
         with (
-            _quiet_transformers(),
+            quiet_transformers(),
             torch.inference_mode(),
             _workers(_ACTIVATION_BYTES // batch_bytes) as pool,
         ):
@@ -160,11 +160,11 @@ class Steps:
 
 
 def _through_all(
-    network: _Network, tokens: Tokens, progress: Progress, stage: str, observer: Observer | None = None
+    network: Network, tokens: Tokens, progress: Progress, stage: str, observer: Observer | None = None
 ) -> Float32:
     """Return the states (`chunks T hidden`) behind the last layer."""
     states = _zeros((*tokens.shape, network.hidden_size))
-    _embed(network.model, tokens, states)
+    embed(network.model, tokens, states)
     batch = max(1, _TASK_TOKENS // tokens.shape[1])
     batch_bytes = network.bytes_per_token * tokens.shape[1] * batch
     done, total = 0, network.n_layers * tokens.size
@@ -215,7 +215,7 @@ def compare(
     with _workers(_ACTIVATION_BYTES // (8 * 8 * _LOGIT_BLOCK)) as pool:
         for start in range(0, vocab, step):
             stop = min(start + step, vocab)
-            weights = [_tensor(head, start, stop) for head in heads]
+            weights = [weight_of(head, start, stop) for head in heads]
             for _ in pool.map(lambda rows, a=start, w=weights: add(rows, a, w), blocks):
                 pass
             progress("head", stop, vocab)
@@ -239,26 +239,26 @@ def check_heads(reference: TextModel, candidate: TextModel) -> None:
         )
 
 
-class _Network:
+class Network:
     """The transformers classes of one model, its rotary embedding, and layers built on demand."""
 
     def __init__(self, model: TextModel) -> None:
         self.model = model
         arch = model.arch
-        self._module = importlib.import_module(arch.transformers_module)
-        self._config = getattr(self._module, arch.config_class).from_dict(dict(arch.text_config))
-        self._config._attn_implementation = "sdpa"
-        self.n_layers = int(self._config.num_hidden_layers)
-        self.hidden_size = int(self._config.hidden_size)
-        unknown = set(self._config.layer_types) - _KNOWN_LAYERS
+        self.module = importlib.import_module(arch.transformers_module)
+        self.config = getattr(self.module, arch.config_class).from_dict(dict(arch.text_config))
+        self.config._attn_implementation = "sdpa"
+        self.n_layers = int(self.config.num_hidden_layers)
+        self.hidden_size = int(self.config.hidden_size)
+        unknown = set(self.config.layer_types) - _KNOWN_LAYERS
         if unknown:
             raise UnsupportedError(f"layers of type {', '.join(sorted(unknown))}", path=model.checkpoint.path)
-        self._rotary = getattr(self._module, arch.rotary_class)(self._config)
+        self.rotary = getattr(self.module, arch.rotary_class)(self.config)
 
     @property
     def bytes_per_token(self) -> int:
         """What a layer's intermediates take for a token: wider of MLP and DeltaNet, measured, rounded up."""
-        config = self._config
+        config = self.config
         delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
         return 4 * (8 * self.hidden_size + max(4 * int(config.intermediate_size), 20 * delta))
 
@@ -274,13 +274,11 @@ class _Network:
 
         Yields the chunks of each task; the layer's weights are dropped at the end.
         """
-        layer = self._layer(index)
-        caching = observer is not None and self._config.layer_types[index] == "full_attention"
+        layer = self.layer(index)
+        caching = observer is not None and self.config.layer_types[index] == "full_attention"
         parts = [states[start : start + batch] for start in range(0, len(states), batch)]
         caches = [_Cache() if caching else None for _ in parts]
-        tasks = zip(
-            parts, caches, pool.map(lambda *task: self._run(layer, *task), parts, caches), strict=True
-        )
+        tasks = zip(parts, caches, pool.map(lambda *task: self.run(layer, *task), parts, caches), strict=True)
         for part, cache, finite in tasks:
             if not finite:
                 raise BitsmithError(
@@ -292,38 +290,43 @@ class _Network:
                 observer.cached(index, keys, values)
             yield len(part)
 
-    def _layer(self, index: int) -> torch.nn.Module:
+    def layer(self, index: int) -> torch.nn.Module:
+        """Return a decoder layer with its weights."""
         with torch.device("meta"):
-            layer = getattr(self._module, self.model.arch.layer_class)(self._config, index)
-        return self._filled(layer, f"{self.model.arch.text_prefix}layers.{index}.")
+            layer = getattr(self.module, self.model.arch.layer_class)(self.config, index)
+        return self.filled(layer, f"{self.model.arch.text_prefix}layers.{index}.")
 
     @torch.inference_mode()
-    def _run(self, layer: torch.nn.Module, states: Float32, cache: _Cache | None) -> bool:
+    def run(self, layer: torch.nn.Module, states: Float32, cache: _Cache | None) -> bool:
         """Replace `states` (`B T hidden`) by the causal layer's output; tell if that is finite."""
         hidden = torch.from_numpy(states)
         positions = torch.arange(states.shape[1])[None]
         states[...] = layer(
             hidden,
-            position_embeddings=self._rotary(hidden, positions),
+            position_embeddings=self.rotary(hidden, positions),
             attention_mask=None,  # scaled_dot_product_attention then masks causally by itself
             position_ids=positions,
             past_key_values=cache,
         ).numpy()
         return bool(np.isfinite(states).all())
 
+    def norm(self, prefix: str | None = None) -> torch.nn.Module:
+        """Return an RMSNorm of the residual stream with the weights under `prefix`, None: without weights."""
+        with torch.device("meta"):
+            norm: torch.nn.Module = getattr(self.module, self.model.arch.norm_class)(
+                self.hidden_size, eps=self.config.rms_norm_eps
+            )
+        return norm if prefix is None else self.filled(norm, prefix)
+
     def normed(self, states: Float32) -> Float32:
         """Return the final norm of `states` (`B S hidden`)."""
-        with torch.device("meta"):
-            norm = getattr(self._module, self.model.arch.norm_class)(
-                self.hidden_size, eps=self._config.rms_norm_eps
-            )
-        norm = self._filled(norm, f"{self.model.arch.text_prefix}norm.")
+        norm = self.norm(f"{self.model.arch.text_prefix}norm.")
         out = _zeros(states.shape)
         for index in range(len(states)):
             out[index] = norm(torch.from_numpy(states[index])).numpy()
         return out
 
-    def _filled(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
+    def filled(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
         """Give a module on the meta device its weights, the tensors of the checkpoint under `prefix`."""
         checkpoint = self.model.checkpoint
         wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -337,12 +340,12 @@ class _Network:
                 raise BitsmithError(
                     f"shape is {stored}, expected {shape}", path=checkpoint.path, tensor=prefix + name
                 )
-        weights = {name: _tensor(checkpoint[prefix + name]) for name in wanted}
+        weights = {name: weight_of(checkpoint[prefix + name]) for name in wanted}
         module.load_state_dict(weights, strict=True, assign=True)
         return module.eval()
 
 
-def _embed(model: TextModel, tokens: Tokens, states: Float32) -> None:
+def embed(model: TextModel, tokens: Tokens, states: Float32) -> None:
     """Fill `states` (`chunks T hidden`) with the embedding rows of `tokens`, reading only rows that occur."""
     embedding = model.embedding
     if tokens.max() >= embedding.n_rows:
@@ -371,7 +374,8 @@ def _run_length(ordered: Tokens, limit: int, gap: int = 16) -> int:
     return int(breaks[0]) + 1 if len(breaks) else len(window)
 
 
-def _tensor(ref: TensorRef, start: int = 0, stop: int | None = None) -> torch.Tensor:
+def weight_of(ref: TensorRef, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return rows `[start, stop)` of a weight in float32."""
     rows = np.require(ref.read(start, stop), dtype=np.float32, requirements=["C", "W"])
     return torch.from_numpy(rows)
 
@@ -415,7 +419,7 @@ def _workers(limit: int) -> Iterator[ThreadPoolExecutor]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Silence transformers' notes about absent fast kernels; errors still show."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(logging.ERROR)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bitsmith import __version__
 from bitsmith.archs import TensorSpec, claim
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.formats.format import Float32
@@ -30,6 +35,17 @@ class Guide:
         self.rounder: Rounder = check_rounder(rounder, self._statistics, path)
         self._site = ""
         self._metrics: dict[tuple[float, float], InputMetric] = {}
+
+    def key(self, checkpoint: Checkpoint, layout: Any) -> str:
+        """Return a digest of what the codes of a checkpoint depend on, under a `layout` of plain values."""
+        source, statistics = checkpoint.source_digest, self._statistics.digest
+        facts = [__version__, np.__version__, source, layout, statistics, self.rounder]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Return `names` with the tensors of a site side by side, so that its metrics are made once."""
+        sites = {name: spec.site or "" for name, spec in self._specs.items()}
+        return sorted(names, key=lambda name: sites.get(name, ""))
 
     def inputs(self, name: str) -> SiteStatistics | None:
         """Return what a tensor's inputs are like, None where nobody knows."""

@@ -17,9 +17,9 @@ from bitsmith.archs.export import ImportedView
 from bitsmith.formats import decoder_named
 from bitsmith.progress import Progress
 from bitsmith.run.descent import Descent, Facts, Schedule, batches
-from bitsmith.run.forward import TextModel, _quiet_transformers, compare, final_hidden_states
+from bitsmith.run.forward import TextModel, compare, final_hidden_states, quiet_transformers
 from bitsmith.run.free_model import FreeModel
-from bitsmith.run.sequential import _Encoded
+from bitsmith.run.sequential import Encoded
 from bitsmith.run.sites import SiteForward, States
 from bitsmith.run.student import Student
 from bitsmith.store import GgufCheckpoint
@@ -72,7 +72,7 @@ class Layerwise:
     ) -> None:
         (self._teacher, student), (self._stored, self._view) = models, gguf
         self._options, self._folder, (self._journal, self._key) = options, folder, journal
-        self._tuned = _Encoded(self._view, self._view)
+        self._tuned = Encoded(self._view, self._view)
         self._network = Student(student.arch)
         self.n_layers, self.estimated_seconds = self._network.n_layers, 0.0
         streams = folder / "streams"
@@ -272,7 +272,7 @@ def streamed_kld(teacher: TextModel, models: list[TextModel], held: Tokens) -> l
     """Return mean KL(teacher‖model) in nats of positions T/2…T-2 of `held`, one layer in memory."""
     first = held.shape[1] // 2
     targets = held[:, first + 1 :].reshape(-1)
-    with _quiet_transformers():
+    with quiet_transformers():
         states = final_hidden_states(teacher, held, first).reshape(len(targets), -1)
         return [
             float(

@@ -12,14 +12,14 @@ from numpy.typing import NDArray
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.resampling import ratio_of_sums
 from bitsmith.run.forward import (
+    Network,
     TextModel,
     Tokens,
-    _embed,
-    _Network,
-    _quiet_transformers,
-    _tensor,
     _workers,
     _zeros,
+    embed,
+    quiet_transformers,
+    weight_of,
 )
 
 Float32 = NDArray[np.float32]
@@ -53,10 +53,10 @@ class LayerProbe:
 
     def __init__(self, model: TextModel, tokens: Tokens) -> None:
         self._model, self._tokens = model, tokens
-        with _quiet_transformers():
-            self._network = _Network(model)
+        with quiet_transformers():
+            self._network = Network(model)
         self._states = _zeros((*tokens.shape, self._network.hidden_size))
-        _embed(model, tokens, self._states)
+        embed(model, tokens, self._states)
         self._layer, self._module = -1, torch.nn.Module()
         self._after = self._states
 
@@ -74,8 +74,8 @@ class LayerProbe:
         """Go on to `layer`; those before it run with the original's weights."""
         while self._layer < layer:
             self._states, self._layer = self._after, self._layer + 1
-            with _quiet_transformers():
-                self._module = self._network._layer(self._layer)
+            with quiet_transformers():
+                self._module = self._network.layer(self._layer)
             self._after = self._through(self._states)
 
     def layer(self, changed: Changed) -> Cosine:
@@ -116,7 +116,7 @@ class LayerProbe:
         with torch.inference_mode():
             for start in range(0, head.n_rows, _HEAD_ROWS):
                 stop = min(start + _HEAD_ROWS, head.n_rows)
-                one = (exact @ _tensor(head, start, stop).T).numpy().astype(np.float64)
+                one = (exact @ weight_of(head, start, stop).T).numpy().astype(np.float64)
                 part = torch.from_numpy(np.ascontiguousarray(values[start:stop]))
                 other = (exact @ part.T).numpy().astype(np.float64)
                 sums = one.sum(1), other.sum(1), (one * one).sum(1), (other * other).sum(1)
@@ -132,8 +132,8 @@ class LayerProbe:
         batch = max(1, _BATCH_TOKENS // states.shape[1])
         parts = [out[start : start + batch] for start in range(0, len(out), batch)]
         nbytes = self._network.bytes_per_token * states.shape[1] * batch
-        with _quiet_transformers(), _workers(_ACTIVATION_BYTES // nbytes) as pool:
-            finite = list(pool.map(lambda part: self._network._run(self._module, part, None), parts))
+        with quiet_transformers(), _workers(_ACTIVATION_BYTES // nbytes) as pool:
+            finite = list(pool.map(lambda part: self._network.run(self._module, part, None), parts))
         if not all(finite):
             raise BitsmithError(
                 f"layer {self._layer} makes NaN or infinite hidden states", path=self._model.checkpoint.path

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
 from bitsmith.progress import Progress, silent
-from bitsmith.run.forward import TextModel, Tokens, _quiet_transformers
-from bitsmith.run.sites import SiteForward, States, _aligned, _workers
+from bitsmith.run.forward import TextModel, Tokens, quiet_transformers
+from bitsmith.run.sites import SiteForward, States, aligned, site_workers
 from bitsmith.store.statistics import HEAD_SITE
 
 Float32 = NDArray[np.float32]
@@ -47,7 +47,7 @@ def token_saliency(
     end), then one backward: one layer's weights and the graphs of a chunk per thread in memory. Raises
     as `SiteForward` does, and BitsmithError for gradients that are not finite.
     """
-    with _quiet_transformers():
+    with quiet_transformers():
         run = _Backward(model, specs, tokens, folder, seed, progress)
         try:
             return run.weights()
@@ -105,7 +105,8 @@ class _Backward:
     def _through_head(self, gradients: States) -> None:
         """Write the gradient of log p(y) by the last layer's output, through the head and the final norm."""
         states = self._states(self._forward.n_layers)
-        norm = self._forward._norm(f"{self._model.arch.text_prefix}norm.").requires_grad_(False)
+        norm = aligned(self._forward.network.norm(f"{self._model.arch.text_prefix}norm."))
+        norm.requires_grad_(False)
         weights = self._found[HEAD_SITE] = np.zeros(self._tokens.shape, np.float32)
         head = _Head(self._model)
 
@@ -116,14 +117,14 @@ class _Backward:
             normed.backward(by_normed)
             gradients.write(chunk, _grad(hidden)[None])
 
-        with _workers(head.token_bytes * self._shape[1]) as pool:
+        with site_workers(head.token_bytes * self._shape[1]) as pool:
             list(pool.map(task, range(self._shape[0])))
 
     def _through_layer(self, index: int, gradients: States) -> None:
         """Replace the gradient by a layer's output with that by its input; note what its matrices' get."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
-        network = self._forward._network
-        layer = _aligned(network._layer(index)).requires_grad_(False)
+        network = self._forward.network
+        layer = aligned(network.layer(index)).requires_grad_(False)
         watch = _Watch(layer, self._modules(prefix))
         for site in watch.sites:
             self._found[site] = np.zeros(self._tokens.shape, np.float32)
@@ -136,7 +137,7 @@ class _Backward:
             with torch.enable_grad():
                 made = layer(
                     hidden,
-                    position_embeddings=network._rotary(hidden, positions),
+                    position_embeddings=network.rotary(hidden, positions),
                     attention_mask=None,
                     position_ids=positions,
                     past_key_values=None,
@@ -148,7 +149,7 @@ class _Backward:
             gradients.write(chunk, before)
             return bool(np.isfinite(before).all())
 
-        with _workers(_BACKWARD_COST * network.bytes_per_token * self._shape[1]) as pool:
+        with site_workers(_BACKWARD_COST * network.bytes_per_token * self._shape[1]) as pool:
             for finite in pool.map(task, range(self._shape[0])):
                 if not finite:
                     raise BitsmithError(

@@ -80,7 +80,7 @@ class SequentialStatistics(Statistics):
         facts = ["sequential", __version__, torch.__version__, base.digest]
         self.digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
         self._tied = model.arch.tied
-        self._view = _Encoded(model.checkpoint, model.checkpoint)
+        self._view = Encoded(model.checkpoint, model.checkpoint)
         self._tokens: Tokens = np.concatenate(tokens)
         coded = TextModel(self._view, model.arch, model.source)
         self._coded = _Stream(coded, specs, self._tokens, folder / "compressed")
@@ -194,7 +194,7 @@ def _exhaust(steps: Iterator[int]) -> None:
         pass
 
 
-class _Encoded(View):
+class Encoded(View):
     """A checkpoint whose tensors are replaced one by one."""
 
     def put(self, name: str, ref: TensorRef) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
-from bitsmith.run.forward import TextModel, Tokens, _embed, _Network, _quiet_transformers
+from bitsmith.run.forward import Network, TextModel, Tokens, embed, quiet_transformers
 
 Float32 = NDArray[np.float32]
 Take = Callable[[str, int, torch.Tensor], None]
@@ -89,10 +89,10 @@ class SiteForward:
     """
 
     def __init__(self, model: TextModel, specs: Sequence[TensorSpec]) -> None:
-        with _quiet_transformers():
-            self._network = _Network(model)
+        with quiet_transformers():
+            self.network = Network(model)
         self._model, self._specs = model, specs
-        self.n_layers, self.hidden_size = self._network.n_layers, self._network.hidden_size
+        self.n_layers, self.hidden_size = self.network.n_layers, self.network.hidden_size
         self.mtp_layers = sum(spec.component == "mtp" and spec.role == "ffn.down" for spec in specs)
         if self.mtp_layers > 1:
             raise UnsupportedError(
@@ -102,38 +102,38 @@ class SiteForward:
     def embed(self, tokens: Tokens, target: States) -> None:
         """Write the embedding of `tokens` (`chunks T`)."""
         states = target.mapped()
-        _embed(self._model, tokens, states)
+        embed(self._model, tokens, states)
 
     def layer(self, index: int, source: States, target: States, take: Take) -> Iterator[int]:
         """Run layer `index` from `source` to `target`; yield the chunks of each task."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
-        with _quiet_transformers():
-            layer = _aligned(self._network._layer(index))
+        with quiet_transformers():
+            layer = aligned(self.network.layer(index))
         watch = _Watch(layer, self._modules(prefix), take)
 
         def run(part: Float32) -> bool:
-            return self._network._run(layer, part, None)
+            return self.network.run(layer, part, None)
 
         yield from self._through(run, watch, source, target, f"layer {index}")
 
     def inputs(self, index: int, site: str, source: States, take: Take) -> Iterator[int]:
         """Run layer `index` from `source` as far as `site`, and no further; yield the chunks of each task."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
-        with _quiet_transformers():
-            layer = _aligned(self._network._layer(index))
+        with quiet_transformers():
+            layer = aligned(self.network.layer(index))
         modules = {path: found for path, found in self._modules(prefix).items() if found == site}
         watch = _Watch(layer, modules, take, last=True)
 
         def run(part: Float32) -> bool:
             with suppress(_ReachedError):
-                self._network._run(layer, part, None)
+                self.network.run(layer, part, None)
             return bool(np.isfinite(part).all())
 
         yield from self._through(run, watch, source, None, f"layer {index}")
 
     def head(self, source: States, target: States, take: Take) -> Iterator[int]:
         """Write the final norm of `source` to `target`, which is what the head reads."""
-        norm = self._norm(f"{self._model.arch.text_prefix}norm.")
+        norm = aligned(self.network.norm(f"{self._model.arch.text_prefix}norm."))
         watch = _Watch(norm, {}, take)
 
         def run(part: Float32) -> bool:
@@ -158,7 +158,7 @@ class SiteForward:
             hidden = torch.from_numpy(normed.read(first, first + len(part))[:, :-1])
             pair = module.pre_fc_norm_embedding(torch.from_numpy(part)), module.pre_fc_norm_hidden(hidden)
             part[...] = module.fc(torch.cat(pair, dim=-1)).numpy()
-            return self._network._run(module.layers[0], part, None)
+            return self.network.run(module.layers[0], part, None)
 
         yield from self._through(run, watch, embedded, embedded, "the MTP layer")
 
@@ -170,25 +170,17 @@ class SiteForward:
                 found[spec.name.removeprefix(prefix).removesuffix(".weight")] = spec.site
         return found
 
-    def _norm(self, prefix: str | None = None) -> torch.nn.Module:
-        network = self._network
-        with torch.device("meta"):
-            norm: torch.nn.Module = getattr(network._module, self._model.arch.norm_class)(
-                self.hidden_size, eps=network._config.rms_norm_eps
-            )
-        return norm if prefix is None else _aligned(network._filled(norm, prefix))
-
     def _mtp_module(self) -> Any:
         """Return the MTP layer with its weights, under the checkpoint's names; transformers has no class."""
-        network = self._network
-        config = copy.deepcopy(network._config)
+        network = self.network
+        config = copy.deepcopy(network.config)
         config.layer_types = ["full_attention"]
-        with _quiet_transformers(), torch.device("meta"):
-            layer = getattr(network._module, self._model.arch.layer_class)(config, 0)
+        with quiet_transformers(), torch.device("meta"):
+            layer = getattr(network.module, self._model.arch.layer_class)(config, 0)
             fc = torch.nn.Linear(2 * self.hidden_size, self.hidden_size, bias=False)
         parts = {"layers": torch.nn.ModuleList([layer]), "fc": fc}
-        norms = {name: self._norm() for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
-        return _aligned(network._filled(torch.nn.ModuleDict({**parts, **norms}), "mtp."))
+        norms = {name: network.norm() for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
+        return aligned(network.filled(torch.nn.ModuleDict({**parts, **norms}), "mtp."))
 
     def _through(
         self,
@@ -211,7 +203,7 @@ class SiteForward:
                     target.write(start, part)
             return len(part), finite
 
-        with _quiet_transformers(), _workers(self._network.bytes_per_token * tokens * batch) as pool:
+        with quiet_transformers(), site_workers(self.network.bytes_per_token * tokens * batch) as pool:
             for done, finite in pool.map(task, range(-(-chunks // batch))):
                 if not finite:
                     raise BitsmithError(
@@ -272,7 +264,7 @@ class _Watch:
             raise _ReachedError
 
 
-def _aligned(module: torch.nn.Module) -> torch.nn.Module:
+def aligned(module: torch.nn.Module) -> torch.nn.Module:
     """Move weights to whole cache lines: the last bits of a product may depend on where its inputs lie."""
     for parameter in module.parameters():
         if parameter.data_ptr() % _CACHE_LINE_BYTES:
@@ -281,7 +273,7 @@ def _aligned(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextmanager
-def _workers(task_bytes: int) -> Iterator[ThreadPoolExecutor]:
+def site_workers(task_bytes: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for tasks of `task_bytes`, one of torch's each: its sums depend on how many share them."""
     threads = torch.get_num_threads()
     workers = min(threads, max(_ACTIVATION_BYTES, threads * _WORKER_BYTES) // task_bytes)

@@ -25,7 +25,7 @@ from bitsmith.run.format_rows import ORIGINAL, FormatRow, FormatsStudy
 from bitsmith.run.studied_formats import StudiedFormat, studied
 from bitsmith.run.vocabulary import Vocabulary
 from bitsmith.store import GgufCheckpoint, open_checkpoint
-from bitsmith.store.atomic import _remove
+from bitsmith.store.atomic import remove
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.journal import Journal, result_folder, write_result
 from bitsmith.store.packed import refuse_rounded
@@ -126,7 +126,7 @@ class _Task:
             raise BitsmithError(f"{written_tokens} tokens after a prompt leave nothing to measure", path=path)
         if prompts is None:
             length = min(PROMPT_TOKENS, protocol.ctx_tokens)
-            self.prompts = prompts_of(reference._tokens, PROMPTS, length, written_tokens, protocol.seed)
+            self.prompts = prompts_of(reference.tokens, PROMPTS, length, written_tokens, protocol.seed)
         else:
             found = tuple(tuple(vocabulary.encode(prompt)) for prompt in prompts)
             self.prompts = Prompts(found, written_tokens, protocol.seed)
@@ -185,7 +185,7 @@ class _Study:
         row = self._measured(replace(row, rounding=rounding), path)
         if not self._keep:
             for left in self._folder.iterdir():  # writers may put files beside the artifact
-                _remove(left)
+                remove(left)
         return self._done(replace(row, seconds=time.monotonic() - started))
 
     def _measured(self, row: FormatRow, path: Path) -> FormatRow:
@@ -239,12 +239,12 @@ def _refuse_source(stored: Checkpoint) -> None:
 def _work_folder(out: Path) -> Iterator[Path]:
     """Yield an empty folder in `out` that is gone at the end, however that comes."""
     work = out / _WORK_NAME
-    _remove(work)
+    remove(work)
     work.mkdir()
     try:
         yield work
     finally:
-        _remove(work)
+        remove(work)
 
 
 def _statistics(

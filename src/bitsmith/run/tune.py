@@ -25,7 +25,7 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.descent import Descent, Facts, Schedule
 from bitsmith.run.distill import Distillation, Lesson, noisy
 from bitsmith.run.evaluate import MIN_CTX_TOKENS, open_model
-from bitsmith.run.forward import TextModel, _quiet_transformers, check_heads
+from bitsmith.run.forward import TextModel, check_heads, quiet_transformers
 from bitsmith.run.free_model import FreeModel, plain
 from bitsmith.run.layerwise import LayerFacts, LayerOptions, Layerwise, streamed_kld
 from bitsmith.run.student import Student
@@ -137,7 +137,7 @@ def tune(
                 teacher, student, fit, held, options, out, overwrite, key, journal, progress, say_cost
             )
             try:
-                with _quiet_transformers():
+                with quiet_transformers():
                     record = _whole(task) if whole else _by_layer(task)
             except BitsmithError:
                 if not journal.entries:

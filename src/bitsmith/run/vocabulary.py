@@ -10,9 +10,9 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from bitsmith.archs import load_tokenizer
-from bitsmith.archs.tokenizer import TOKENIZER_NAME, _read_json, tokenizer_folder
+from bitsmith.archs.tokenizer import TOKENIZER_NAME, read_json, tokenizer_folder
 from bitsmith.errors import BitsmithError, UnsupportedError
-from bitsmith.run.evaluate import _bos_token, _tokenizer_keys, open_model
+from bitsmith.run.evaluate import bos_token, open_model, tokenizer_keys
 from bitsmith.run.forward import TextModel
 from bitsmith.run.template import render
 from bitsmith.store import Checkpoint
@@ -34,8 +34,8 @@ class Vocabulary:
 
     def __init__(self, model: TextModel) -> None:
         self._path = model.checkpoint.path
-        self._keys = _tokenizer_keys(model)
-        self._bos = _bos_token(model)
+        self._keys = tokenizer_keys(model)
+        self._bos = bos_token(model)
         self.tokenizer = load_tokenizer(model.source)
         if not isinstance(self.tokenizer.decoder, decoders.ByteLevel):
             raise UnsupportedError("its tokenizer is not byte-level", path=self._path)
@@ -75,7 +75,7 @@ class Vocabulary:
     def _stops(self, model: TextModel) -> set[int]:
         configs: list[Mapping[str, Any]] = [model.source.config, model.arch.text_config]
         if model.source.config:
-            configs.append(_read_json(tokenizer_folder(model.source) / "generation_config.json"))
+            configs.append(read_json(tokenizer_folder(model.source) / "generation_config.json"))
         given = [config.get("eos_token_id") for config in configs]
         given += [self._keys.get(f"tokenizer.ggml.{kind}_token_id") for kind in _END_KEYS]
         listed = [number for one in given for number in (one if isinstance(one, list) else [one])]
@@ -97,7 +97,7 @@ def open_teller(model: TextModel, tokenizer: Path | None) -> TextModel:
     if not (tokenizer if is_file else tokenizer / TOKENIZER_NAME).is_file():
         return open_model(tokenizer)
     alone = Checkpoint(tokenizer.parent if is_file else tokenizer, {})
-    alone.config = _read_json(alone.path / "config.json") or model.source.config
+    alone.config = read_json(alone.path / "config.json") or model.source.config
     return TextModel(alone, model.arch, alone)
 
 

@@ -62,7 +62,7 @@ def atomic_folder(
     with _claimed(target, _open_folder) as (part, _):
         refuse_taken(target, overwrite, sources, folder=True)
         for left_over in part.iterdir():
-            _remove(left_over)
+            remove(left_over)
         refuse_full(target, expect_bytes)
         yield part
         for path in part.iterdir():
@@ -105,7 +105,7 @@ def _claimed(target: Path, open_part: Callable[[Path], int]) -> Iterator[tuple[P
         finally:
             try:
                 if _is_open_as(part, descriptor):  # else it was renamed, and the next run may have its own
-                    _remove(part)
+                    remove(part)
             finally:
                 os.close(descriptor)
     except OSError as error:
@@ -134,7 +134,7 @@ def _drop(part: Path, descriptor: int) -> None:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_open_as(part, descriptor):
-                _remove(part)
+                remove(part)
     finally:
         os.close(descriptor)
 
@@ -192,7 +192,8 @@ def _move_into(part: Path, target: Path, last: str, stale: Callable[[str], bool]
     sync_folder(target)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all it holds, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

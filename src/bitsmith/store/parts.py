@@ -1,0 +1,113 @@
+"""Finished pieces of a file that takes long to make, beside it, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from bitsmith.errors import OutputError
+from bitsmith.store.atomic import Chunk, write_chunk
+from bitsmith.store.checkpoint import Bytes
+from bitsmith.store.journal import Journal
+
+_COPIED_BYTES = 1 << 24
+
+
+class Parts:
+    """The folder `.OUT.parts`: each finished piece's bytes, and a journal of what is finished.
+
+    `key` is a digest of everything the bytes depend on; pieces of another key are dropped. `finished` has
+    what was noted of each. The folder goes at the end of the context if nothing was finished, else `remove`
+    deletes it. Raises OutputError if it cannot be written or another run holds it.
+    """
+
+    def __init__(self, out: Path, key: str) -> None:
+        self._folder = out.absolute().with_name(f".{out.name}.parts")
+        self._key = f"2 {key}"  # the second layout of the notes
+        self.finished: dict[str, Any] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
+        self._journal = Journal(self._folder / "journal", self._key)
+        self.finished = dict(self._journal.entries)
+        kept = {self.path(file) for value in self.finished.values() for file in value["files"]}
+        for path in self._folder.iterdir():
+            if path not in kept | {self._journal.path}:
+                path.unlink()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._journal.__exit__(kind, error, trace)
+        if not self.finished:
+            self.remove()
+
+    def write(self, file: str, blocks: Iterable[Chunk]) -> None:
+        """Write a file of a piece, anew if called again."""
+        try:
+            with self.path(file).open("wb") as stream:
+                for part in blocks:
+                    write_chunk(stream, part)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot be written: {error.strerror or error}", path=self._folder) from error
+
+    def add(self, name: str, files: Iterable[str], note: Mapping[str, Any]) -> None:
+        """Note a piece as finished, with the files it consists of."""
+        value = {"files": list(files), "note": dict(note)}
+        self._journal.add(name, value)
+        self.finished[name] = value
+
+    def note(self, name: str) -> dict[str, Any]:
+        """Return what was noted of a finished piece."""
+        found: dict[str, Any] = self.finished[name]["note"]
+        return found
+
+    def read(self, file: str) -> Iterator[Bytes]:
+        """Yield a finished file's bytes."""
+        with self.path(file).open("rb") as stream:
+            while chunk := stream.read(_COPIED_BYTES):
+                yield np.frombuffer(chunk, np.uint8)
+
+    def path(self, file: str) -> Path:
+        """Return where a file of a piece lies."""
+        return self._folder / f"{file}.blocks"
+
+    def remove(self) -> None:
+        """Delete the folder: the file is whole, or nothing was finished."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+Make = Callable[["Parts", str], tuple[Sequence[str], dict[str, Any]]]
+"""Writes a piece's files and returns their names, and what is to be noted of it."""
+
+
+@contextmanager
+def finished_parts(
+    out: Path,
+    key: str,
+    names: Sequence[str],
+    make: Make,
+) -> Iterator[Parts]:
+    """Yield the parts of `out` with every piece of `names`: a killed run's, or made now; gone at the end.
+
+    Where the block fails the parts stay, for the next run.
+    """
+    with Parts(out, key) as parts:
+        for name in names:
+            if name not in parts.finished:
+                parts.add(name, *make(parts, name))
+        yield parts
+    parts.remove()

@@ -1,0 +1,77 @@
+"""A killed run of error feedback goes on with the matrices it had finished, and ends with the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from bitsmith.errors import OutputError
+from bitsmith.run.calibrate import calibrate
+from bitsmith.run.cellm import write_cellm
+from bitsmith.run.folder import write_folder
+from bitsmith.store.parts import Parts
+
+
+@pytest.fixture(scope="module")
+def stats(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stats")
+    text = folder / "text.txt"
+    text.write_text("".join(f"def f{n}(x):\n    return {n} * x + {n * n % 977}\n\n" for n in range(200)))
+    calibrate(demo_model, text, folder / "stats", ctx_tokens=64, chunks=8, saliency=False)
+    return folder / "stats"
+
+
+def bytes_of(out: Path) -> dict[str, bytes]:
+    files = [out] if out.is_file() else sorted(out.iterdir())
+    return {file.name: file.read_bytes() for file in files}
+
+
+WRITERS: dict[str, Callable[..., object]] = {
+    "x.cellm": lambda model, out, **options: write_cellm(model, out, "i2", **options),
+    "ct": lambda model, out, **options: write_folder(model, out, "W4A16", **options),
+    "nf4": lambda model, out, **options: write_folder(model, out, "NF4", **options),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    demo_model: Path, stats: Path, tmp_path: Path, name: str
+) -> None:
+    write, out = WRITERS[name], tmp_path / name
+    options = {"statistics": stats, "rounder": "gptq"}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "round" and done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(demo_model, out, progress=stop, **options)
+    assert not out.exists()
+    parts = tmp_path / f".{name}.parts"
+    assert parts.is_dir()
+    record = write(demo_model, out, **options)
+    assert record.resumed == 3
+    assert not parts.exists()
+    fresh = write(demo_model, tmp_path / f"fresh-{name}", **options)
+    assert fresh.resumed == 0
+    assert record.tensors == fresh.tensors
+    expected = bytes_of(tmp_path / f"fresh-{name}")
+    assert bytes_of(out) == {file.removeprefix("fresh-"): data for file, data in expected.items()}
+
+
+def test_parts_of_another_key_are_dropped(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with Parts(out, "a") as parts:
+        parts.write("x", [b"1"])
+        parts.add("x", ["x"], {"n": 1})
+    with Parts(out, "a") as parts:
+        assert parts.note("x") == {"n": 1}
+        assert b"".join(chunk.tobytes() for chunk in parts.read("x")) == b"1"
+        with pytest.raises(OutputError, match="another run"), Parts(out, "a"):
+            pass
+    with Parts(out, "b") as parts:
+        assert not parts.finished
+        assert not parts.path("x").exists()
+    assert not (tmp_path / ".out.parts").exists()
