@@ -242,6 +242,24 @@ def sweep(
     )
 
 
+def fitted_cores(
+    matrix: RowSource | NDArray[Any], ranks: Sequence[int], modes: Modes | None = None
+) -> list[Float64]:
+    """Return the three cores (`r_(k-1) p_k r_k`) that `sweep` measures, reading the matrix three times.
+
+    Raises as `sweep` does.
+    """
+    source = as_rows(matrix)
+    slabs = _Slabs(source, balanced_modes(*matrix_shape(source)) if modes is None else modes)
+    [train] = _fit(slabs, [ranks])
+    size, last = slabs.modes.sizes[0], slabs.modes.sizes[2]
+    parts = []
+    for slab in slabs:
+        inside = (train.left.T @ slab.tensor.reshape(size, -1)).reshape(train.ranks[1], -1, last)
+        parts.append(inside @ train.right)
+    return [train.left[None], np.concatenate(parts, axis=1), train.right.T[..., None]]
+
+
 def svd_core(
     matrix: RowSource | NDArray[Any], core_rank: int | None = None, ranks: Sequence[int] | None = None
 ) -> Train:

@@ -18,13 +18,8 @@ from bitsmith.store.atomic import atomic_file
 Figure = Mapping[str, Any]
 """A plotly figure: `data` and `layout` as plotly.js takes them."""
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:"
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
-<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<style>
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:"
+STYLE = """\
 :root { --ink: #1c2330; --paper: #fff; --panel: #f3f5f9; --line: #dde2ea; --note: #5a6475; }
 @media (prefers-color-scheme: dark) { :root { --ink: #dfe4ec; --paper: #14181f; --panel: #1f2530;
 --line: #323a48; --note: #98a2b3; } }
@@ -37,7 +32,9 @@ th, td { text-align: left; vertical-align: top; padding: .25rem .6rem; border-bo
 overflow-wrap: break-word; }
 th { background: var(--panel); overflow-wrap: normal; }
 pre { background: var(--panel); padding: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
-{% if figures %}.figure { margin: .4rem 0 1.2rem; }
+"""
+FIGURE_STYLE = """\
+.figure { margin: .4rem 0 1.2rem; }
 .xtick text, .ytick text, .xtitle, .ytitle, .legendtext, .legendtitletext, .annotation-text, .cbaxis text {
 fill: var(--ink) !important; }
 .updatemenu-item-text { fill: var(--ink) !important; } .updatemenu-item-rect { fill: var(--panel) !important;
@@ -45,7 +42,15 @@ stroke: var(--line) !important; } .updatemenu-header-arrow { fill: var(--ink) !i
 .gridlayer path, .zerolinelayer path { stroke: var(--line) !important; }
 .scrollbar-handle, .scrollbar { fill: var(--note) !important; }
 .modebar-group { background: none !important; } .modebar-btn path { fill: var(--note) !important; }
-{% endif %}</style>{% if figures %}<script>{{ plotly }}</script>{% endif %}</head><body>
+"""
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta http-equiv="Content-Security-Policy" content="{{ policy }}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<style>
+{{ style }}{% if figures %}{{ figure_style }}{% endif %}</style>
+{% if figures %}<script>{{ plotly }}</script>{% endif %}</head><body>
 <h1>{{ title }}</h1>
 {% for section in sections %}{% if section.heading %}<h2>{{ section.heading }}</h2>
 {% endif %}{% if section.lead %}<p class="lead">{{ section.lead }}</p>
@@ -96,9 +101,11 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
         title=title,
         sections=sections,
         version=__version__,
-        policy=_POLICY + ("; script-src 'unsafe-inline'" if figures else ""),
+        style=STYLE,
+        figure_style=FIGURE_STYLE,
+        policy=POLICY + ("; script-src 'unsafe-inline'" if figures else ""),
         figures=Markup(script_json(figures)) if figures else "",  # noqa: S704  escaped for a script element
-        plotly=Markup(_plotly()) if figures else "",  # noqa: S704  plotly's own source
+        plotly=Markup(plotly_source()) if figures else "",  # noqa: S704  plotly's own source
     )
     with atomic_file(path, overwrite=True) as file:
         file.write(text.encode("utf-8", "backslashreplace"))
@@ -111,5 +118,6 @@ def script_json(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _plotly() -> str:
+def plotly_source() -> str:
+    """Return plotly.js."""
     return str(importlib.import_module("plotly.offline").get_plotlyjs())

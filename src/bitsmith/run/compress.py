@@ -12,6 +12,7 @@ from bitsmith.run import job as gguf
 from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_cellm
 from bitsmith.run.execute import Record, write_manifest
 from bitsmith.run.folder import SCHEMES, FolderPlan, FolderRecord, plan_folder, write_folder
+from bitsmith.run.folder_layout import takes
 from bitsmith.run.job import SPI, Job
 from bitsmith.run.plan import Plan
 from bitsmith.run.spi import SpiPlan, SpiRecord, plan_spi, write_spi
@@ -81,7 +82,7 @@ def output_of(job: Job) -> Output:
         output = "spi"
     elif suffix == ".cellm":
         output = "cellm"
-    elif scheme in SCHEMES and (suffix != ".gguf" or scheme not in ("BF16", "F16")):
+    elif takes(scheme) and (suffix != ".gguf" or scheme not in ("BF16", "F16")):
         output = "folder"
     if output == "gguf" and suffix not in (None, ".gguf"):
         raise OutputError(

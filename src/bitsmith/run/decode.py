@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,9 @@ from transformers.cache_utils import DynamicCache
 
 from bitsmith.errors import BitsmithError
 from bitsmith.run.forward import Network, TextModel, embed, quiet_transformers, weight_of
+from bitsmith.run.machine import available_bytes
 
 _BLOCK_TOKENS = 512  # of a prompt at a time, which bounds what the activations take
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_MEMINFO = Path("/proc/meminfo")
 
 
 class Decoder:
@@ -143,15 +140,3 @@ def _context(config: Any, asked: int | None, model: TextModel) -> int:
             path=model.checkpoint.path,
         )
     return has if asked is None else asked
-
-
-def available_bytes() -> int:
-    """Return the memory that can be had now; where that is not known, all of the machine's."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # no control group, or one without a limit
-        found = min(found, int(_CGROUP_LIMIT.read_text()))
-    with suppress(OSError):  # not Linux
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                found = min(found, int(line.split()[1]) * 1024)
-    return found

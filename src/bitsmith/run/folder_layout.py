@@ -13,6 +13,7 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.overrides import Override, first_match
 from bitsmith.run.pack_bitsandbytes import BitsandbytesPacker
 from bitsmith.run.pack_compressed import CompressedTensorsPacker
+from bitsmith.run.pack_factored import FactoredPacker
 from bitsmith.run.packer import Assigned, Packer
 from bitsmith.store import Checkpoint, TensorData, TensorRef
 from bitsmith.store.atomic import Chunk
@@ -21,7 +22,7 @@ from bitsmith.store.packed import refuse_rounded
 KEPT = "BF16"
 """The scheme of what is not packed: it keeps its dtype, which is BF16 in most checkpoints."""
 
-PACKERS: tuple[Packer, ...] = (CompressedTensorsPacker(), BitsandbytesPacker())
+PACKERS: tuple[Packer, ...] = (CompressedTensorsPacker(), BitsandbytesPacker(), FactoredPacker())
 SCHEMES = (*(scheme for packer in PACKERS for scheme in packer.schemes), KEPT)
 
 _TINY_ROLES = ("delta.in_a", "delta.in_b")  # a row per head, whose errors stay in the recurrent state
@@ -72,6 +73,11 @@ class Layout:
         return [piece.data._replace(chunks=chunks(piece)) for piece in self.pieces]
 
 
+def takes(scheme: str) -> bool:
+    """Tell whether a packed folder can be made with `scheme`."""
+    return scheme == KEPT or any(packer.takes(scheme) for packer in PACKERS)
+
+
 def lay_out(
     checkpoint: Checkpoint, scheme: str, group: int | None, tensor_types: Rules, ignore: Sequence[str]
 ) -> Layout:
@@ -81,7 +87,7 @@ def lay_out(
     linears = [_module(name) for name, spec in specs.items() if _is_linear(spec)]
     if architecture_of(checkpoint).tied:
         linears.append("lm_head")
-    asked = _asked(specs, scheme, tensor_types, _ignored(ignore, linears))
+    asked = _asked(packer, specs, scheme, tensor_types, _ignored(ignore, linears))
     rows = []
     packed: dict[str, Assigned] = {}
     pieces: list[Piece] = []
@@ -107,9 +113,9 @@ def _packer(schemes: Sequence[str]) -> Packer:
     """Return the one packer of all schemes (of none but KEPT: any)."""
     found = []
     for scheme in schemes:
-        if scheme not in SCHEMES:
+        if not takes(scheme):
             raise BitsmithError(f"unknown scheme {printable(scheme)!r}; known: {', '.join(SCHEMES)}")
-        found += [packer for packer in PACKERS if scheme in packer.schemes and packer not in found]
+        found += [packer for packer in PACKERS if packer.takes(scheme) and packer not in found]
     if len(found) > 1:
         said = " and ".join(sorted({scheme for scheme in schemes if scheme != KEPT}))
         raise BitsmithError(f"{said} cannot be in one folder: its config names one way of packing")
@@ -121,15 +127,23 @@ def _is_linear(spec: TensorSpec) -> bool:
     return len(spec.shape) == 2 and spec.name.endswith(".weight") and not table
 
 
+def _packs(packer: Packer, spec: TensorSpec) -> bool:
+    return _is_linear(spec) or (packer.tables and spec.role == "embed")
+
+
 def _module(name: str) -> str:
     return name.removesuffix(".weight")
 
 
 def _asked(
-    specs: Mapping[str, TensorSpec], scheme: str, tensor_types: Rules, ignored: set[str]
+    packer: Packer,
+    specs: Mapping[str, TensorSpec],
+    scheme: str,
+    tensor_types: Rules,
+    ignored: set[str],
 ) -> dict[str, str]:
     """Return the scheme asked for by tensor, of those that are to be packed."""
-    text = {name: spec for name, spec in specs.items() if spec.component == "text" and _is_linear(spec)}
+    text = {name: spec for name, spec in specs.items() if spec.component == "text" and _packs(packer, spec)}
     rules = [Override(pattern, named) for pattern, named in tensor_types]
     found = {}
     for name, spec in text.items():

@@ -44,6 +44,11 @@ class BitsandbytesPacker:
     """bitsandbytes' 4-bit weights, scales double-quantized; values have the dtype of the source."""
 
     schemes = tuple(_BOOKS)
+    tables = False
+
+    def takes(self, scheme: str) -> bool:
+        """Tell whether a scheme is one of `schemes`."""
+        return scheme in self.schemes
 
     def group(self, scheme: str, asked: int | None, shape: tuple[int, ...]) -> int | None:
         """Return `asked` (default 64): blocks lie over the flattened matrix, so that any size fits.

@@ -45,6 +45,11 @@ class CompressedTensorsPacker:
     """`pack-quantized` of compressed-tensors, in grids whose scales have the dtype of the source."""
 
     schemes = tuple(_GRIDS)
+    tables = False
+
+    def takes(self, scheme: str) -> bool:
+        """Tell whether a scheme is one of `schemes`."""
+        return scheme in self.schemes
 
     def group(self, scheme: str, asked: int | None, shape: tuple[int, ...]) -> int | None:
         """Return `asked` (default 128), or the next smaller of `GROUPS` that divides the columns.

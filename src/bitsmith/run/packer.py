@@ -93,6 +93,13 @@ class Packer(Protocol):
     def schemes(self) -> tuple[str, ...]:
         """The names of its schemes."""
 
+    @property
+    def tables(self) -> bool:
+        """Whether embeddings can be packed, where they are asked for by name."""
+
+    def takes(self, scheme: str) -> bool:
+        """Tell whether a scheme is one of its own, options included."""
+
     def group(self, scheme: str, asked: int | None, shape: tuple[int, ...]) -> int | None:
         """Return the columns that share a scale in a matrix of `shape`: as `asked`, or the next that divides.
 

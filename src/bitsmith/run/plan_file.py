@@ -19,12 +19,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats import format_named
 from bitsmith.passes.transform import Transform, parse_transforms
 from bitsmith.run.plan import Plan, Source, plan_of_types
+from bitsmith.run.strict_yaml import read_yaml
 from bitsmith.store.atomic import atomic_file
 
 VERSION = 1
@@ -135,46 +134,8 @@ def read_plan(path: Path, source: Source) -> Plan:
         raise BitsmithError(error.message, path=path, tensor=error.tensor) from error
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader that refuses a key given twice and aliases, which no plan needs."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"aliases are not allowed{_at(event)}")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode):
-                raise yaml.YAMLError(f"a key is no name{_at(key)}")
-            if key.value in seen:
-                raise yaml.YAMLError(f"{printable(str(key.value))!r} is there twice{_at(key)}")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def _at(marked: Any) -> str:
-    return f", line {marked.start_mark.line + 1}" if getattr(marked, "start_mark", None) else ""
-
-
 def _parsed(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise BitsmithError(f"is larger than {_MAX_BYTES} bytes, no plan is", path=path)
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BitsmithError(f"cannot be read: {error.strerror}", path=path) from error
-    except UnicodeDecodeError as error:
-        raise BitsmithError(f"is not UTF-8 at offset {error.start}", path=path) from error
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        where = f" at line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise BitsmithError(f"is not YAML{where}: {printable(str(error.problem))}", path=path) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise BitsmithError(f"is not a plan: {printable(str(error))}", path=path) from error
+    return read_yaml(path, "a plan", _MAX_BYTES).value
 
 
 def _mapping(value: Any, what: str, path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from bitsmith.errors import UnsupportedError, printable
 from bitsmith.store.bitsandbytes import read_bitsandbytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.compressed_tensors import METHOD, read_compressed
+from bitsmith.store.factored import METHOD as FACTORED
+from bitsmith.store.factored import read_factored
 from bitsmith.store.fp8 import read_fp8
 from bitsmith.store.mlx import read_mlx
 from bitsmith.store.mlx_layout import hugging_face_layout
@@ -19,6 +21,7 @@ from bitsmith.store.stored import FLOATS, INTEGERS
 PACKINGS: dict[str, Packing] = {
     "bitsandbytes": read_bitsandbytes,
     METHOD: read_compressed,
+    FACTORED: read_factored,
     "fp8": read_fp8,
     "mlx": read_mlx,
 }
@@ -30,13 +33,15 @@ _CODES = re.compile(r"(^|\.)(q?weight(_packed)?|qzeros|W_q|codes|\w+_(blocks|pac
 def unpacked(stored: Checkpoint) -> Checkpoint:
     """Return `stored` as its model has it: packed weights decoded on read, MLX's layout undone.
 
-    A config that says that weights are packed where all of them are plain floats is taken as left over.
+    A config that says that weights are packed where all of them are plain floats is taken as left over;
+    factors may be floats themselves.
 
     Raises UnsupportedError for a packing that is not known and for codes without settings in the config,
     DamagedFileError for parts that do not fit.
     """
     settings = _settings(stored.config)
-    if settings is None or all(ref.dtype in FLOATS for ref in stored.values()):
+    floats = all(ref.dtype in FLOATS for ref in stored.values())
+    if settings is None or (floats and settings[0] != FACTORED):
         tensors = dict(stored)
     else:
         tensors = _decoded(stored, *settings)

@@ -1,0 +1,319 @@
+"""What a study's tasks can do: each action is one public function, its files in `out`, its facts as JSON.
+
+An input is the name of a task in `needs`, whose artifact it then is, or a path. No action tells times, dates
+or places: the same inputs give the same files and the same facts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bitsmith.archs import architecture_of, import_view
+from bitsmith.errors import BitsmithError, printable
+from bitsmith.progress import Progress
+from bitsmith.run.task import Action
+from bitsmith.store import open_checkpoint
+from bitsmith.store.journal import write_result
+from bitsmith.store.statistics_manifest import MANIFEST_NAME, parse_manifest, write_manifest
+
+STATISTICS = "statistics"
+SAMPLES = "samples.json"
+EVALUATION = "evaluation.json"
+RECORD = "record.json"
+INSPECTION = "inspection.json"
+SAHC = "sahc.json"
+GATE_LOG = "audit.jsonl"
+"""Beside an artifact's files, and no part of them: what the gates of its recipe said, and when."""
+MODEL_NAMES = ("model.gguf", "model.cellm", "model")
+"""What a compressed model is called in its artifact; a folder has no suffix."""
+
+_UNSETTLED = {"seconds", "estimated_seconds", "prompt_seconds", "peak_memory_bytes", "resumed_tensors", "out"}
+
+_SOURCES = ("model", "text", "candidate", "statistics", "plan_file")
+
+Params = Mapping[str, Any]
+Inputs = Mapping[str, Path]
+Facts = Mapping[str, Any]
+
+
+def model_in(artifact: Path) -> Path:
+    """Return the model in the artifact of a `compress` or a `sahc`; any other path as it is.
+
+    Raises BitsmithError for a recipe's artifact that has none.
+    """
+    found = next((artifact / name for name in MODEL_NAMES if (artifact / name).exists()), artifact)
+    if found is artifact and (artifact / SAHC).exists():
+        raise BitsmithError("the recipe wrote no model: the gates of what it made did not pass")
+    return found
+
+
+def inspect(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Describe `model`: components, types, sizes in every stock mix."""
+    from bitsmith.run.inspect import inspect as run  # noqa: PLC0415 (what an action loads is its own)
+
+    found = _settled(run(_model(params, inputs)).to_json(), params, inputs)
+    write_result(out / INSPECTION, found)
+    return {name: found[name] for name in ("architecture", "parameters", "stored_bytes", "components")}
+
+
+def assay(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Measure the spectra of `model`, of all matrices or those that `match`; tell the verdict."""
+    from bitsmith.run.assay import RESULT_NAME  # noqa: PLC0415
+    from bitsmith.run.assay import assay as run  # noqa: PLC0415
+
+    statistics = _input(params, inputs, "statistics", STATISTICS)
+    model, match = _model(params, inputs), params.get("match")
+    result = run(model, out, match=match, statistics=statistics, overwrite=True, progress=progress)
+    found = _settled(result.to_json(), params, inputs)
+    write_result(out / RESULT_NAME, found)
+    return {"verdict": found["verdict"], "matrices": len(found["matrices"])}
+
+
+def calibrate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Run `text` through `model` and keep what its matrices see."""
+    from bitsmith.run.calibrate import calibrate as run  # noqa: PLC0415 (loads torch)
+
+    options = {name: params[name] for name in ("ctx_tokens", "chunks", "block", "saliency") if name in params}
+    found = run(
+        _model(params, inputs),
+        _text(params),
+        out / STATISTICS,
+        overwrite=True,
+        progress=progress,
+        **options,
+    )
+    manifest = out / STATISTICS / MANIFEST_NAME
+    kept = parse_manifest(manifest.read_bytes(), manifest)
+    write_manifest(manifest, replace(kept, model=Path(kept.model).name, text=Path(kept.text).name))
+    names = ("text_sha256", "ctx_tokens", "chunks", "held_chunks", "fit_tokens", "sites")
+    return {name: getattr(found, name) for name in names}
+
+
+def compress(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Write `model` as the other params say, the fields of `Job` and the `output`'s name in the artifact."""
+    from bitsmith.run.compress import compress as run  # noqa: PLC0415
+    from bitsmith.run.job import Job  # noqa: PLC0415
+
+    fields = dict(params)
+    name = str(fields.pop("output", MODEL_NAMES[0]))
+    if name not in MODEL_NAMES:
+        raise BitsmithError(f"output is {printable(name)!r}, expected one of {', '.join(MODEL_NAMES)}")
+    for listed in ("tensor_types", "ignore"):
+        if listed in fields:
+            fields[listed] = tuple(tuple(one) if isinstance(one, list) else one for one in fields[listed])
+    fields |= {
+        "model": _model(params, inputs),
+        "statistics": _input(params, inputs, "statistics", STATISTICS),
+    }
+    fields |= {key: Path(fields[key]) for key in ("text", "plan_file") if key in fields}
+    written = out / name
+    record = _settled(run(Job(**fields, out=written, overwrite=True), progress).to_json(), params, inputs)
+    write_result(out / RECORD, record)
+    return {
+        **_size(written),
+        "path": name,
+        "sha256": _manifest_digest(written),
+        "tensors": _tensors(record, fields["model"]),
+        "measured": record.get("measured", {}),
+    }
+
+
+def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Compress `model` by the gated recipe, judged on `text`; without a model where its gates do not pass.
+
+    The recipe's audit log tells times, so it goes beside the artifact's files.
+    """
+    from bitsmith.run.sahc import RESULT_NAME  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.sahc import sahc as run  # noqa: PLC0415
+
+    model, audit = _model(params, inputs), out.parent / GATE_LOG
+    options = {**_window(params), "audit": audit, "overwrite": True, "progress": progress}
+    result = run(model, _text(params), out, **options)
+    record = _settled(result.to_json(), params, inputs)
+    write_result(out / RESULT_NAME, record)
+    written = out / "model"
+    made = {**_size(written), "path": written.name, "sha256": result.sahc.sha256} if written.exists() else {}
+    names = ("gates_passed", "gates_failed", "gates_unmeasured", "replans", "same_as_int4", "bytes_over_int4")
+    return {
+        **made,
+        **{name: record[name] for name in names},
+        "ppl_over_int4": record["ppl_over_int4"],
+        "tensors": [_sahc_tensor(row) for row in record["rows"]] if made else [],
+    }
+
+
+def reference(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Run `text` through `model` and keep the states that its logits are made of, for every `evaluate`."""
+    from bitsmith.run.reference_states import STATES_NAME, write_states  # noqa: PLC0415 (loads torch)
+
+    model = _model(params, inputs)
+    protocol = write_states(model, _text(params), out / STATES_NAME, **_window(params), progress=progress)
+    return {"scored_tokens": protocol.scored_tokens, "text_sha256": protocol.text_sha256, **_size(model)}
+
+
+def evaluate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Measure `candidate` against `model` on `text`; `states` are the artifact of a `reference`."""
+    from bitsmith.run.evaluate import Reference  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.reference_states import STATES_NAME, KnownReference  # noqa: PLC0415
+
+    candidate = _input(params, inputs, "candidate")
+    if candidate is None:
+        raise BitsmithError("evaluate needs a candidate")
+    states = _input(params, inputs, "states", STATES_NAME)
+    model, text, window = _model(params, inputs), _text(params), {**_window(params), "progress": progress}
+    opened = (
+        Reference(model, text, **window) if states is None else KnownReference(model, text, states, **window)
+    )
+    with opened as known:
+        evaluation, _ = known.measure(model_in(candidate))
+    found = _settled(evaluation.to_json(), params, inputs)
+    write_result(out / EVALUATION, found)
+    return {name: found[name] for name in ("measures", "protocol", "candidate", "reference", "warnings")}
+
+
+def generate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Continue each of `prompts` with `model`, `tokens` tokens at most."""
+    from bitsmith.run.continuation import continue_prompt  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.sampling import Sampling  # noqa: PLC0415
+
+    sampling = Sampling(**params.get("sampling", {"temperature": 0.0}))
+    tokenizer = None if params.get("tokenizer") is None else Path(params["tokenizer"])
+    path, samples = model_in(_model(params, inputs)), []
+    for done, prompt in enumerate(params["prompts"]):
+        progress("generate", done, len(params["prompts"]))
+        found = continue_prompt(
+            path,
+            prompt,
+            params.get("tokens", 64),
+            sampling,
+            chat=params.get("chat", False),
+            tokenizer=tokenizer,
+        )
+        samples.append(
+            {"prompt": prompt, "text": found.text, "stopped": found.stopped, "tokens": found.n_tokens}
+        )
+    write_result(out / SAMPLES, {"samples": samples})
+    return {"samples": samples}
+
+
+ACTIONS: dict[str, Action] = {
+    action.__name__: action
+    for action in (inspect, assay, calibrate, compress, sahc, reference, evaluate, generate)
+}
+"""Every action by its name in a task."""
+
+
+class _Row(NamedTuple):
+    role: str
+    layer: int | None
+
+
+def _model(params: Params, inputs: Inputs) -> Path:
+    found = _input(params, inputs, "model")
+    if found is None:
+        raise BitsmithError("the task names no model")
+    return found
+
+
+def _text(params: Params) -> Path:
+    if not isinstance(params.get("text"), str):
+        raise BitsmithError("the task names no text")
+    return Path(params["text"])
+
+
+def _window(params: Params) -> dict[str, Any]:
+    return {name: params[name] for name in ("ctx_tokens", "chunks") if name in params}
+
+
+def _input(params: Params, inputs: Inputs, name: str, inside: str = "") -> Path | None:
+    """Return what `params[name]` names: the artifact of a needed task (the part `inside` it), or a path."""
+    value = params.get(name)
+    if value is None:
+        return None
+    return inputs[value] / inside if value in inputs else Path(value)
+
+
+def _settled(value: Any, params: Params, inputs: Inputs) -> Any:
+    """Return a record without times, and with names in place of where artifacts and sources lie."""
+    places = {str(path): name for name, path in inputs.items()}
+    places |= {str(params[name]): Path(params[name]).name for name in _SOURCES if name in params}
+    return _replaced(value, places)
+
+
+def _replaced(value: Any, places: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _replaced(one, places) for key, one in value.items() if key not in _UNSETTLED}
+    if isinstance(value, list | tuple):
+        return [_replaced(one, places) for one in value]
+    if isinstance(value, str | Path):
+        value = str(value)
+        for place in sorted(places, key=len, reverse=True):
+            value = value.replace(place, places[place])
+    return value
+
+
+def _size(path: Path) -> dict[str, Any]:
+    """Return the bytes of a model's weight files, its weights, and the bits that each takes."""
+    with open_checkpoint(path) as checkpoint:
+        weights = sum(ref.size for ref in checkpoint.values())
+        stored_bytes = sum(ref.nbytes for ref in checkpoint.values())
+        file_bytes = sum(file.stat().st_size for file in checkpoint.files)
+    return {"file_bytes": file_bytes, "weights": weights, "bpw": 8 * stored_bytes / max(1, weights)}
+
+
+def _manifest_digest(path: Path) -> str:
+    """Return the digest that `write_manifest` gave a file or a folder."""
+    listed = path.with_name(path.name + ".sha256").read_bytes()
+    return listed.split()[0].decode() if path.is_file() else hashlib.sha256(listed).hexdigest()
+
+
+def _tensors(record: Mapping[str, Any], model: Path) -> list[dict[str, Any]]:
+    """Return a line per tensor as the study's JSON has them, whatever was written."""
+    stored = record if "tensors" in record else record.get("folder", {})
+    plan = {row["hf_name"]: row for row in record.get("plan", {}).get("rows", ())}
+    places = _places(model)
+    return [_tensor(one, plan, places) for one in stored.get("tensors", ())]
+
+
+def _tensor(one: Mapping[str, Any], plan: Mapping[str, Any], places: Mapping[str, _Row]) -> dict[str, Any]:
+    name = one.get("hf_name", one.get("name", ""))
+    row, place = plan.get(name, {}), places.get(name, _Row("", None))
+    rounding = one.get("rounding", {})
+    rounder = rounding.get("rounder", one.get("rounder", ""))
+    return {
+        "name": name,
+        "role": place.role,
+        "layer": place.layer,
+        "shape": list(one.get("shape", row.get("shape", ()))),
+        "type": one.get("type") or one.get("scheme") or one.get("grid") or one.get("dtype", ""),
+        "nbytes": one["nbytes"],
+        "squared_error": one.get("relative_error"),
+        "held_squared_error": one.get("held_error", rounding.get("held_errors", {}).get(rounder)),
+        "rounder": rounder or "",
+        "note": one.get("note", row.get("note", "")),
+    }
+
+
+def _sahc_tensor(row: Mapping[str, Any]) -> dict[str, Any]:
+    error = row["total_error"]
+    return {
+        **{name: row[name] for name in ("name", "role", "layer", "shape")},
+        "type": row["scheme"],
+        "nbytes": row["stored_bytes"],
+        "squared_error": None if error is None else error**2,
+        "note": f"{row['method']}, {max(0, len(row['attempts']) - 1)} replans",
+    }
+
+
+def _places(model: Path) -> dict[str, _Row]:
+    """Return role and layer by tensor name; nothing for an architecture that is not known."""
+    with open_checkpoint(model) as checkpoint:
+        try:
+            arch = architecture_of(checkpoint) if checkpoint.config else import_view(checkpoint).arch
+        except BitsmithError:
+            return {}
+        return {spec.name: _Row(spec.role, spec.layer) for spec in arch.specs()}

@@ -1,0 +1,324 @@
+"""Claims that weights alone decide: spectra, ranks, Tensor-Trains, the bytes of int4."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import sqrt
+
+from bitsmith.numerics.resampling import ratio_of_sums
+from bitsmith.numerics.tensor_train import COSINE_GATE
+from bitsmith.run.assay_result import Assay, MatrixAssay, Rival
+from bitsmith.run.claim_evidence import Evidence, TrainPoint
+from bitsmith.run.evaluate import Measure
+from bitsmith.run.seed_claims import (
+    OVER_MATRICES,
+    SAHC,
+    Judged,
+    LackingError,
+    SeedClaim,
+    above,
+    exact,
+    measured,
+    opposite,
+    outcome_of,
+)
+
+LEAST_SIDE = 32
+"""Matrices with a shorter side are left out of spectra: an eighth of their directions is too few."""
+FLAT_SHARE = 0.5
+RANK_SHARE = 0.9
+WIN_SHARE = 0.01
+TARGET_RATIO = 5.0
+OTHERS_RATIO = 4.0
+INT4_BITS = 4.0
+GATE_ERROR = sqrt(1 - COSINE_GATE**2)
+"""The relative error at which the cosine is at the gate, if the error is orthogonal to what is kept."""
+
+_NAMES = {"C1": "FFN", "C2": "full attention", "C3": "linear attention"}
+
+
+class FlatSpectra(SeedClaim):
+    """The spectra of layers are flat."""
+
+    name = "flat-spectra"
+    seed = SAHC
+    words = (
+        "“The spectrum is essentially flat”; “The same near-full-rank property holds across all attention "
+        "projections (Q, K, V, O) in all 32 layers”"
+    )
+    test = (
+        "share of Σσ² in the leading eighth of the directions (rank 512 of 4,096), mean over the layers' "
+        f"matrices with a shorter side of at least {LEAST_SIDE}, weighed by parameters; 12.5 % is flat, over "
+        "99.9 % what the write-up expected of exponential decay, 30 % what its error of .834 means"
+    )
+    rule = f"HELD if the whole interval is below {FLAT_SHARE:.0%}"
+    needs = ("assay",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge the matrices of all layers."""
+        chosen = _layers(evidence.assay)
+        measure = _mean(chosen, _leading_share, "share of Σσ²")
+        parts = ", ".join(
+            f"{_NAMES[key]} {_mean(part, _leading_share, '').value:.3f}"
+            for key in _NAMES
+            if (part := [one for one in chosen if one.component == key])
+        )
+        conditions = sorted(c for m in chosen if m.spectrum and (c := m.spectrum.condition) is not None)
+        spread = f"{conditions[0]:.1f} to {conditions[-1]:.1f}" if conditions else "undefined"
+        return Judged(
+            outcome_of(opposite(above(measure, FLAT_SHARE))),
+            f"{parts}; condition numbers {spread} (published: 4.9)",
+            measure,
+            f"singular values of {len(chosen)} matrices",
+        )
+
+
+class NearFullRank(SeedClaim):
+    """An error of 10 % needs nearly the full rank."""
+
+    name = "rank-for-10-percent"
+    seed = SAHC
+    words = (
+        "“Minimum rank needed for SVD error < 0.10: gate_proj: 3,794 / 4,096 → 92.6% of full rank, up_proj "
+        "93.1%, down_proj 91.7%”"
+    )
+    test = "smallest rank whose truncation leaves at most 10 % of the Frobenius norm, over the full rank: FFN"
+    rule = f"HELD if the whole interval is at or above {RANK_SHARE:.0%}"
+    needs = ("assay",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge the FFN's matrices."""
+        chosen = [one for one in _layers(evidence.assay) if one.component == "C1"]
+        if not chosen:
+            raise LackingError("the model has no FFN matrices")
+        measure = _mean(chosen, _rank_share, "of full rank")
+        shares = [_rank_share(one) for one in chosen]
+        even = [one.shape[0] * one.shape[1] / sum(one.shape) / min(one.shape) for one in chosen]
+        return Judged(
+            outcome_of(above(measure, RANK_SHARE)),
+            f"{min(shares):.3f} to {max(shares):.3f}; two 16-bit factors are smaller than the matrix below "
+            f"{min(even):.2f} of full rank",
+            measure,
+            f"singular values of {len(chosen)} matrices",
+        )
+
+
+class WorseThanZeros(SeedClaim):
+    """SVD with 4-bit factors is worse than storing zeros."""
+
+    name = "svd-worse-than-zeros"
+    seed = SAHC
+    words = (
+        "“in 7 of 32 layers, the error exceeded 1.0 — the compressed matrix is worse than replacing it with "
+        "zeros” (SVD rank 512 + 4 bits; mean SVD error .834, mean total error .982)"
+    )
+    test = (
+        "largest relative error over the FFN's matrices at rank 512 per 4,096 of the shorter side, factors "
+        "in int4 with a scale per row, decoded; zeros score 1"
+    )
+    rule = "HELD if at least one matrix scores 1 or more"
+    needs = ("assay",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge the FFN's matrices."""
+        rivals = [rival for one in evidence.assay.matrices if one.component == "C1" for rival in _seeds(one)]
+        if not rivals:
+            raise LackingError("the model has no FFN matrices")
+        worst = max(rivals, key=lambda rival: rival.error)
+        bad = sum(rival.error >= 1 for rival in rivals)
+        total = sum(rival.error for rival in rivals) / len(rivals)
+        svd = sum(rival.theory_error or 0.0 for rival in rivals) / len(rivals)
+        return Judged(
+            outcome_of(bad > 0),
+            f"{bad} of {len(rivals)} matrices at 1 or more; mean total error {total:.3f}, of which SVD alone "
+            f"leaves {svd:.3f}",
+            _sampled(worst),
+            f"decoded factors of {len(rivals)} matrices",
+        )
+
+
+class TrainGate(SeedClaim):
+    """Only a Tensor-Train of full rank passes the cosine gate."""
+
+    name = "tt-gate"
+    seed = SAHC
+    words = (
+        "“Only full-rank (SVD core at 4,096) passed, giving 3.92x — indistinguishable from direct int4”; "
+        "[1, 256, 256, 1] fails the gate of .95 with cosine .941"
+    )
+    test = (
+        "largest ratio of parameters of a three-core Tensor-Train with a mean row cosine of at least "
+        f"{COSINE_GATE}, over embedding and head, the better of the two; the interval is to the next that "
+        "fails. 4-bit cores multiply it by at most 4"
+    )
+    rule = "HELD if even that next one has a ratio of at most 1, so that 4-bit cores save nothing over int4"
+    needs = ("assay", "trains")
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge embedding and head, by the one that compresses further."""
+        brackets = {points[0].name: _bracket(points) for points in _by_name(evidence.trains)}
+        name, measure = max(brackets.items(), key=lambda one: one[1].value)
+        seeds = [
+            row
+            for one in evidence.assay.matrices
+            for row in one.tensor_train or ()
+            if row.cosine is not None and row.ratio > 1
+        ]
+        best = max(seeds, key=lambda row: row.cosine or 0.0, default=None)
+        found = f"best {name}; the write-up's ranks in proportion: " + (
+            "none saves parameters"
+            if best is None
+            else f"{sum(bool(row.passes) for row in seeds)} of {len(seeds)} that save parameters pass, the "
+            f"highest cosine is {best.cosine:.3f} at {best.ratio:.2f}×"
+        )
+        return Judged(
+            outcome_of(opposite(above(measure, 1.0 + 1e-9))),
+            found,
+            measure,
+            f"{len(evidence.trains)} trains, all rows compared",
+        )
+
+
+class Int4Ceiling(SeedClaim):
+    """No decomposition beats int4 in its bytes."""
+
+    name = "int4-ceiling"
+    seed = SAHC
+    words = (
+        "“Every 'smart' decomposition — SVD, Tensor-Train, kernel methods — collapsed to the same ~4x "
+        "ceiling”; “post-hoc low-rank methods cannot beat int4 on this generation of LLM weights”"
+    )
+    test = (
+        "share of the matrices' weights for which low rank with 16-, 8- or 4-bit factors is closer than the "
+        "closest int4 coding, in its bytes"
+    )
+    rule = f"HELD if that is less than {WIN_SHARE:.0%}"
+    needs = ("assay",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge all matrices."""
+        verdict, totals = evidence.assay.verdict, evidence.assay.totals
+        if verdict.share is None:
+            raise LackingError(verdict.text)
+        total = "" if totals.reachable is None else f"; best measured total {totals.reachable:.2f}×"
+        return Judged(
+            outcome_of(verdict.share < WIN_SHARE),
+            f"in int4's bytes low rank leaves {verdict.low_rank_error:.4f}, int4 {verdict.target_error:.4f}"
+            f"{total}",
+            exact(verdict.share, "of the weights"),
+            f"decoded codings of {len(evidence.assay.matrices)} matrices",
+        )
+
+
+class EmbeddingWall(SeedClaim):
+    """Embedding and head keep the model from 5×."""
+
+    name = "embedding-wall"
+    seed = SAHC
+    words = (
+        "“to reach 5x total compression when FFN and Attention are capped at ~4x by int4, Embedding + LM "
+        "Head must deliver ≥100x compression. That's the only path”; “not under any decomposition”"
+    )
+    test = (
+        "ratio needed of embedding and head for 5× in total with everything else at 4×, by this model's "
+        f"shares, against the best measured one within the write-up's own gate (error at most "
+        f"{GATE_ERROR:.3f}, which is cosine .95): formats of 2 bits and up, low rank, Tensor-Trains with "
+        "cores taken as exact at 4 bits"
+    )
+    rule = (
+        "HELD if the ratio needed is larger than the one measured and finite: where everything else alone "
+        "takes more than a fifth, embedding and head are not what blocks"
+    )
+    needs = ("assay", "trains")
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge by this model's shares."""
+        share = next(row.share for row in evidence.assay.components if row.key == "C4")
+        parts = [one for one in evidence.assay.matrices if one.component == "C4" and one.spectrum]
+        if not parts:
+            raise LackingError("the model has no embedding or head")
+        left = 1 / TARGET_RATIO - (1 - share) / OTHERS_RATIO
+        said = f"embedding and head are {share:.1%} of the parameters"
+        if left <= 0:
+            return Judged("NOT HELD", f"{said}: everything else alone takes more than a fifth")
+        found = _best_ratio(parts, evidence.trains)
+        needed = share / left
+        return Judged(
+            outcome_of(needed > found[0]),
+            f"{said}; needed {needed:.1f}× (published: at least 100×), measured {found[0]:.2f}× by "
+            f"{found[1]}",
+            exact(needed, "× needed"),
+            f"shapes of the model; codings of {len(parts)} matrices",
+        )
+
+
+def _layers(found: Assay) -> list[MatrixAssay]:
+    """Return the layers' matrices that are large enough for an eighth to mean something."""
+    chosen = [
+        one for one in found.matrices
+        if one.component in _NAMES and min(one.shape) >= LEAST_SIDE and one.spectrum and _seeds(one)
+    ]  # fmt: skip
+    if not chosen:
+        raise LackingError(f"no matrix of a layer has a shorter side of {LEAST_SIDE} or more")
+    return chosen
+
+
+def _seeds(one: MatrixAssay) -> list[Rival]:
+    return [rival for rival in one.rivals if rival.kind == "seed"]
+
+
+def _leading_share(one: MatrixAssay) -> float:
+    """Return 1 - ε², ε the error of the best rank of an eighth."""
+    return 1 - (_seeds(one)[0].theory_error or 0.0) ** 2
+
+
+def _rank_share(one: MatrixAssay) -> float:
+    ranks = dict(one.spectrum.rank_for_error if one.spectrum else ())
+    return ranks[0.1] / min(one.shape)
+
+
+def _mean(chosen: Sequence[MatrixAssay], figure: Callable[[MatrixAssay], float], unit: str) -> Measure:
+    """Return the mean of a figure weighed by parameters."""
+    weights = [one.parameters for one in chosen]
+    top = [one.parameters * figure(one) for one in chosen]
+    estimate = ratio_of_sums(top, weights)
+    if estimate is None:
+        raise LackingError("the matrices have no parameters")
+    return measured(estimate, unit, OVER_MATRICES)
+
+
+def _sampled(rival: Rival) -> Measure:
+    """Return an error; where rows were sampled, with two standard errors."""
+    if not rival.standard_error:
+        return exact(rival.error, "relative error")
+    half = 1.96 * rival.standard_error
+    return Measure(
+        rival.error, "relative error", rival.error - half, rival.error + half, "95 %, sampled rows"
+    )
+
+
+def _by_name(points: Sequence[TrainPoint]) -> list[list[TrainPoint]]:
+    names = dict.fromkeys(one.name for one in points)
+    return [[one for one in points if one.name == name] for name in names]
+
+
+def _bracket(points: Sequence[TrainPoint]) -> Measure:
+    """Return the largest ratio that passes the gate, up to the next one that fails."""
+    passing = [one.ratio for one in points if one.cosine >= COSINE_GATE]
+    best = max(passing, default=0.0)
+    failing = [one.ratio for one in points if one.cosine < COSINE_GATE and one.ratio > best]
+    return Measure(best, "× parameters", best, min(failing, default=best), "to the next that fails")
+
+
+def _best_ratio(parts: Sequence[MatrixAssay], trains: Sequence[TrainPoint]) -> tuple[float, str]:
+    """Return the best total ratio of 16-bit bytes within the gate, and the methods that make it."""
+    best = []
+    for one in parts:
+        codings = [(rival.bpw, rival.method) for rival in one.rivals if rival.error <= GATE_ERROR]
+        codings += [(row.bpw, row.method) for row in one.rate if row.error <= GATE_ERROR]
+        own = [point for point in trains if point.name == one.name]
+        if own and (ratio := _bracket(own).value) > 0:
+            codings.append((INT4_BITS / ratio, "a 4-bit Tensor-Train"))
+        best.append((*min(codings, default=(16.0, "16 bits")), one.parameters))
+    bits = sum(bpw * count for bpw, _, count in best) / sum(count for *_, count in best)
+    return 16 / bits, " and ".join(dict.fromkeys(method for _, method, _ in best))

@@ -1,0 +1,204 @@
+"""Weights as factors: low rank, low rank beside integer codes, pruned blocks, Tensor-Trains.
+
+bitsmith alone reads what this writes (`store.factored`): its evaluate and generate work on such a folder,
+transformers and vLLM refuse its `quant_method`. Schemes are described in `run.factored_scheme`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitsmith.errors import BitsmithError, printable
+from bitsmith.formats.format import Bytes, Float32
+from bitsmith.numerics.tensor_train import fitted_cores
+from bitsmith.passes.factorize import (
+    ErrorMetric,
+    FactorCode,
+    Factored,
+    Rounded,
+    factorize,
+    with_remainder,
+    without_columns,
+)
+from bitsmith.run.factored_scheme import GROUPS, KINDS, form_of, parse_scheme
+from bitsmith.run.guide import Total
+from bitsmith.run.packer import Assigned, Matrix, Outcome, Part
+from bitsmith.store.compressed_tensors import pack_words
+from bitsmith.store.factored import (
+    CORES,
+    FLOAT_CODES,
+    LEFT,
+    METHOD,
+    REST,
+    RIGHT,
+    SCALE,
+    VERSION,
+    FactoredForm,
+    Form,
+    TrainForm,
+    code_grid,
+    train_rows,
+)
+from bitsmith.store.statistics import SiteStatistics, dense_moment
+
+
+class FactoredPacker:
+    """Low rank, remainders, pruned blocks and Tensor-Trains, with F16 scales; embeddings too, where asked."""
+
+    schemes = KINDS
+    tables = True
+
+    def takes(self, scheme: str) -> bool:
+        """Tell whether a scheme's kind is one of `schemes`."""
+        return scheme.upper().split(":")[0] in KINDS
+
+    def group(self, scheme: str, asked: int | None, shape: tuple[int, ...]) -> int | None:
+        """Return `asked` (default 128): the last group of a row may be shorter.
+
+        Raises BitsmithError for another group than 32, 64, 128 or 0, and as `parse_scheme` does.
+        """
+        parse_scheme(scheme)
+        group = 128 if asked is None else asked
+        if group not in GROUPS:
+            known = ", ".join(map(str, GROUPS[1:]))
+            raise BitsmithError(
+                f"{printable(scheme)} has groups of {known} columns, or 0 for whole rows, not {group}"
+            )
+        return group
+
+    def parts(self, row: Assigned) -> Sequence[Part]:
+        """Return codes or floats, then scales."""
+        return [Part(*part) for part in _form(row).parts()]
+
+    def encode(self, row: Assigned, matrix: Matrix) -> _Encoding:
+        """Return the matrix's parts to be."""
+        return _Encoding(row, matrix)
+
+    def config(self, rows: Sequence[Assigned], kept: Sequence[str]) -> Mapping[str, Any]:
+        """Return the `quantization_config`: the form of every packed module."""
+        del kept
+        modules = {row.module: _form(row).to_json() for row in rows}
+        return {"quant_method": METHOD, "version": VERSION, "modules": modules}
+
+
+class _Encoding:
+    """One matrix, made when its first part is asked for; codes come at once, scales wait for their place.
+
+    The matrix is held as float32, a Tensor-Train's is read in slabs.
+    """
+
+    def __init__(self, row: Assigned, matrix: Matrix) -> None:
+        self._row, self._matrix, self._form = row, matrix, _form(row)
+        self._waiting: dict[str, Bytes] | None = None
+        self._outcome = Outcome("nearest", 0.0)
+
+    def chunks(self, suffix: str) -> Iterator[Bytes]:
+        """Yield a part's bytes."""
+        if self._waiting is None:
+            form = self._form
+            self._waiting = self._train(form) if isinstance(form, TrainForm) else self._factored(form)
+        yield self._waiting.pop(suffix)
+
+    def outcome(self) -> Outcome:
+        """Return how codes were found, and their errors."""
+        return self._outcome
+
+    def _factored(self, form: FactoredForm) -> dict[str, Bytes]:
+        whole = np.concatenate(list(self._matrix.slices()))
+        rounder, metric = self._metric(form)
+        rows = np.arange(len(whole)) if form.rows is None else form.rows.index
+        columns = np.arange(whole.shape[1]) if form.columns is None else form.columns.index
+        kept, inner = whole[rows], metric
+        if form.columns is not None:
+            kept, inner = without_columns(kept, columns, metric)
+        found = _found(form, kept, inner)
+        decoded = np.zeros_like(whole)
+        decoded[rows[:, None], columns] = _decoded(form, found)
+        total = Total(self._inputs)
+        total.add(whole, decoded)
+        self._outcome = Outcome(rounder, *total.errors())
+        parts = {LEFT: found.left, RIGHT: found.right, REST: found.rest}
+        return _stored({suffix: part for suffix, part in parts.items() if part is not None}, form)
+
+    def _train(self, form: TrainForm) -> dict[str, Bytes]:
+        cores = fitted_cores(self._matrix.ref, form.ranks)
+        code, plain = _factor_code(form.cores), ErrorMetric()
+        shaped = zip(CORES, cores, form.core_shapes, strict=True)
+        found = {suffix: plain.as_stored(core.reshape(shape), code) for suffix, core, shape in shaped}
+        decoded = [part.decoded for part in found.values()]
+        total, start = Total(self._inputs), 0
+        for rows in self._matrix.slices():
+            total.add(rows, train_rows(form, decoded, start, start + len(rows)))
+            start += len(rows)
+        self._outcome = Outcome("nearest", *total.errors())
+        return _stored(found, form)
+
+    def _metric(self, form: FactoredForm) -> tuple[str, ErrorMetric]:
+        """Return the rounder and how errors are weighed, as statistics and the rounder asked for say.
+
+        Damping and shrinkage are those that suit the grid of the codes on held-out inputs.
+        """
+        guide, inputs = self._matrix.guide, self._inputs
+        if guide is None or inputs is None or guide.rounder == "nearest":
+            return "nearest", ErrorMetric()
+        if inputs.moment is None:
+            return "weighted", ErrorMetric(importance=inputs.importance)
+        grid, moment = code_grid(form.rest or form.factors or "f32"), dense_moment(inputs.moment)
+        if grid is None:
+            return "weighted", ErrorMetric(moment)
+        choice = guide.choice(self._matrix.ref, grid)
+        if choice.damping is None:
+            return "weighted", ErrorMetric(moment, feed=False)
+        return "gptq", ErrorMetric(moment, choice.damping, shrink=choice.shrink)
+
+    @property
+    def _inputs(self) -> SiteStatistics | None:
+        guide = self._matrix.guide
+        return None if guide is None else guide.inputs(self._row.name)
+
+
+def _form(row: Assigned) -> Form:
+    return form_of(parse_scheme(row.scheme), row.shape, row.group)
+
+
+def _factor_code(code: str) -> FactorCode:
+    return FactorCode(code_grid(code), FLOAT_CODES.get(code, "F32"))
+
+
+def _found(form: FactoredForm, kept: Float32, metric: ErrorMetric) -> Factored:
+    """Return the parts of a matrix's kept rows and columns."""
+    grid = None if form.rest is None else code_grid(form.rest)
+    if form.factors is None or grid is None:
+        if form.factors is not None:
+            return factorize(kept, form.rank, _factor_code(form.factors), metric)
+        if grid is None:
+            raise BitsmithError(f"nothing is stored of a matrix as {form.name}")
+        return Factored(None, None, metric.rounded(kept, grid), 0.0)
+    if form.kernel is None:
+        return with_remainder(kept, form.rank, _factor_code(form.factors), grid, metric)
+    found = factorize(kept[: form.kernel], form.rank, _factor_code(form.factors), metric)
+    return Factored(found.left, found.right, metric.rounded(kept[form.kernel :], grid), 0.0)
+
+
+def _decoded(form: FactoredForm, found: Factored) -> Float32:
+    if form.kernel is None or found.left is None or found.right is None or found.rest is None:
+        return found.decoded
+    return np.concatenate([found.left.decoded @ found.right.decoded, found.rest.decoded])
+
+
+def _stored(parts: Mapping[str, Rounded], form: FactoredForm | TrainForm) -> dict[str, Bytes]:
+    """Return the bytes of codes and scales, or of floats, by suffix."""
+    found = {}
+    for suffix, part in parts.items():
+        code = form.code_of(suffix)
+        grid = code_grid(code)
+        if grid is None or part.coded is None:
+            kind = "<f2" if FLOAT_CODES[code] == "F16" else "<f4"
+            found[suffix] = np.ascontiguousarray(part.decoded, kind).reshape(-1).view(np.uint8)
+        else:
+            found[suffix] = pack_words(part.coded.codes, grid.bits).reshape(-1)
+            found[suffix + SCALE] = part.coded.scales.astype("<f2").reshape(-1).view(np.uint8)
+    return found

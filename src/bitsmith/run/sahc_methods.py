@@ -1,0 +1,275 @@
+"""The methods that recipe `sahc` tries on a matrix: what each makes of it, its bytes, what was promised.
+
+They are schemes of `run.factored_scheme`, with a scale per row, and computed as `run.pack_factored` does
+without statistics; ranks are for 4096 of the shorter side (trains: 4096 columns) and shrink in proportion.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitsmith.formats.integer import GridFormat, grid_named
+from bitsmith.numerics.tensor_train import (
+    ArrayRows,
+    balanced_modes,
+    fitted_cores,
+    possible_ranks,
+    to_matrix,
+    tt_tensor,
+)
+from bitsmith.passes.factorize import ErrorMetric, FactorCode, factorize
+from bitsmith.passes.factors import Factors, Metric
+from bitsmith.passes.low_rank import claimed_error
+from bitsmith.run.factored_scheme import form_of, parse_scheme
+from bitsmith.store.factored import Blocks, form_bytes
+
+Float32 = NDArray[np.float32]
+
+SEED_TRAIN_ERROR = 0.017
+"""The seed's bound for its Tensor-Train with an SVD core."""
+SEED_SIDE = 4096
+ROW_GROUP = 0
+"""`group` of `write_folder`: a scale per row."""
+
+
+class Weights:
+    """One matrix (`out in`), what methods share of it, and the blocks of an `axis` that pruning keeps."""
+
+    def __init__(self, values: Float32, kept: Blocks | None = None, axis: int = 0) -> None:
+        self.values, self.kept, self.axis = values, kept, axis
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.values.shape[0], self.values.shape[1]
+
+    @cached_property
+    def factors(self) -> Factors:
+        """The best low rank of every rank."""
+        return Factors(ArrayRows(self.values), Metric(None, self.shape[1]))
+
+    @cached_property
+    def kept_part(self) -> Weights:
+        """The matrix without what is pruned."""
+        if self.kept is None:
+            return self
+        return Weights(np.ascontiguousarray(np.take(self.values, self.kept.index, axis=self.axis)))
+
+    def whole(self, part: Float32) -> Float32:
+        """Return a matrix of the whole shape: `part` where it is kept, zeros where it is pruned."""
+        if self.kept is None:
+            return part
+        whole = np.zeros(self.shape, np.float32)
+        index = self.kept.index
+        whole[(index, slice(None)) if self.axis == 0 else (slice(None), index)] = part
+        return whole
+
+
+@dataclass(frozen=True)
+class Coded:
+    """What a method makes of a matrix: the weights that come back, and those before rounding.
+
+    `truncated` is None where nothing but rounding is done; `promised` is the relative error that the plan
+    counts on, None where it says nothing; `best` is Eckart-Young-Mirsky's on the true spectrum.
+    """
+
+    decoded: Float32
+    truncated: Float32 | None
+    stored_bytes: int
+    promised: float | None
+    best: float | None = None
+
+
+class Method(ABC):
+    """One way of storing a matrix."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What it is called in plans, logs and tables."""
+
+    @abstractmethod
+    def scheme(self, weights: Weights) -> str | None:
+        """Return `write_folder`'s scheme for the matrix, None where no file holds it."""
+
+    @abstractmethod
+    def code(self, weights: Weights) -> Coded:
+        """Return what it makes of a matrix."""
+
+
+@dataclass(frozen=True)
+class Stored(Method):
+    """The matrix as it is stored in the source."""
+
+    @property
+    def name(self) -> str:
+        """Return `as stored`."""
+        return "as stored"
+
+    def scheme(self, weights: Weights) -> str:
+        """Return the scheme of what is kept."""
+        del weights
+        return "BF16"
+
+    def code(self, weights: Weights) -> Coded:
+        """Return the matrix; bytes of 16-bit weights."""
+        return Coded(weights.values, None, 2 * weights.values.size, None)
+
+
+@dataclass(frozen=True)
+class Rows(Method):
+    """Integers with a scale per row; promised is the error of uniform rounding, `step² / 12` per weight."""
+
+    bits: int
+
+    @property
+    def name(self) -> str:
+        """Return `row-int4` or `row-int8`."""
+        return f"row-int{self.bits}"
+
+    def scheme(self, weights: Weights) -> str:
+        """Return the scheme of codes alone."""
+        del weights
+        return f"INT{self.bits}"
+
+    def code(self, weights: Weights) -> Coded:
+        """Return the rows as they come back from the grid."""
+        values = weights.values
+        steps = np.abs(values).max(axis=1).astype(np.float64) / (2 ** (self.bits - 1) - 1)
+        noise, energy = np.square(steps).sum() * values.shape[1] / 12, squared(values)
+        return Coded(
+            ErrorMetric().rounded(values, _grid(self.bits)).decoded,
+            None,
+            stored_bytes(self.scheme(weights), weights),
+            float(np.sqrt(noise / energy)) if energy else None,
+        )
+
+
+@dataclass(frozen=True)
+class LowRank(Method):
+    """Truncated SVD with integer factors, of what pruning leaves; a `rank` of None keeps all.
+
+    The plan's error is the seed's: exponential decay to 0.039 at rank 512; none where the rank is full.
+    """
+
+    rank: int | None
+    bits: int = 4
+    pruning: str = ""
+
+    @property
+    def name(self) -> str:
+        """Return the rank as in the seed's plan, its bits and its pruning."""
+        pruned = f"{self.pruning} pruning + " if self.pruning else ""
+        return f"{pruned}SVD {'full rank' if self.rank is None else f'r{self.rank}/4096'} + int{self.bits}"
+
+    def scheme(self, weights: Weights) -> str:
+        """Return the scheme of a product, with the blocks that are kept."""
+        part = self._part(weights)
+        text = f"SVD:r={self._rank(part)}:int{self.bits}"
+        if part is not weights and weights.kept is not None:
+            blocks = f"{weights.kept.size}x{'.'.join(map(str, weights.kept.kept))}"
+            text += f":{'cols' if weights.axis else 'rows'}={blocks}"
+        return text
+
+    def code(self, weights: Weights) -> Coded:
+        """Return the product of rounded factors."""
+        part = self._part(weights)
+        rank, side = self._rank(part), min(part.shape)
+        grid, metric = FactorCode(_grid(self.bits)), ErrorMetric()
+        found = factorize(part.values, rank, grid, metric).decoded
+        left = part.factors.left(np.arange(part.shape[0]), part.values)[:, :rank]
+        truncated: Float32 = left @ part.factors.right[:rank]
+        return Coded(
+            weights.whole(found) if part is not weights else found,
+            weights.whole(truncated) if part is not weights else truncated,
+            stored_bytes(self.scheme(weights), weights),
+            claimed_error(rank, side) if rank < side else None,
+            part.factors.theory(rank) if part is weights else None,
+        )
+
+    def _part(self, weights: Weights) -> Weights:
+        return weights.kept_part if self.pruning else weights
+
+    def _rank(self, part: Weights) -> int:
+        side = min(part.shape)
+        return side if self.rank is None else min(side, max(1, round(self.rank * side / SEED_SIDE)))
+
+
+@dataclass(frozen=True)
+class Train(Method):
+    """A Tensor-Train of three cores with integer entries, or with a `core` one of each factor of an SVD.
+
+    The promise is the seed's bound; none where the rank is full. No file holds trains of factors.
+    """
+
+    rank: int
+    core: int | None = None
+    bits: int = 4
+
+    @property
+    def name(self) -> str:
+        """Return the ranks as in the seed's plan."""
+        core = "" if self.core is None else f" + SVD core r{self.core}/4096"
+        return f"TT [1, {self.rank}, {self.rank}, 1]/4096{core} + int{self.bits}"
+
+    def scheme(self, weights: Weights) -> str | None:
+        """Return the scheme of a train."""
+        return None if self.core else f"TT:r={self._rank(weights.shape[1])}:int{self.bits}"
+
+    def code(self, weights: Weights) -> Coded:
+        """Return the matrix that the rounded cores make."""
+        parts, scheme = [weights.values], self.scheme(weights)
+        if self.core is not None:
+            rank = min(weights.factors.rank, max(1, round(self.core * weights.shape[1] / SEED_SIDE)))
+            left = weights.factors.left(np.arange(weights.shape[0]), weights.values)[:, :rank]
+            parts = [left, weights.factors.right[:rank]]
+        decoded, truncated, nbytes = self._train(parts[0], weights.shape[1])
+        for part in parts[1:]:
+            found, exact, more = self._train(part, weights.shape[1])
+            decoded, truncated, nbytes = decoded @ found, truncated @ exact, nbytes + more
+        promised = None if self.rank == SEED_SIDE else SEED_TRAIN_ERROR
+        stored = nbytes if scheme is None else stored_bytes(scheme, weights)
+        return Coded(decoded, truncated, stored, promised)
+
+    def _rank(self, columns: int) -> int:
+        return max(1, round(self.rank * columns / SEED_SIDE))
+
+    def _train(self, part: Float32, columns: int) -> tuple[Float32, Float32, int]:
+        """Return a matrix as its train makes it, with cores rounded and exact, and the bytes of the cores."""
+        modes, grid = balanced_modes(*part.shape), _grid(self.bits)
+        rank = self._rank(columns)
+        cores = fitted_cores(part, possible_ranks(modes.sizes, (1, rank, rank, 1)), modes)
+        coded, nbytes = [], 0
+        for number, core in enumerate(cores):
+            rows = core.reshape(core.shape[0], -1) if number == 2 else core.reshape(-1, core.shape[-1])
+            rounded = ErrorMetric().rounded(rows, grid).decoded
+            coded.append(rounded.astype(np.float64).reshape(core.shape))
+            nbytes += rows.shape[0] * grid.row_bytes(rows.shape[1])
+        found, exact = (to_matrix(tt_tensor(one), modes, part.shape) for one in (coded, cores))
+        return found.astype(np.float32), exact.astype(np.float32), nbytes
+
+
+def stored_bytes(scheme: str, weights: Weights) -> int:
+    """Return the bytes of a matrix under a scheme of factors or codes."""
+    return form_bytes(form_of(parse_scheme(scheme), weights.shape, ROW_GROUP))
+
+
+def relative_error(values: Float32, found: Float32) -> float | None:
+    """Return |W - W'| / |W|, None for a matrix of zeros."""
+    energy = squared(values)
+    return float(np.sqrt(squared(values - found) / energy)) if energy else None
+
+
+def squared(values: Float32) -> float:
+    """Return the sum of squares."""
+    flat = values.reshape(-1)
+    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
+
+
+def _grid(bits: int) -> GridFormat:
+    return grid_named(f"int{bits}")

@@ -1,0 +1,176 @@
+"""Studies: models × recipes × evaluations as a graph of gated tasks, on one machine or a Ray cluster.
+
+A study's folder holds `state.json` (every task), `audit.jsonl` (every decision), `artifacts` (by content) and
+`report.json`. What is finished is never computed again, in this run or in a later one.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bitsmith.errors import BitsmithError, OutputError, printable
+from bitsmith.progress import Progress, silent
+from bitsmith.run.actions import ACTIONS
+from bitsmith.run.audit import AuditLog
+from bitsmith.run.engine import Engine, LocalEngine
+from bitsmith.run.gate import Judged
+from bitsmith.run.graph import Outcome, run_graph
+from bitsmith.run.study_file import Study, load_study
+from bitsmith.run.study_graph import graph_of, named, window_name
+from bitsmith.run.study_result import Row, StudyResult, environment
+from bitsmith.run.task_state import STATE, Decision, Status, TaskState, load_state
+from bitsmith.store.artifacts import ArtifactStore
+from bitsmith.store.journal import write_result
+
+__all__ = ["StudyResult", "StudyStatus", "graph_of", "load_study", "run_study", "study_status"]
+
+ARTIFACTS, AUDIT, REPORT = "artifacts", "audit.jsonl", "report.json"
+EngineName = Literal["local", "ray"]
+
+
+def run_study(
+    path: Path,
+    out: Path,
+    *,
+    engine: EngineName = "local",
+    workers: int | None = None,
+    memory_bytes: int | None = None,
+    address: str | None = None,
+    cache: Path | None = None,
+    resume: bool = False,
+    progress: Progress = silent,
+) -> StudyResult:
+    """Run the study that the YAML at `path` describes in the folder `out`, and write `report.json` there.
+
+    `engine` `local` runs `workers` processes (default 1) that together use at most `memory_bytes` (default:
+    nine tenths of what is free); `ray` runs on the cluster at `address`. Artifacts lie in `out`, or in
+    `cache`, which several studies may share one after the other. With `resume` a run that was killed, failed
+    or was asked for less goes on: what is finished is kept, what failed is tried again.
+
+    Raises BitsmithError as `load_study` and `run_graph` do and for a source that does not exist, OutputError
+    if `out` holds a study and `resume` is not given, UnsupportedError for `ray` without its extra.
+    """
+    started = time.monotonic()
+    study = load_study(path)
+    _refuse_missing(study)
+    if (out / STATE).exists() and not resume:
+        raise OutputError("holds a study already; pass --resume to go on with it", path=out)
+    if out.exists() and not out.is_dir():
+        raise OutputError("is a file, a study makes a folder", path=out)
+    out.mkdir(parents=True, exist_ok=True)
+    tasks = graph_of(study)
+    store = ArtifactStore(cache or out / ARTIFACTS)
+    with AuditLog(out / AUDIT) as audit:
+        chosen = _engine(engine, workers, memory_bytes, address)
+        outcomes = run_graph(tasks, store, chosen, audit, progress, actions=ACTIONS, folder=out)
+        judged = _judge(study, outcomes, audit)
+    command = ["bitsmith", "study", "run", str(path), "-o", str(out)]
+    result = StudyResult(
+        study,
+        tuple(tasks),
+        outcomes,
+        judged,
+        out / AUDIT,
+        environment() | {"engine": engine},
+        shlex.join(command),
+        time.monotonic() - started,
+    )
+    write_result(out / REPORT, result.to_json())
+    return result
+
+
+@dataclass(frozen=True)
+class StudyStatus:
+    """Where a study stands: its tasks by name, and the latest decisions."""
+
+    tasks: Mapping[str, TaskState]
+    decisions: tuple[Decision, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many tasks are in each status."""
+        found = [task.status for task in self.tasks.values()]
+        return {status.value: found.count(status) for status in Status if status in found}
+
+    def reasons(self) -> list[tuple[str, str, str]]:
+        """Return name, status and reason of every task that runs, failed, is blocked or will be repeated."""
+        quiet = (Status.COMPLETED, Status.PENDING)
+        shown = [
+            (name, task) for name, task in self.tasks.items() if task.status not in quiet or task.attempts
+        ]
+        return [
+            (printable(name), task.status.value, printable(task.reason))
+            for name, task in shown
+            if task.status is not Status.COMPLETED
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the status as plain values."""
+        rows = [{"task": name, "status": status, "reason": why} for name, status, why in self.reasons()]
+        return {"kind": "study status", "counts": self.counts, "tasks": rows}
+
+
+def study_status(out: Path) -> StudyStatus:
+    """Read where the study in `out` stands, also while it runs.
+
+    Raises BitsmithError if `out` holds none, DamagedFileError if its state cannot be read.
+    """
+    found = load_state(out)
+    return StudyStatus(found.tasks, tuple(found.decisions))
+
+
+def _refuse_missing(study: Study) -> None:
+    """Refuse a model or a text that is not there, before anything runs."""
+    places = [("models", name, study.model(name)) for name in study.models]
+    places += [("texts", name, study.text(name)) for name in study.texts]
+    for kind, name, place in places:
+        if not place.exists():
+            raise BitsmithError(f"{kind}.{name}: {place} does not exist", path=study.path)
+
+
+def _engine(name: EngineName, workers: int | None, memory_bytes: int | None, address: str | None) -> Engine:
+    if name == "ray":
+        from bitsmith.run.engine_ray import RayEngine  # noqa: PLC0415 (an extra)
+
+        if memory_bytes is not None:
+            raise BitsmithError("a memory budget is for the local engine; on Ray, limit the tasks' memory")
+        return RayEngine(address, workers)
+    if address is not None:
+        raise BitsmithError("an address is for the Ray engine: --engine ray")
+    return LocalEngine(workers or 1, memory_bytes)
+
+
+def _judge(study: Study, outcomes: Mapping[str, Outcome], audit: AuditLog) -> dict[Row, tuple[Judged, ...]]:
+    """Hold every row's measures against the study's gates, and keep what was found in the audit log."""
+    if not study.gates:
+        return {}
+    found: dict[Row, tuple[Judged, ...]] = {}
+    for model in study.models:
+        for recipe in study.recipes:
+            found[model, recipe] = tuple(_row_judged(study, outcomes, model, recipe))
+            for one in found[model, recipe]:
+                decision = "reported" if one.passed else "reported as not passed"
+                audit.judged("study", f"{model}/{recipe}", one, decision)
+    return found
+
+
+def _row_judged(study: Study, outcomes: Mapping[str, Outcome], model: str, recipe: str) -> list[Judged]:
+    judged = []
+    for evaluation in study.evaluations:
+        window = window_name(study, evaluation)
+        outcome = outcomes[named("evaluate", model, recipe, window)]
+        measures = {} if outcome.result is None else outcome.result["measures"]
+        for name, bound in study.gates.items():
+            figure = measures.get(name, {})
+            evidence = window if figure else f"{window}: {outcome.reason}"
+            judged.append(
+                bound.gate(name).judge(
+                    figure.get("value"), low=figure.get("low"), high=figure.get("high"), evidence=evidence
+                )
+            )
+    return judged

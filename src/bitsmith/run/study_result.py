@@ -1,0 +1,266 @@
+"""What a study came to, and its JSON as `bitsmith.report.study_json` documents it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitsmith import __version__
+from bitsmith.run.actions import GATE_LOG
+from bitsmith.run.audit import AuditLine, read_audit
+from bitsmith.run.gate import Judged, Verdict
+from bitsmith.run.graph import Outcome
+from bitsmith.run.study_file import AUTO, Study
+from bitsmith.run.study_graph import (
+    calibrate_command,
+    compress_command,
+    evaluate_command,
+    named,
+    window_name,
+)
+from bitsmith.run.task import Task
+from bitsmith.run.task_state import Status
+
+_STATUS = {
+    Status.PENDING: "pending",
+    Status.IN_PROGRESS: "running",
+    Status.COMPLETED: "done",
+    Status.BLOCKED: "blocked",
+    Status.FAILED: "failed",
+    Status.KILLED: "failed",
+}
+_PACKAGES = ("numpy", "torch", "transformers", "numba", "gguf", "ray")
+Row = tuple[str, str]
+"""A model's and a recipe's name."""
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """How a study ended: every task's outcome, the gates' verdicts by row, the audit log, the seconds.
+
+    A row whose gate failed, or was not measured, is not `passed`.
+    """
+
+    study: Study
+    tasks: tuple[Task, ...]
+    outcomes: Mapping[str, Outcome]
+    judged: Mapping[Row, tuple[Judged, ...]]
+    audit: Path
+    environment: Mapping[str, str]
+    command: str
+    seconds: float
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every task is done and every gate passed."""
+        done = all(outcome.status is Status.COMPLETED for outcome in self.outcomes.values())
+        return done and all(one.passed for row in self.judged.values() for one in row)
+
+    def counts(self) -> dict[str, int]:
+        """Return how many tasks ended as done, failed and blocked."""
+        found = [_STATUS[outcome.status] for outcome in self.outcomes.values()]
+        return {name: found.count(name) for name in ("done", "failed", "blocked")}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything as plain values, in the report's schema."""
+        study = self.study
+        return {
+            "kind": "study",
+            "schema_version": 1,
+            "bitsmith": __version__,
+            "title": study.title or f"Study {Path(study.path).stem}",
+            "summary": list(self._summary()),
+            "artifacts": [
+                *map(self._original, study.models),
+                *(self._artifact(*row) for row in self._rows()),
+            ],
+            "protocols": list(self._protocols()),
+            "gates": [_gate_line(line) for line in self._audit_lines()],
+            "tasks": [self._task_line(task) for task in self.tasks],
+            "samples": list(self._samples()),
+            "environment": dict(self.environment),
+            "digests": list(self._digests()),
+            "commands": [self.command],
+            "seconds": self.seconds,
+        }
+
+    def result(self, *names: str) -> Mapping[str, Any]:
+        """Return the result of the task so named; nothing where there is none."""
+        outcome = self.outcomes.get(named(names[0], *names[1:]))
+        return {} if outcome is None or outcome.result is None else outcome.result
+
+    def _audit_lines(self) -> Iterator[AuditLine]:
+        """Yield the study's log, and behind it those of recipes that judge themselves."""
+        yield from read_audit(self.audit)
+        for outcome in self.outcomes.values():
+            own = None if outcome.path is None else outcome.path.parent / GATE_LOG
+            if own is not None and own.is_file():
+                yield from read_audit(own)
+
+    def _rows(self) -> list[Row]:
+        return [(model, recipe) for model in self.study.models for recipe in self.study.recipes]
+
+    def _summary(self) -> Iterator[str]:
+        counts = self.counts()
+        said = ", ".join(f"{number} {name}" for name, number in counts.items())
+        yield f"{len(self.tasks)} tasks: {said}"
+        for (model, recipe), judged in self.judged.items():
+            for one in judged:
+                if not one.passed:
+                    yield f"{model}/{recipe}: {one.name} {one.outcome.value}"
+
+    def _original(self, model: str) -> dict[str, Any]:
+        study = self.study
+        size: Mapping[str, Any] = {}
+        measures: dict[str, Any] = {}
+        for evaluation in study.evaluations:
+            window = window_name(study, evaluation)
+            size = size or self.result("reference", model, window)
+            found = (self.result("evaluate", model, recipe, window) for recipe in study.recipes)
+            first = next((one["measures"]["ppl_ref"] for one in found if one), None)
+            if first is not None:
+                measures[self._measure_name("ppl_cand", window)] = first
+        return {
+            "name": model,
+            "group": "original",
+            "model": model,
+            "path": study.models[model],
+            "is_original": True,
+            "measures": measures,
+            "protocol": self._first_window(),
+            **_size(size),
+        }
+
+    def _artifact(self, model: str, recipe: str) -> dict[str, Any]:
+        study, made = self.study, self.outcomes[named("compress", model, recipe)]
+        measures: dict[str, Any] = {}
+        lost = [] if made.status is Status.COMPLETED else [f"not made: {made.reason}"]
+        for evaluation in study.evaluations:
+            window = window_name(study, evaluation)
+            outcome = self.outcomes[named("evaluate", model, recipe, window)]
+            if outcome.result is None:
+                lost.append(f"not measured on {window}: {outcome.reason}")
+            for name, figure in (outcome.result or {}).get("measures", {}).items():
+                measures[self._measure_name(name, window)] = figure
+        facts = made.result or {}
+        return {
+            "name": f"{model}/{recipe}",
+            "group": recipe,
+            "model": model,
+            "recipe": recipe,
+            "path": "" if made.path is None or "path" not in facts else str(made.path / facts["path"]),
+            "measures": measures,
+            "protocol": self._first_window(),
+            "verdict": _verdict(self.judged.get((model, recipe), ())),
+            "unmeasured": "; ".join(lost),
+            "seconds": made.seconds or None,
+            "sha256": facts.get("sha256", ""),
+            "tensors": facts.get("tensors", []),
+            "commands": list(self._commands(model, recipe)),
+            **_size(facts),
+        }
+
+    def _first_window(self) -> str:
+        return window_name(self.study, self.study.evaluations[0]) if self.study.evaluations else ""
+
+    def _measure_name(self, name: str, window: str) -> str:
+        """Return a measure's name: alone in the first window, with the window's in the others."""
+        return name if window == self._first_window() else f"{name} @ {window}"
+
+    def _commands(self, model: str, recipe: str) -> Iterator[str]:
+        out = Path(f"{model}-{recipe}").with_suffix(Path(self.study.recipes[recipe].model_name).suffix)
+        if self.study.recipes[recipe].stats == AUTO:
+            yield calibrate_command(self.study, model)
+        yield compress_command(self.study, model, recipe, out)
+        for evaluation in self.study.evaluations:
+            yield evaluate_command(self.study, model, evaluation, out)
+
+    def _protocols(self) -> Iterator[dict[str, Any]]:
+        for evaluation in self.study.evaluations:
+            window = window_name(self.study, evaluation)
+            rows = (self.result("evaluate", *row, window) for row in self._rows())
+            settings = next((one["protocol"] for one in rows if one), None)
+            yield {"name": window, "settings": settings or evaluation.model_dump(mode="json")}
+
+    def _task_line(self, task: Task) -> dict[str, Any]:
+        outcome = self.outcomes[task.name]
+        return {
+            "name": task.name,
+            "action": task.action,
+            "status": _STATUS[outcome.status],
+            "attempts": outcome.attempts,
+            "seconds": outcome.seconds,
+            "needs": list(task.needs),
+            "key": outcome.key,
+            "why": "" if outcome.status is Status.COMPLETED else outcome.reason,
+        }
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        wanted = self.study.generate
+        if wanted is None:
+            return
+        how = (
+            "greedy" if wanted.temperature == 0 else f"temperature {wanted.temperature:g}, seed {wanted.seed}"
+        )
+        makers = [*((model,) for model in self.study.models), *self._rows()]
+        for index, prompt in enumerate(wanted.prompts):
+            passages = []
+            for maker in makers:
+                found = self.result("generate", *maker).get("samples")
+                if found:
+                    note = f"stopped: {found[index]['stopped']}"
+                    passages.append(
+                        {"artifact": "/".join(maker), "how": how, "text": found[index]["text"], "note": note}
+                    )
+            yield {"prompt": prompt, "passages": passages}
+
+    def _digests(self) -> Iterator[dict[str, str]]:
+        for protocol in self._protocols():
+            if "text_sha256" in protocol["settings"]:
+                yield {"what": f"text {protocol['name']}", "sha256": protocol["settings"]["text_sha256"]}
+        for row in self._rows():
+            found = self.result("compress", *row)
+            if "sha256" in found:
+                yield {"what": "/".join(row), "sha256": found["sha256"]}
+
+
+def environment() -> dict[str, str]:
+    """Return the versions and the machine that a study ran with."""
+    found = {"bitsmith": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found |= {"processor": platform.machine(), "cpus": str(os.cpu_count() or 0)}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _size(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row's bytes, weights and `bpw` = 8 bytes / weights."""
+    file_bytes, weights = facts.get("file_bytes"), facts.get("weights")
+    bpw = 8 * file_bytes / weights if file_bytes and weights else None
+    return {"file_bytes": file_bytes, "weights": weights, "bpw": bpw}
+
+
+def _verdict(judged: Sequence[Judged]) -> str:
+    """Return the worst of a row's verdicts; nothing without gates."""
+    outcomes = {one.outcome for one in judged}
+    worst = next((one for one in (Verdict.FAIL, Verdict.UNMEASURED, Verdict.PASS) if one in outcomes), None)
+    return "" if worst is None else worst.value
+
+
+def _gate_line(line: AuditLine) -> dict[str, Any]:
+    """Return an audit line as the report has it; of a gate its unit and interval are in the evidence."""
+    evidence = line.evidence if isinstance(line.evidence, dict) else {}
+    told = {name: evidence.get(name) for name in ("low", "high")} if "gate" in evidence else {}
+    if "gate" in evidence:
+        told |= {"outcome": evidence.get("outcome", ""), "unit": evidence.get("unit", "")}
+        told |= {"artifact": evidence.get("subject", "")}
+    names = ("when", "who", "what", "value", "limit", "evidence", "decision")
+    return {name: getattr(line, name) for name in names} | told

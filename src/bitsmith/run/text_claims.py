@@ -1,0 +1,372 @@
+"""Claims that a forward over a text decides: perplexity, divergence, coherence, states."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import exp
+
+import numpy as np
+
+from bitsmith.numerics.divergence import Estimate
+from bitsmith.numerics.resampling import difference_of_ratios, ratio_of_sums
+from bitsmith.run.claim_evidence import BELOW_INT4, ArtifactRow, Evidence
+from bitsmith.run.coherence import rule as coherence_rule
+from bitsmith.run.evaluate import Measure, Protocol
+from bitsmith.run.format_rows import ClaimCheck
+from bitsmith.run.seed_claims import (
+    CELLM,
+    OVER_CHUNKS,
+    SAHC,
+    SBGQ,
+    SPI,
+    TRUNK,
+    Judged,
+    LackingError,
+    SeedClaim,
+    above,
+    measured,
+    opposite,
+    outcome_of,
+)
+from bitsmith.run.spi_claims import GAIN
+from bitsmith.run.tiers import TierRow, tier_sizes
+
+NOTHING_SHARE = 0.95
+"""A transform that leaves more than this share of the mean KLD adds nothing."""
+TRUNK_SHARES = 0.85, 0.90
+_ROUNDING = 1e-6
+"""Shares of energy nearer than this are the same: two ways to one subspace differ by less."""
+
+
+class Int4Optimal(SeedClaim):
+    """Nothing smaller than int4 is as good."""
+
+    name = "int4-optimal"
+    seed = SAHC
+    words = (
+        "“standard int4 is optimal under realistic quality constraints for this model”; “~4x (int4) is the "
+        "practical ceiling for post-hoc, quality-preserving LLM weight compression”"
+    )
+    test = (
+        "mean KLD of every matrix in a smaller type (Q3_K, Q2_K; error feedback with statistics) over that "
+        "of int4 with a scale per row of every matrix, the write-up's final method; the lower of the two"
+    )
+    rule = (
+        "NOT HELD if a smaller one's whole interval is below 1, HELD if every one's is above; without "
+        "statistics only the first can be found"
+    )
+    needs = ("row int4", "Q3_K", "Q2_K")
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge types of fewer bits per weight than the int4 artifact has."""
+        base = evidence.row_int4()
+        rows = [row for name in BELOW_INT4 if (row := evidence.below_int4(name)).bpw < base.bpw]
+        if not rows:
+            raise LackingError(f"no type here takes fewer bits than int4's {base.bpw:.3f}")
+        ratios = [_kld_ratio(row, base, evidence) for row in rows]
+        sides = [above(ratio, 1.0) for ratio in ratios]
+        held = False if False in sides else True if set(sides) == {True} and evidence.has_statistics else None
+        how = "error feedback" if evidence.has_statistics else "nearest rounding, as no statistics were given"
+        said = "; ".join(
+            f"{row.name} {row.bpw:.3f} bpw ({16 / row.bpw:.2f}×) {row.measures['mean_kld'].value:.5f} nats, "
+            f"ratio {ratio.value:.3f}"
+            for row, ratio in zip(rows, ratios, strict=True)
+        )
+        return Judged(
+            outcome_of(held),
+            f"int4 {base.bpw:.3f} bpw ({16 / base.bpw:.2f}×) {base.measures['mean_kld'].value:.5f} nats, PPL "
+            f"ratio {base.measures['ppl_ratio'].value:.4f}; by {how}: {said}",
+            min(ratios, key=lambda ratio: ratio.value),
+            protocol_words(evidence.protocol),
+        )
+
+
+class SpiBeatsOriginal(SeedClaim):
+    """A hybrid of NF4 and 16 bits has a lower perplexity than the original."""
+
+    name = "spi-beats-fp16"
+    seed = SPI
+    words = (
+        "“a mixed-precision hybrid model that … actually achieves a lower Perplexity (6.74) than the "
+        "original FP16 baseline (7.79)”"
+    )
+    test = (
+        "lowest perplexity over the original's among the four readings of the rule (α or tail exponent, "
+        "either end), at equal counts and equal bytes, as folders written and read back"
+    )
+    rule = "HELD if its whole interval is below 1, NOT HELD if above"
+    needs = ("spi",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Take the outcome of the SPI study."""
+        return _published(evidence, evidence.spi.claims, "a hybrid has a lower perplexity")
+
+
+class SpiGain(SeedClaim):
+    """The hybrid is 13 % better."""
+
+    name = "spi-13-percent"
+    seed = SPI
+    words = "“7.79 (FP16) -> 8.13 (Pure 4-bit) -> 6.74 (SPI Hybrid, 13.4% Boost)”"
+    test = SpiBeatsOriginal.test
+    rule = f"HELD if the interval reaches a gain of {GAIN:.1%}"
+    needs = ("spi",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Take the outcome of the SPI study."""
+        return _published(evidence, evidence.spi.claims, "SPI's hybrid beats")
+
+
+class SbgqAddsNothing(SeedClaim):
+    """Gauges and rotation add nothing to importance rounding at 4 bits."""
+
+    name = "sbgq-adds-nothing"
+    seed = SBGQ
+    words = (
+        "“SBGQ did not improve PPL beyond what iMatrix alone achieved … SBGQ and iMatrix solve the same "
+        "problem and iMatrix gets there first”"
+    )
+    test = (
+        "mean KLD of the recipe (IQ4_XS, its table of types, rounding weighed by E[x²]) with its rotation "
+        "and exact gauges over that without, same types and bytes"
+    )
+    rule = f"HELD if the whole interval is above {NOTHING_SHARE}, NOT HELD if it is below 1 and reaches lower"
+    needs = ("SBGQ 4", "plain 4")
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge the 4-bit pair."""
+        with_it, without = _pair(evidence, 4)
+        ratio = _kld_ratio(with_it, without, evidence)
+        held = _adds_nothing(ratio)
+        return Judged(
+            outcome_of(held), _pair_words(with_it, without), ratio, protocol_words(evidence.protocol)
+        )
+
+
+class GainsAtLowBits(SeedClaim):
+    """The transforms gain more at 2 to 3 bits."""
+
+    name = "gains-at-2-to-3-bits"
+    seed = SBGQ
+    words = (
+        "“SBGQ is expected to show larger gains at lower bit-widths (IQ2/IQ3) where iMatrix alone is "
+        "insufficient”"
+    )
+    test = (
+        "as sbgq-adds-nothing with Q3_K and with Q2_K in IQ4_XS's place: mean KLD with the transforms over "
+        "that without, less the same at 4 bits; the lower of the two"
+    )
+    rule = (
+        "HELD if at 2 or at 3 bits the ratio's interval is below 1 and its difference's below 0, NOT HELD if "
+        "at both widths either lies at or above"
+    )
+    needs = ("SBGQ 4", "plain 4", "SBGQ 3", "plain 3", "SBGQ 2", "plain 2")
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge both widths against the 4-bit pair."""
+        base = _pair(evidence, 4)
+        pairs = {bits: _pair(evidence, bits) for bits in (3, 2)}
+        ratios = {bits: _kld_ratio(*pair, evidence) for bits, pair in pairs.items()}
+        differences = {bits: _difference(pair, base, evidence) for bits, pair in pairs.items()}
+        sides = [larger_gain(ratios[bits], differences[bits]) for bits in pairs]
+        held = True if True in sides else False if set(sides) == {False} else None
+        said = "; ".join(
+            f"{bits} bits: {_interval(ratios[bits])}, perplexity {_ppl_ratio(*pair):.4f}×"
+            for bits, pair in pairs.items()
+        )
+        return Judged(
+            outcome_of(held),
+            f"4 bits: {_interval(_kld_ratio(*base, evidence))}; {said}",
+            min(differences.values(), key=lambda one: one.value),
+            protocol_words(evidence.protocol),
+        )
+
+
+class Int2Incoherent(SeedClaim):
+    """int2 writes garbage."""
+
+    name = "int2-incoherent"
+    seed = CELLM
+    words = "“int2 | 836 MB | 1.9x | Incoherent. Random tokens and characters.”"
+    test = (
+        "the published encoding (a scale per row, layers only): NLL of its sampled text over the original's"
+    )
+    rule = f"HELD if it is incoherent: {coherence_rule()}"
+    needs = ("formats",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Take the outcome of the formats study."""
+        return _published(evidence, evidence.formats.claims, "int2 is garbage")
+
+
+class OneBitIncoherent(SeedClaim):
+    """1 bit writes garbage."""
+
+    name = "1-bit-incoherent"
+    seed = CELLM
+    words = "“1-bit | 200 MB | 8x | Incoherent. Degenerate loops and nonsense.”"
+    test = "the published encoding (a scale per 128 weights): NLL of its sampled text over the original's"
+    rule = Int2Incoherent.rule
+    needs = ("formats",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Take the outcome of the formats study."""
+        return _published(evidence, evidence.formats.claims, "1 bit is garbage")
+
+
+class TwoTier(SeedClaim):
+    """A trunk and a compressed residual keep more than plain SVD."""
+
+    name = "two-tier-beats-svd"
+    seed = TRUNK
+    words = (
+        "“1024 trunk / 1024 residual at every layer … Better than 2048 pure SVD because we treat "
+        "high-variance and low-variance dims differently”"
+    )
+    test = (
+        "share of held-out energy of the states entering every layer kept by the split (1/5 of the width as "
+        "trunk, the rest 4:1), less that kept by plain SVD of the same width; the better of two readings: "
+        "the code's (SVD of the rest) and the words' (four directions share a slot). One model shows the "
+        "basis alone; what merging into a student makes of it is not tested here"
+    )
+    rule = f"HELD if the whole interval is above {_ROUNDING:g}, NOT HELD if it is not"
+    needs = ("tiers",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge the better reading."""
+        rows = evidence.tiers
+        readings = {
+            "as in its code": _over_layers(rows, [_less(row.kept_two_tier, row.kept_svd) for row in rows]),
+            "as in its words": _over_layers(rows, [_less(row.kept_folded, row.kept_svd) for row in rows]),
+        }
+        name = max(readings, key=lambda one: readings[one].value)
+        said = ", ".join(f"{key} {one.value:+.2e}" for key, one in readings.items())
+        svd = _over_layers(rows, [row.kept_svd for row in rows])
+        first = rows[0]
+        return Judged(
+            outcome_of(above(readings[name], _ROUNDING)),
+            f"{said}; plain SVD of {first.trunk + first.slots} of {first.width} keeps {svd.value:.4f}; what "
+            "its code keeps of the rest are the next directions of the same SVD, so both span one space",
+            readings[name],
+            _tier_words(evidence, rows),
+        )
+
+
+class TrunkShare(SeedClaim):
+    """The trunk holds 85 to 90 % of the variance."""
+
+    name = "trunk-variance"
+    seed = TRUNK
+    words = "“Top 1024 SVD components of the 32B's activations. Captures ~85-90% of total variance”"
+    test = (
+        f"share of held-out energy that a fifth of the directions ({tier_sizes(5120)[0]:,} of 5,120) keep of "
+        "the states entering each layer, mean over layers"
+    )
+    rule = f"HELD if the interval reaches into {TRUNK_SHARES[0]:.0%} to {TRUNK_SHARES[1]:.0%}"
+    needs = ("tiers",)
+
+    def judge(self, evidence: Evidence) -> Judged:
+        """Judge the mean over layers."""
+        rows = evidence.tiers
+        measure = _over_layers(rows, [row.kept_trunk for row in rows])
+        by_layer = [float(np.mean(row.kept_trunk)) for row in rows]
+        more = _over_layers(rows, [_less(row.kept_two_tier, row.kept_trunk) for row in rows])
+        held = None
+        if measure.low is not None and measure.high is not None:
+            held = measure.high >= TRUNK_SHARES[0] and measure.low <= TRUNK_SHARES[1]
+        return Judged(
+            outcome_of(held),
+            f"{min(by_layer):.3f} to {max(by_layer):.3f} over {len(rows)} places; the residual adds "
+            f"{more.value:.3f} (published: .05 to .10)",
+            measure,
+            _tier_words(evidence, rows),
+        )
+
+
+def larger_gain(ratio: Measure, difference: Measure) -> bool | None:
+    """Return whether a width gains, and more than 4 bits do: None where an interval leaves it open."""
+    gains, more = opposite(above(ratio, 1.0)), opposite(above(difference, 0.0))
+    if gains is False or more is False:
+        return False
+    return True if gains and more else None
+
+
+def protocol_words(p: Protocol) -> str:
+    """Return how a text was measured on, in a line."""
+    return (
+        f"held-out text, context {p.ctx_tokens} tokens, {p.chunks} of {p.chunks_available} chunks, "
+        f"{p.scored_tokens:,} scored tokens"
+    )
+
+
+def _published(evidence: Evidence, claims: Sequence[ClaimCheck], start: str) -> Judged:
+    """Return the outcome of a claim that a study of its own has judged."""
+    one = next(one for one in claims if one.claim.startswith(start))
+    return Judged(one.outcome, one.found, one.measure, protocol_words(evidence.protocol))
+
+
+def _pair(evidence: Evidence, bits: int) -> tuple[ArtifactRow, ArtifactRow]:
+    return evidence.sbgq(bits, transforms=True), evidence.sbgq(bits, transforms=False)
+
+
+def _pair_words(with_it: ArtifactRow, without: ArtifactRow) -> str:
+    klds = " and ".join(f"{row.measures['mean_kld'].value:.5f}" for row in (with_it, without))
+    bpw, ppl = f"{without.bpw:.3f} bpw", f"perplexity {_ppl_ratio(with_it, without):.4f}×"
+    return f"mean KLD {klds} nats with and without at {bpw}, {ppl}"
+
+
+def _ppl_ratio(row: ArtifactRow, base: ArtifactRow) -> float:
+    return exp(float(np.mean(row.chunk_nll_nats) - np.mean(base.chunk_nll_nats)))
+
+
+def _kld_ratio(row: ArtifactRow, base: ArtifactRow, evidence: Evidence) -> Measure:
+    p = evidence.protocol
+    found = ratio_of_sums(row.chunk_kld_nats, base.chunk_kld_nats, p.resamples, p.seed)
+    return measured(_known(found, base.name), "× mean KLD", OVER_CHUNKS)
+
+
+def _difference(
+    pair: tuple[ArtifactRow, ArtifactRow], base: tuple[ArtifactRow, ArtifactRow], evidence: Evidence
+) -> Measure:
+    p = evidence.protocol
+    one, other = ((top.chunk_kld_nats, bottom.chunk_kld_nats) for top, bottom in (pair, base))
+    found = difference_of_ratios(one, other, p.resamples, p.seed)
+    return measured(_known(found, base[1].name), "difference of ratios", OVER_CHUNKS)
+
+
+def _known(found: Estimate | None, name: str) -> Estimate:
+    if found is None:
+        raise LackingError(f"{name} does not diverge from the original")
+    return found
+
+
+def _adds_nothing(ratio: Measure) -> bool | None:
+    """Return whether a ratio is near 1 or above; None where its interval leaves that open."""
+    if ratio.low is None or ratio.high is None:
+        return None
+    if ratio.low > NOTHING_SHARE:
+        return True
+    return False if ratio.high < 1 else None
+
+
+def _interval(measure: Measure) -> str:
+    if measure.low is None or measure.high is None:
+        return f"{measure.value:.3f} (interval unmeasured)"
+    return f"{measure.value:.3f} ({measure.low:.3f} … {measure.high:.3f})"
+
+
+def _less(one: Sequence[float], other: Sequence[float]) -> tuple[float, ...]:
+    return tuple(a - b for a, b in zip(one, other, strict=True))
+
+
+def _over_layers(rows: Sequence[TierRow], shares: Sequence[Sequence[float]]) -> Measure:
+    """Return the mean of shares (`layers chunks`) over layers, with the interval over chunks."""
+    sums = np.asarray(shares).sum(axis=0)
+    found = ratio_of_sums(sums, np.full(len(sums), float(len(rows))))
+    return measured(_known(found, "the split"), "of the energy", "95 % bootstrap over held-out chunks")
+
+
+def _tier_words(evidence: Evidence, rows: Sequence[TierRow]) -> str:
+    learned = "the calibration text" if evidence.setting.calibration is not None else "every other chunk"
+    ctx = evidence.protocol.ctx_tokens
+    return f"bases of {learned}, measured on {len(rows[0].kept_svd)} other chunks of {ctx} tokens"

@@ -1,0 +1,410 @@
+"""Weights as factors: what is computed, what is stored, what is read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import linalg
+
+from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
+from bitsmith.formats.integer import grid_named
+from bitsmith.numerics.tensor_train import (
+    ArrayRows,
+    balanced_modes,
+    fitted_cores,
+    sweep,
+    to_matrix,
+    tt_tensor,
+)
+from bitsmith.passes.factorize import (
+    ErrorMetric,
+    FactorCode,
+    factorize,
+    head_energies,
+    low_rank,
+    with_remainder,
+    without_columns,
+)
+from bitsmith.run.evaluate import evaluate
+from bitsmith.run.factored_rules import pruning_rules, rank_rules
+from bitsmith.run.factored_scheme import form_of, parse_scheme
+from bitsmith.run.folder import FolderRecord, plan_folder, write_folder
+from bitsmith.store import TensorData, open_checkpoint, write_safetensors
+from bitsmith.store.factored import form_bytes
+
+Float32 = NDArray[np.float32]
+
+FLOATS = FactorCode(None)
+
+
+@pytest.fixture(scope="module")
+def weights() -> tuple[Float32, NDArray[np.float64]]:
+    """A matrix (`96 64`) with a decaying spectrum and second moments of correlated, uneven inputs."""
+    rng = np.random.default_rng(5)
+    left, _ = np.linalg.qr(rng.standard_normal((96, 64)))
+    right, _ = np.linalg.qr(rng.standard_normal((64, 64)))
+    matrix = (left * 0.93 ** np.arange(64)) @ right.T
+    inputs = rng.standard_normal((512, 64)) @ rng.standard_normal((64, 64)) * np.geomspace(0.05, 3, 64)
+    return matrix.astype(np.float32), inputs.T @ inputs / 512
+
+
+RULES = [
+    (r"layers\.0\.mlp\.gate_proj", "SVD:r=16:int4"),
+    (r"layers\.0\.mlp\.up_proj", "svd+int4:bpw=5.5"),
+    (r"layers\.0\.mlp\.down_proj", "SVD:r=8:f16"),
+    (r"layers\.0\.self_attn\.o_proj", "INT4:cols=16x0.2"),
+    (r"layers\.0\.self_attn\.q_proj", "INT8:rows=16x1.3"),
+    (r"layers\.1\.mlp\.gate_proj", "SVD+INT4:r=8:kernel=32:rows=16x0.1.4"),
+    (r"layers\.1\.mlp\.down_proj", "TT:r=8:f32"),
+    ("embed_tokens", "TT:r=12"),
+]
+
+
+@pytest.fixture(scope="module")
+def mixed(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, FolderRecord]:
+    """A folder with every kind of factors in it, in several shards."""
+    out = tmp_path_factory.mktemp("factored") / "mixed"
+    return out, write_folder(tiny_qwen3, out, "INT4", group=32, tensor_types=RULES, shard_bytes=60_000)
+
+
+# ---------------------------------------------------------------- what is computed
+
+
+def test_whitened_low_rank_is_the_svd_of_the_weighed_matrix(
+    weights: tuple[Float32, NDArray[np.float64]],
+) -> None:
+    matrix, moment = weights
+    metric = ErrorMetric(moment, 0.01)
+    assert metric.matrix is not None
+    root = linalg.cholesky(metric.matrix, lower=True)
+    for shape in (matrix, np.ascontiguousarray(matrix[:40])):  # tall, wide
+        left, right = low_rank(shape, 12, metric)
+        u, s, v = linalg.svd(shape.astype(np.float64) @ root, full_matrices=False)
+        best = (u[:, :12] * s[:12]) @ v[:12] @ linalg.inv(root)
+        assert np.abs(left @ right - best).max() < 1e-5 * np.abs(shape).max()
+        assert metric.error(shape - (left @ right).astype(np.float32)) == pytest.approx(
+            float((s[12:] ** 2).sum()), rel=1e-3
+        )
+
+
+def test_whitened_beats_plain_where_it_counts(weights: tuple[Float32, NDArray[np.float64]]) -> None:
+    matrix, moment = weights
+    metric, plain = ErrorMetric(moment, 0.01), ErrorMetric()
+    for code in (FLOATS, FactorCode(grid_named("int8_g32")), FactorCode(grid_named("int4_g32"))):
+        whitened = factorize(matrix, 32, code, metric).decoded
+        unaware = factorize(matrix, 32, code, plain).decoded
+        assert metric.error(matrix - whitened) < 0.8 * metric.error(matrix - unaware)
+        assert plain.error(matrix - whitened) > plain.error(matrix - unaware)
+
+
+def test_full_rank_is_exact(weights: tuple[Float32, NDArray[np.float64]]) -> None:
+    matrix, moment = weights
+    for one in (matrix, np.ascontiguousarray(matrix.T)):
+        for metric in (ErrorMetric(), ErrorMetric(moment)) if one is matrix else (ErrorMetric(),):
+            found = factorize(one, 64, FLOATS, metric).decoded
+            assert np.abs(found - one).max() < 2e-6 * np.abs(one).max() * 64
+            halves = factorize(one, 64, FactorCode(None, "F16"), metric).decoded
+            assert 0 < np.abs(halves - one).max() < 1e-2 * np.abs(one).max()
+
+
+def test_turns_of_rounding_only_lower_the_error(weights: tuple[Float32, NDArray[np.float64]]) -> None:
+    matrix, moment = weights
+    code = FactorCode(grid_named("int4_g32"))
+    for metric in (ErrorMetric(), ErrorMetric(moment)):
+        errors = [factorize(matrix, 40, code, metric, rounds).error for rounds in (1, 2, 6)]
+        assert errors[0] >= errors[1] >= errors[2]
+        assert errors[2] < errors[0]
+        left, right = low_rank(matrix, 40, metric)
+        naive = [code.grid.dequantize(code.grid.quantize(f.astype(np.float32))) for f in (left, right)]  # type: ignore[union-attr]
+        assert errors[0] < metric.error(matrix - naive[0] @ naive[1])
+
+
+def test_a_remainder_is_never_worse_than_its_codes_alone(
+    weights: tuple[Float32, NDArray[np.float64]],
+) -> None:
+    matrix, moment = weights
+    grid, code = grid_named("int4_g32"), FactorCode(grid_named("int8_g32"))
+    noise = np.random.default_rng(1).standard_normal(matrix.shape).astype(np.float32)
+    outlier = noise.copy()
+    outlier[:, 3] *= 50
+    for metric in (ErrorMetric(), ErrorMetric(moment), ErrorMetric(moment, feed=False)):
+        for one in (matrix, noise, np.zeros_like(matrix)):
+            alone = metric.error(one - metric.rounded(one, grid).decoded)
+            found = with_remainder(one, 4, code, grid, metric, rounds=2)
+            assert found.error <= alone
+            assert found.error == pytest.approx(metric.error(one - found.decoded), rel=1e-6, abs=1e-12)
+    plain = ErrorMetric()
+    alone = plain.error(outlier - plain.rounded(outlier, grid).decoded)
+    assert with_remainder(outlier, 4, code, grid, plain).error < 0.7 * alone
+
+
+def test_variances_alone_weigh_columns(weights: tuple[Float32, NDArray[np.float64]]) -> None:
+    matrix, moment = weights
+    variances = np.diagonal(moment).astype(np.float32)
+    metric, exact = ErrorMetric(importance=variances), ErrorMetric(np.diag(np.diagonal(moment)))
+    code = FactorCode(grid_named("int4_g32"))
+    left = exact.error(matrix - factorize(matrix, 24, code, metric).decoded)
+    assert left < 0.9 * exact.error(matrix - factorize(matrix, 24, code, ErrorMetric()).decoded)
+    assert not metric.feeds
+
+
+def test_dropped_columns_are_made_up_for(weights: tuple[Float32, NDArray[np.float64]]) -> None:
+    matrix, moment = weights
+    metric, kept = ErrorMetric(moment, 0.01), np.arange(48)
+
+    def cost(columns: Float32) -> float:
+        whole = np.zeros_like(matrix)
+        whole[:, kept] = columns
+        return metric.error(matrix - whole)
+
+    target, inner = without_columns(matrix, kept, metric)
+    assert cost(target) < cost(matrix[:, kept])
+    nudged = target + 1e-2 * np.random.default_rng(0).standard_normal(target.shape).astype(np.float32)
+    assert cost(target) < cost(nudged)
+    assert inner.matrix is not None
+    assert metric.matrix is not None
+    assert np.allclose(inner.matrix, metric.matrix[:48, :48] / np.diagonal(metric.matrix)[:48].mean())
+
+
+def test_heads_are_ranked_by_what_they_put_out() -> None:
+    rng = np.random.default_rng(2)
+    output = rng.standard_normal((32, 24)).astype(np.float32)
+    inputs = rng.standard_normal((400, 24)) * np.repeat([1, 0.1, 3], 8)
+    moment = inputs.T @ inputs / 400
+    brute = [
+        float(np.mean(np.sum((inputs[:, 8 * h : 8 * h + 8] @ output[:, 8 * h : 8 * h + 8].T) ** 2, axis=1)))
+        for h in range(3)
+    ]
+    assert np.allclose(head_energies(output, 3, moment), brute)
+    with pytest.raises(BitsmithError, match="24 columns are not 5 heads"):
+        head_energies(output, 5)
+
+
+@pytest.mark.parametrize("shape", [(100, 48), (37, 20)])
+def test_cores_are_the_train_that_is_measured(shape: tuple[int, int]) -> None:
+    matrix = np.random.default_rng(3).standard_normal(shape)
+    modes = balanced_modes(*shape)
+    for rank in (2, 9, 10_000):
+        cores = fitted_cores(ArrayRows(matrix), (1, rank, rank, 1))
+        rebuilt = to_matrix(tt_tensor(cores), modes, shape)
+        [train] = sweep(matrix, [(1, rank, rank, 1)])
+        error = float(np.linalg.norm(rebuilt - matrix) / np.linalg.norm(matrix))
+        assert error == pytest.approx(train.relative_error, abs=1e-9)
+        assert [core.shape[0] for core in cores] == list(train.ranks[:-1])
+
+
+# ---------------------------------------------------------------- what is stored and read back
+
+
+def test_plans_tell_every_byte(tiny_qwen3: Path, mixed: tuple[Path, FolderRecord]) -> None:
+    out, record = mixed
+    plan = plan_folder(tiny_qwen3, "INT4", group=32, tensor_types=RULES, shard_bytes=60_000)
+    assert plan.file_bytes == record.file_bytes
+    assert plan.file_bytes == sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    assert len(list(out.glob("*.safetensors"))) > 2
+    with open_checkpoint(out) as checkpoint:
+        for row in plan.rows:
+            assert checkpoint[row.name].nbytes == row.nbytes, row.name
+    by_name = {row.name: row for row in plan.rows}
+    row = by_name["model.layers.0.mlp.up_proj.weight"]
+    assert row.nbytes <= 5.5 * row.shape[0] * row.shape[1] / 8
+    form = form_of(parse_scheme(row.scheme), row.shape, 32)
+    assert row.nbytes == form_bytes(form)
+
+
+def test_what_is_read_is_what_was_measured(tiny_qwen3: Path, mixed: tuple[Path, FolderRecord]) -> None:
+    out, record = mixed
+    with open_checkpoint(tiny_qwen3) as original, open_checkpoint(out) as checkpoint:
+        assert set(original) == set(checkpoint)
+        for tensor in record.tensors:
+            want = np.asarray(original[tensor.name].read(), np.float32)
+            found = checkpoint[tensor.name].read()
+            error = float(np.square(want - found).sum() / np.square(want).sum())
+            assert error == pytest.approx(tensor.relative_error, rel=1e-4, abs=1e-9), tensor.name
+            assert error < 1
+        kinds = {name: checkpoint[name].dtype for name in checkpoint}
+    assert kinds["model.layers.0.mlp.gate_proj.weight"] == "rank 16 int4_g32"
+    assert kinds["model.embed_tokens.weight"].startswith("TT 1,12,12,1 int8")
+    assert kinds["model.layers.1.self_attn.q_proj.weight"] == "int4_g32"
+
+
+def test_any_slice_of_rows_is_the_same(mixed: tuple[Path, FolderRecord]) -> None:
+    out, record = mixed
+    rng = np.random.default_rng(0)
+    with open_checkpoint(out) as checkpoint:
+        for tensor in record.tensors:
+            if tensor.scheme != "BF16":
+                ref = checkpoint[tensor.name]
+                whole = ref.read()
+                for _ in range(6):
+                    start, stop = sorted(rng.integers(0, ref.n_rows + 1, 2).tolist())
+                    assert np.allclose(ref.read(start, stop), whole[start:stop], atol=1e-6), tensor.name
+
+
+def test_pruned_blocks_are_zero_and_the_others_are_not(mixed: tuple[Path, FolderRecord]) -> None:
+    out, _ = mixed
+    with open_checkpoint(out) as checkpoint:
+        o = checkpoint["model.layers.0.self_attn.o_proj.weight"].read()
+        q = checkpoint["model.layers.0.self_attn.q_proj.weight"].read()
+        split = checkpoint["model.layers.1.mlp.gate_proj.weight"].read()
+    assert np.flatnonzero(np.abs(o).sum(0)).tolist() == [*range(16), *range(32, 48)]
+    assert np.flatnonzero(np.abs(q).sum(1)).tolist() == [*range(16, 32), *range(48, 64)]
+    assert np.flatnonzero(np.abs(split).sum(1)).tolist() == [*range(32), *range(64, 80)]
+    assert np.linalg.matrix_rank(split[:32]) == 8
+
+
+def test_a_written_folder_is_evaluated(demo_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("def add(a, b):\n    return a + b\n" * 60)
+    losses = {}
+    for scheme in ("SVD:r=256:f16", "SVD:r=4"):
+        rules = [(r"layers\.0\.mlp", scheme)]
+        write_folder(demo_model, tmp_path / "out", "BF16", tensor_types=rules, overwrite=True)
+        losses[scheme] = evaluate(demo_model, tmp_path / "out", text, 64, 2).mean_kld.value
+    assert losses["SVD:r=256:f16"] < 1e-4
+    assert losses["SVD:r=4"] > 1e-2
+
+
+def test_rules_by_error_and_by_heads(demo_model: Path) -> None:
+    [(_, scheme)] = rank_rules(demo_model, 0.3, match=r"layers\.3\.mlp\.up_proj")
+    rank = int(scheme.split("=")[1].split(":")[0])
+    with open_checkpoint(demo_model) as checkpoint:
+        sigma = np.linalg.svd(checkpoint["model.layers.3.mlp.up_proj.weight"].read(), compute_uv=False)
+    tails = [float(np.sqrt(np.square(sigma[r:]).sum() / np.square(sigma).sum())) for r in (rank - 1, rank)]
+    assert tails[1] <= 0.3 < tails[0]
+    rules = pruning_rules(demo_model, 0.5, kernel_rank=32)
+    plan = plan_folder(demo_model, "INT4", tensor_types=rules)
+    schemes = {row.name: row.scheme for row in plan.rows}
+    assert ":cols=64x" in schemes["model.layers.3.self_attn.o_proj.weight"].lower()
+    assert ":rows=128x" in schemes["model.layers.3.self_attn.q_proj.weight"].lower()
+    mixed = schemes["model.layers.0.linear_attn.in_proj_qkv.weight"]
+    blocks = [int(block) for block in mixed.split("x")[1].split(".")]
+    assert blocks[:8] == list(range(8))  # q and k stay
+    values = schemes["model.layers.0.linear_attn.in_proj_z.weight"].split("x")[1]
+    assert [block - 8 for block in blocks[8:]] == [int(block) for block in values.split(".")]
+    assert len(blocks) == 12
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("scheme", "said"),
+    [
+        ("SVD", "needs one of r= and bpw="),
+        ("SVD:r=4:bpw=2", "needs one of"),
+        ("SVD:r=0", "no value that r= could have"),
+        ("SVD:r=x", "no value"),
+        ("SVD:bpw=nan", "no value"),
+        ("SVD:r=4:int3", "unknown option 'INT3'"),
+        ("INT4:r=4", "has no factors"),
+        ("SVD:r=4:kernel=8", "kernel= needs codes"),
+        ("SVD+INT4:r=4:f16", "beside codes factors are"),
+        ("TT:r=4:rows=16x0", "keeps all rows"),
+        ("INT4:rows=16x3.1", "rows keeps blocks"),
+        ("INT4:cols=48x0", "columns keeps blocks"),
+        ("INT4:rows=16x", "no value"),
+        ("SVD:bpw=0.01", "takes 0."),
+        ("SVD+INT4:r=4:kernel=100000", "has a kernel"),
+        ("SVDX:r=4", "unknown scheme"),
+    ],
+)
+def test_schemes_that_make_no_sense(tiny_qwen3: Path, tmp_path: Path, scheme: str, said: str) -> None:
+    with pytest.raises(BitsmithError, match=said):
+        write_folder(tiny_qwen3, tmp_path / "out", scheme)
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_packings_do_not_mix_in(tiny_qwen3: Path) -> None:
+    with pytest.raises(BitsmithError, match="cannot be in one folder"):
+        plan_folder(tiny_qwen3, "SVD:r=4", tensor_types=[("down_proj", "W4A16")])
+    with pytest.raises(BitsmithError, match="groups of"):
+        plan_folder(tiny_qwen3, "SVD:r=4", group=48)
+    with pytest.raises(BitsmithError, match="matches"):
+        plan_folder(tiny_qwen3, "W4A16", tensor_types=[("embed_tokens", "W8A16")])  # these pack no tables
+
+
+MODULE = "model.layers.0.mlp.gate_proj"
+
+
+def settings(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config["quantization_config"])
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return damage
+
+
+def module(**fields: Any) -> Callable[[Path], None]:
+    return settings(lambda said: said["modules"][MODULE].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (settings(lambda said: said.update(version=2)), "factors of version 2"),
+        (settings(lambda said: said.pop("modules")), "modules is no map"),
+        (settings(lambda said: said["modules"].update({MODULE: 3})), "is no map"),
+        (settings(lambda said: said["modules"].pop(MODULE)), "belongs to no factored weight"),
+        (settings(lambda said: said["modules"].update({"x": said["modules"][MODULE]})), "is missing"),
+        (module(rank=15), r"expected I32 \[\d+, \d+\]"),
+        (module(rank=-1), "is not within"),
+        (module(rank="16"), "is no list of integers"),
+        (module(rank=0), "has rank 0"),
+        (module(factors="int3"), "factors is int3"),
+        (module(factors=["int4"]), "factors is"),
+        (module(form="tucker"), "form is tucker"),
+        (module(shape=[1 << 40, 64]), "is not within"),
+        (module(shape=[4]), "expected out and in"),
+        (module(rows={"size": 16, "kept": [9999]}), "rows keeps blocks"),
+        (module(rows={"size": 0, "kept": [0]}), "rows keeps blocks"),
+        (module(rows={"size": 16}), "kept"),
+        (module(more=1), "more"),
+        (
+            settings(lambda said: said["modules"]["model.embed_tokens"].update(ranks=[1, 12, 12])),
+            "has no three cores",
+        ),
+        (
+            settings(lambda said: said["modules"]["model.embed_tokens"].update(modes=[[1, 1, 1]] * 2)),
+            "has modes for 1x1",
+        ),
+    ],
+)
+def test_damaged_settings_are_refused(
+    mixed: tuple[Path, FolderRecord], tmp_path: Path, damage: Callable[[Path], None], said: str
+) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(mixed[0], folder)
+    damage(folder)
+    with pytest.raises((DamagedFileError, UnsupportedError), match=said):
+        open_checkpoint(folder)
+
+
+def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    def tensor(name: str, dtype: str, shape: tuple[int, ...], size: int) -> TensorData:
+        return TensorData(f"a.{name}", dtype, shape, [bytes(size)])
+
+    said = {"form": "factored", "shape": [8, 16], "rank": 4, "factors": "f32"}
+    config = {"quantization_config": {"quant_method": "bitsmith", "version": 1, "modules": {"a": said}}}
+    left, right = tensor("weight_left", "F32", (8, 4), 128), tensor("weight_right", "F32", (4, 16), 256)
+    for number, (parts, wrong) in enumerate(
+        [
+            ([left], "is missing, rank 4 f32 needs it"),
+            ([left, tensor("weight_right", "F32", (4, 8), 128)], r"is F32 \[4, 8\], expected F32 \[4, 16\]"),
+            ([left, tensor("weight_right", "F16", (4, 16), 128)], "is F16"),
+            ([left, right, tensor("weight", "F32", (8, 16), 512)], "is stored plainly and as factors"),
+            ([left, right, tensor("weight_rest", "F32", (8, 16), 512)], "belongs to no factored weight"),
+        ]
+    ):
+        folder = tmp_path / str(number)
+        write_safetensors(folder, [*parts, TensorData("b", "I8", (1,), [bytes(1)])], config)
+        with pytest.raises(DamagedFileError, match=wrong):
+            open_checkpoint(folder)
