@@ -108,7 +108,7 @@ class _Encoding:
 
     def _factored(self, form: FactoredForm) -> dict[str, Bytes]:
         whole = np.concatenate(list(self._matrix.slices()))
-        rounder, metric = self._metric(form)
+        rounder, metric = error_metric(self._matrix, form)
         rows = np.arange(len(whole)) if form.rows is None else form.rows.index
         columns = np.arange(whole.shape[1]) if form.columns is None else form.columns.index
         kept, inner = whole[rows], metric
@@ -136,28 +136,30 @@ class _Encoding:
         self._outcome = Outcome("nearest", *total.errors())
         return _stored(found, form)
 
-    def _metric(self, form: FactoredForm) -> tuple[str, ErrorMetric]:
-        """Return the rounder and how errors are weighed, as statistics and the rounder asked for say.
-
-        Damping and shrinkage are those that suit the grid of the codes on held-out inputs.
-        """
-        guide, inputs = self._matrix.guide, self._inputs
-        if guide is None or inputs is None or guide.rounder == "nearest":
-            return "nearest", ErrorMetric()
-        if inputs.moment is None:
-            return "weighted", ErrorMetric(importance=inputs.importance)
-        grid, moment = code_grid(form.rest or form.factors or "f32"), dense_moment(inputs.moment)
-        if grid is None:
-            return "weighted", ErrorMetric(moment)
-        choice = guide.choice(self._matrix.ref, grid)
-        if choice.damping is None:
-            return "weighted", ErrorMetric(moment, feed=False)
-        return "gptq", ErrorMetric(moment, choice.damping, shrink=choice.shrink)
-
     @property
     def _inputs(self) -> SiteStatistics | None:
         guide = self._matrix.guide
         return None if guide is None else guide.inputs(self._row.name)
+
+
+def error_metric(matrix: Matrix, form: FactoredForm) -> tuple[str, ErrorMetric]:
+    """Return the rounder and how errors are weighed, as statistics and the rounder asked for say.
+
+    Damping and shrinkage are those that suit the grid of the codes on held-out inputs.
+    """
+    guide = matrix.guide
+    inputs = None if guide is None else guide.inputs(matrix.ref.name)
+    if guide is None or inputs is None or guide.rounder == "nearest":
+        return "nearest", ErrorMetric()
+    if inputs.moment is None:
+        return "weighted", ErrorMetric(importance=inputs.importance)
+    grid, moment = code_grid(form.rest or form.factors or "f32"), dense_moment(inputs.moment)
+    if grid is None:
+        return "weighted", ErrorMetric(moment)
+    choice = guide.choice(matrix.ref, grid)
+    if choice.damping is None:
+        return "weighted", ErrorMetric(moment, feed=False)
+    return "gptq", ErrorMetric(moment, choice.damping, shrink=choice.shrink)
 
 
 def _form(row: Assigned) -> Form:
