@@ -20,6 +20,7 @@ from bitsmith.run.sahc_methods import Weights
 from bitsmith.run.sahc_plan import COMPONENTS, INT4, INT8, STORED, PlanRow, plan_rows, prunings
 from bitsmith.run.sahc_rows import SahcResult
 from bitsmith.run.sahc_trial import Forward, Pick, Trials, row_of
+from bitsmith.run.sahc_work import work_folder
 from bitsmith.store import open_checkpoint
 
 Float32 = NDArray[np.float32]
@@ -182,13 +183,13 @@ def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]
     assert table.theory_ratio == pytest.approx(19.8, abs=0.5)
     assert table.ratio is not None
     assert table.ratio < 4
-    with open_checkpoint(out / "model") as written:
+    with open_checkpoint(out) as written:
         stored = sum(ref.nbytes for ref in written.values())
     assert stored == sum(row.stored_bytes for row in result.rows)
-    record = json.loads((out / "sahc.json").read_text())
+    record = json.loads((work_folder(out) / "sahc.json").read_text())
     assert "seconds" not in record
     assert record["sahc"]["sha256"] == result.sahc.sha256
-    decisions = [line.decision for line in read_audit(out / "audit.jsonl")]
+    decisions = [line.decision for line in read_audit(work_folder(out) / "audit.jsonl")]
     assert sum(said.startswith("replan: ") for said in decisions) == result.replans
 
 
@@ -204,12 +205,14 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bytes(
 
     with pytest.raises(StoppedError):
         _run(small, text, tmp_path / "out", progress=stop)
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists()
     result = _run(small, text, tmp_path / "out")
     assert result.resumed == 2
     assert result.sahc.sha256 == whole[1].sahc.sha256
-    assert (tmp_path / "out" / "sahc.json").read_bytes() == (whole[0] / "sahc.json").read_bytes()
-    assert not list((tmp_path / "out").glob(".sahc*"))
+    made = [work_folder(out) / "sahc.json" for out in (tmp_path / "out", whole[0])]
+    assert made[0].read_bytes() == made[1].read_bytes()
+    assert {path.name for path in made[0].parent.iterdir()} == {"sahc.json", "audit.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.sha256", "out.sahc"}
 
 
 @pytest.mark.slow
@@ -221,7 +224,7 @@ def test_no_ratio_for_an_artifact_that_does_not_pass(
     assert all(row.ratio is None for row in (*result.rows, *result.components))
     assert result.rounds > 2
     assert {row.method for row in result.rows} == {"as stored"}
-    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_packed_source_is_refused(small: Path, text: Path, tmp_path: Path) -> None:

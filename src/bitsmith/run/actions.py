@@ -127,15 +127,14 @@ def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts
 
     The recipe's audit log tells times, so it goes beside the artifact's files.
     """
-    from bitsmith.run.sahc import RESULT_NAME  # noqa: PLC0415 (loads torch)
-    from bitsmith.run.sahc import sahc as run  # noqa: PLC0415
+    from bitsmith.run.sahc import sahc as run  # noqa: PLC0415 (loads torch)
 
-    model, audit = _model(params, inputs), out.parent / GATE_LOG
-    options = {**_window(params), "audit": audit, "overwrite": True, "progress": progress}
-    result = run(model, _text(params), out, **options)
+    model, written, audit = _model(params, inputs), out / "model", out.parent / GATE_LOG
+    statistics = _input(params, inputs, "statistics", STATISTICS)
+    options = {**_window(params), "statistics": statistics, "progress": progress}
+    result = run(model, _text(params), written, work=out, audit=audit, overwrite=True, **options)
     record = _settled(result.to_json(), params, inputs)
-    write_result(out / RESULT_NAME, record)
-    written = out / "model"
+    write_result(out / SAHC, record)
     made = {**_size(written), "path": written.name, "sha256": result.sahc.sha256} if written.exists() else {}
     names = ("gates_passed", "gates_failed", "gates_unmeasured", "replans", "same_as_int4", "bytes_over_int4")
     return {

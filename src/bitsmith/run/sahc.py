@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -18,12 +17,11 @@ from bitsmith import __version__
 from bitsmith.archs import claim
 from bitsmith.errors import printable
 from bitsmith.progress import Progress, silent
-from bitsmith.run.audit import AuditLog
 from bitsmith.run.evaluate import Protocol, Reference, open_model, text_chunks
 from bitsmith.run.folder import KEPT as STORED_SCHEME
 from bitsmith.run.folder import plan_folder, write_folder
 from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Gate, all_pass, first_failure
-from bitsmith.run.guide import finite_rows
+from bitsmith.run.guide import Guide, finite_rows
 from bitsmith.run.sahc_artifact import artifact_gates, digest
 from bitsmith.run.sahc_layer import Cosine, LayerProbe, lowest
 from bitsmith.run.sahc_methods import ROW_GROUP, Weights
@@ -31,15 +29,21 @@ from bitsmith.run.sahc_plan import INT4, STORED, PlanRow, plan_rows, prunings
 from bitsmith.run.sahc_result import compared, component_rows, counted, quantizer_faults
 from bitsmith.run.sahc_rows import SahcResult, SahcRow, Written
 from bitsmith.run.sahc_trial import Forward, Pick, Trials, row_of
+from bitsmith.run.sahc_work import (
+    BASELINE_NAME,
+    CANDIDATE_NAME,
+    RESULT_NAME,
+    Workplace,
+    refuse_output,
+    work_folder,
+)
 from bitsmith.store.checkpoint import Checkpoint
-from bitsmith.store.journal import Journal, content_key, result_folder, write_result
+from bitsmith.store.journal import content_key, write_result
 
-RESULT_NAME = "sahc.json"
-AUDIT_NAME = "audit.jsonl"
 MODEL_NAME = "model"
-BASELINE_NAME = "int4"
+CTX_TOKENS = 512
 PROBE_CHUNKS = 8
-_JOURNAL_NAME = ".sahc.journal"
+ROUNDER = "auto"
 _WORST_SHARE = 0.25  # of the rows that are replanned at once where perplexity fails
 
 
@@ -48,8 +52,10 @@ def sahc(
     text: Path,
     out: Path,
     *,
+    work: Path | None = None,
+    statistics: Path | None = None,
     probe: Path | None = None,
-    ctx_tokens: int = 512,
+    ctx_tokens: int = CTX_TOKENS,
     chunks: int | None = None,
     probe_chunks: int = PROBE_CHUNKS,
     ppl_limit: float = PPL.limit,
@@ -61,7 +67,7 @@ def sahc(
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> SahcResult:
-    """Compress `model` (a Hugging Face folder) by the recipe into the folder `out`, and measure it on `text`.
+    """Compress `model` (a Hugging Face folder) by the recipe into the model folder `out`, measured on `text`.
 
     Every tensor starts with its component's planned method (`run.sahc_plan.COMPONENTS`) and takes the next of
     its chain when a gate does not pass: truncation, rounding, total error, error over theory, bytes over
@@ -69,49 +75,65 @@ def sahc(
     (default: the text itself; its first `probe_chunks` chunks), alone and with its whole layer. The artifact
     is then read back: shapes, finite values, layers, perplexity; where that fails, the rows with the lowest
     cosines are replanned and it is written again. Row-int4 alone is written and measured the same way.
+    With `statistics` low rank and integers are found in the metric of the inputs, in the plan and in row-int4
+    alone; gates stay as they are, on the weights.
 
-    `out` gets `model/`, `sahc.json` and `audit.jsonl` (or the file `audit`), and `int4/` with `keep_int4`.
-    A killed run goes on behind the last finished layer, and ends with the same bytes. Where the artifact's
-    gates do not pass there is no `model/`, and no ratio.
+    `out` and its `OUT.sha256` appear when every gate has passed. The folder `work` (default: `OUT.sahc`
+    beside it, on its file system) gets `sahc.json`, `audit.jsonl` (or the file `audit`), and `int4/` with
+    `keep_int4`. A killed run goes on behind the last finished part, and ends with the same bytes. Where the
+    artifact's gates do not pass nothing becomes `out`, and there is no ratio.
 
     Raises BitsmithError as `evaluate` and `write_folder` do, UnsupportedError for a packed source,
-    OutputError where `out` holds a result without `overwrite` or cannot be written.
+    DamagedFileError for a weight that is not finite, OutputError where `out` or a result is there without
+    `overwrite` or cannot be written.
     """
     started = time.monotonic()
-    plan_folder(model, STORED_SCHEME)  # refuse what cannot be written before anything is measured
-    result_folder(out, RESULT_NAME, overwrite)
+    work = work_folder(out) if work is None else work
+    plan_folder(model, STORED_SCHEME, statistics=statistics)  # refuse what cannot be written
     gates = (
         replace(FORWARD_COSINE, limit=cosine_limit),
         replace(PPL, limit=ppl_limit),
         replace(PPL_RATIO, limit=ppl_ratio_limit),
     )
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
+        checkpoint = reference.model.checkpoint
+        sources = [*checkpoint.files, text, *([] if statistics is None else [statistics])]
+        refuse_output(out, work, overwrite, sources)
         tokens, protocol = text_chunks(reference.model, probe or text, ctx_tokens, probe_chunks, seed)
+        _refuse_damaged(checkpoint, progress)
+        guide = None if statistics is None else Guide(checkpoint, statistics, ROUNDER)
         options = [
             __version__,
             asdict(reference.protocol),
             asdict(protocol),
             [asdict(gate) for gate in gates],
+            None if guide is None else guide.key(checkpoint, []),
         ]
-        key = content_key(reference.model.checkpoint, options)
-        with (
-            Journal(out / _JOURNAL_NAME, key) as journal,
-            AuditLog(out / AUDIT_NAME if audit is None else audit) as log,
-        ):
-            resumed = len(journal.entries)
-            run = _Run(reference, tokens, gates, out, journal, log, progress)
-            log.add(
+        with Workplace(out, work, content_key(checkpoint, options), overwrite, sources, audit) as place:
+            resumed = len(place.journal.entries)
+            place.log.add(
                 "sahc",
                 printable(str(model)),
                 value=resumed,
                 evidence="parts finished by an earlier run",
                 decision="resume" if resumed else "start",
             )
-            result = run.result(protocol, keep_int4)
+            result = _Run(reference, tokens, gates, guide, statistics, place, progress).result(
+                protocol, keep_int4
+            )
             result = replace(result, resumed=resumed, seconds=time.monotonic() - started)
-            write_result(out / RESULT_NAME, result.to_json())
-            journal.remove()
+            write_result(work / RESULT_NAME, result.to_json())
+            place.journal.remove()
     return result
+
+
+def _refuse_damaged(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Raise DamagedFileError for the first weight that is not finite, before anything is measured."""
+    for done, ref in enumerate(checkpoint.values()):
+        progress("check weights", done, len(checkpoint))
+        for start, stop in ref.slices():
+            finite_rows(ref, start, stop, checkpoint.path)
+    progress("check weights", len(checkpoint), len(checkpoint))
 
 
 class _Run:
@@ -122,27 +144,30 @@ class _Run:
         reference: Reference,
         tokens: Any,
         gates: tuple[Gate, Gate, Gate],
-        out: Path,
-        journal: Journal,
-        log: AuditLog,
+        guide: Guide | None,
+        statistics: Path | None,
+        place: Workplace,
         progress: Progress,
     ) -> None:
         self._reference, self._model = reference, reference.model
         self._checkpoint: Checkpoint = reference.model.checkpoint
-        self._tokens, self._out, self._journal, self._log = tokens, out, journal, log
+        self._guide, self._statistics = guide, statistics
+        self._tokens, self._place, self._journal, self._log = tokens, place, place.journal, place.log
         self._cosine_gate, self._ppl_gates = gates[0], gates[1:]
         self._progress = progress
-        self._trials = Trials(log, self._cosine_gate)
+        self._trials = Trials(place.log, self._cosine_gate)
         self._plan = plan_rows(claim(self._checkpoint))
 
     def result(self, probe: Protocol, keep_int4: bool) -> SahcResult:
-        """Return what was found; writes `model/`."""
+        """Return what was found; the output is in its place if every gate has passed."""
         rows = self._rows()
         int4 = self._written(BASELINE_NAME, self._int4_types(), None, keep_int4)
         if not keep_int4:
-            shutil.rmtree(self._out / BASELINE_NAME, ignore_errors=True)
+            self._place.drop(BASELINE_NAME)
         rows, rounds, written = self._passing(rows)
-        if written.ratio is None:
+        if written.ratio is not None:
+            self._place.place(written.sha256)
+        else:
             rows = [replace(row, ratio=None) for row in rows]
         passed, failed, unmeasured = counted(rows, written.gates)
         return SahcResult(
@@ -250,16 +275,16 @@ class _Run:
         while True:
             rounds += 1
             planned = sum(row.stored_bytes for row in rows)
-            written = self._written(MODEL_NAME, _types(rows), planned, True)
+            written = self._written(CANDIDATE_NAME, _types(rows), planned, True)
             failed = [gate for gate in written.gates if gate["outcome"] != "PASS"]
             ppl = [gate for gate in failed if gate["name"] in (PPL.name, PPL_RATIO.name)]
             if failed and ppl == failed and (more := self._replanned(rows, rounds)) is not None:
                 rows = more
                 continue
             if failed:
-                shutil.rmtree(self._out / MODEL_NAME, ignore_errors=True)
+                self._place.drop(CANDIDATE_NAME)
                 said = ", ".join(gate["name"] for gate in failed)
-                self._log.add("sahc", MODEL_NAME, evidence=said, decision="removed: no ratio is reported")
+                self._log.add("sahc", MODEL_NAME, evidence=said, decision="no output: no ratio is reported")
             return rows, rounds, written
 
     def _replanned(self, rows: list[SahcRow], rounds: int) -> list[SahcRow] | None:
@@ -298,19 +323,21 @@ class _Run:
     ) -> Written:
         """Return an artifact as written and measured, once; where it is `needed` it is there."""
         entry = f"{name} {hashlib.sha256(repr(types).encode()).hexdigest()}"
-        path = self._out / name
         known = self._journal.entries.get(entry)
-        if known is None or (needed and not _is_whole(path, known["sha256"])):
-            self._journal.add(entry, asdict(self._made(path, types, planned)))
+        if known is None or (needed and not self._place.has(name, known["sha256"])):
+            self._journal.add(entry, asdict(self._made(name, types, planned)))
         return TypeAdapter(Written).validate_python(self._journal.entries[entry])
 
-    def _made(self, path: Path, types: Sequence[tuple[str, str]], planned: int | None) -> Written:
+    def _made(self, name: str, types: Sequence[tuple[str, str]], planned: int | None) -> Written:
+        path, label = self._place.folder / name, BASELINE_NAME if name == BASELINE_NAME else MODEL_NAME
         write_folder(
             self._checkpoint.path,
             path,
             STORED_SCHEME,
             group=ROW_GROUP,
             tensor_types=types,
+            statistics=self._statistics,
+            rounder=ROUNDER,
             overwrite=True,
             progress=self._progress,
         )
@@ -323,10 +350,10 @@ class _Run:
         failed = first_failure(judged)
         for one in judged:
             said = "passed" if one.passed else "the artifact does not pass"
-            self._log.judged("sahc artifact", path.name, one, said)
+            self._log.judged("sahc artifact", label, one, said)
         ratio = self._reference.artifact.file_bytes / found.candidate.file_bytes
         return Written(
-            artifact=replace(found.candidate, path=path.name),
+            artifact=replace(found.candidate, path=label),
             ratio=ratio if failed is None and all_pass(judged) else None,
             measures=found.measures,
             chunk_nll_nats=tuple(scores.nll_cand.mean(axis=1).tolist()),
@@ -355,7 +382,3 @@ def _cosine_of(row: SahcRow) -> float:
         if gate["name"] == FORWARD_COSINE.name and gate["value"] is not None
     ]
     return float(found[-1]) if found else -1.0
-
-
-def _is_whole(path: Path, sha256: str) -> bool:
-    return path.is_dir() and digest(path) == sha256

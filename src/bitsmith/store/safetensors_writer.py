@@ -73,6 +73,21 @@ def write_safetensors(
             (part / name).write_bytes(texts[name])
 
 
+def move_checkpoint(
+    made: Path, folder: Path, *, overwrite: bool = False, sources: Iterable[Path] = ()
+) -> None:
+    """Move all files of a checkpoint folder into `folder`, which appears as `write_safetensors` makes it.
+
+    Both are on one file system. Raises OutputError as `atomic_folder` does.
+    """
+    files = sorted(made.iterdir())
+    last = INDEX_NAME if made / INDEX_NAME in files else SINGLE_NAME
+    with atomic_folder(folder, last=last, stale=_is_model_file, overwrite=overwrite, sources=sources) as part:
+        for path in files:
+            path.replace(part / path.name)
+    made.rmdir()
+
+
 def safetensors_size_bytes(
     tensors: Iterable[TensorData],
     *,
