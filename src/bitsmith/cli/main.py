@@ -184,6 +184,29 @@ app.command()(chat)
 
 
 @app.command()
+def report(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH…", help="JSON files or folders that studies, runs and --json wrote."),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Folder for report.html, report.json and README.md.")
+    ] = Path("report"),
+    audit: Annotated[Path | None, typer.Option("--audit", help="An audit log, audit.jsonl.")] = None,
+    peers: Annotated[
+        Path | None, typer.Option("--peers", help="Points of others to plot: a JSON list.")
+    ] = None,
+) -> None:
+    """Make one page, a model card and report.json of what any study or run wrote."""
+    from bitsmith.report.model_card import write_report
+    from bitsmith.report.study_adapters import load_study
+    from bitsmith.report.study_terminal import print_study
+
+    shown = load_study(paths, audit, peers)
+    print_study(shown, write_report(out, shown))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the demo's files.")] = Path("demo-out"),
     type_name: Annotated[str, typer.Option("--type", help="Stock mix.")] = "Q4_K_M",

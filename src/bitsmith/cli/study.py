@@ -1,20 +1,154 @@
-"""The commands that measure a whole question: `study formats`, `study spi`."""
+"""The commands that measure a whole question: `study FILE`, `study claims`, `study formats`, `study spi`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.core import TyperGroup
 
 from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, write_json
 
-study = typer.Typer(help="Measure a whole question on a model, with controls.", no_args_is_help=True)
+
+class _Studies(TyperGroup):
+    """Takes a first word that is no command, or an option of one, as `run`'s."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+study = typer.Typer(
+    cls=_Studies,
+    help="Run a study that a YAML file describes (bitsmith study STUDY.yaml), or one of these.",
+    no_args_is_help=True,
+)
 
 _Text = Annotated[Path, typer.Option("--text", help="UTF-8 text to measure on.")]
 _Ctx = Annotated[int, typer.Option("--ctx", min=8, help="Tokens per chunk.")]
 _Chunks = Annotated[int | None, typer.Option("--chunks", min=1, help="Chunks at most; default all.")]
 _Keep = Annotated[bool, typer.Option("--keep", help="Keep every artifact in the folder.")]
+
+
+@study.command("run")
+def study_run(
+    file: Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="Models, recipes, evaluations, gates.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Folder of the study; default STUDY-study.")
+    ] = None,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option("--engine", help="Processes here, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option("--address", help="Of the Ray cluster; default one started here.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=1, help="Tasks at once; default 1, on Ray what it has.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option("--memory", help="Of all local tasks together, as 8GiB; default most of what is free."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option("--cache", help="Folder of artifacts that other studies share.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with a study that was begun; what is done stays.")
+    ] = False,
+) -> None:
+    """Run the study in STUDY.yaml, the word `run` may be left out; writes its report, page and model card.
+
+    The exit code is 1 if a task failed or a gate did not pass.
+    """
+    from bitsmith.report.model_card import write_report
+    from bitsmith.report.study_json import read_study
+    from bitsmith.report.study_terminal import print_study
+    from bitsmith.run.budget import parse_memory
+    from bitsmith.run.study import run_study
+
+    folder = out or Path(f"{file.stem}-study")
+    with progress_bars() as progress:
+        result = run_study(
+            file,
+            folder,
+            engine=engine,
+            workers=workers,
+            memory_bytes=None if memory is None else parse_memory(memory),
+            address=address,
+            cache=cache,
+            resume=resume,
+            progress=progress,
+        )
+    shown = read_study(result.to_json())
+    print_study(shown, write_report(folder, shown))
+    if not result.is_whole:
+        raise typer.Exit(1)
+
+
+@study.command("status")
+def study_status(
+    folder: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study.")],
+    json_out: JsonOut = None,
+) -> None:
+    """Show where the study in OUT stands, also while it runs."""
+    from bitsmith.report.study_terminal import print_study_status
+    from bitsmith.run.study import study_status as run
+
+    found = run(folder)
+    print_study_status(found)
+    write_json(json_out, found.to_json())
+
+
+@study.command("claims")
+def study_claims(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for claims.json and claims.md.")] = Path(
+        "claims-study"
+    ),
+    text: Annotated[
+        Path | None,
+        typer.Option("--text", help="UTF-8 text to measure on; without, claims of weights alone are tested."),
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix.")
+    ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option("--calibration", help="Text to learn from where a claim needs one.")
+    ] = None,
+    only: Annotated[str | None, typer.Option("--only", metavar="NAME,…", help="Only these claims.")] = None,
+    ctx: _Ctx = 512,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Chunks at most.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Of the bootstrap.")] = 0,
+    overwrite: Overwrite = False,
+    json_out: JsonOut = None,
+) -> None:
+    """Check the published claims on MODEL: HELD, NOT HELD or NOT TESTED, each with figure and interval."""
+    from bitsmith.report.claims_table import print_claims, print_cost, write_claims_page
+    from bitsmith.run.study_claims import claims_cost
+    from bitsmith.run.study_claims import study_claims as run
+
+    names = None if only is None else only.split(",")
+    print_cost(claims_cost(model, only=names, text=text, ctx_tokens=ctx, chunks=chunks))
+    with progress_bars() as progress:
+        found = run(
+            model,
+            out,
+            text=text,
+            statistics=stats,
+            calibration=calibration,
+            only=names,
+            ctx_tokens=ctx,
+            chunks=chunks,
+            seed=seed,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    page = write_claims_page(found, out)
+    print_claims(found)
+    typer.echo(f"wrote {page}")
+    write_json(json_out, found.to_json())
 
 
 @study.command("formats")

@@ -110,6 +110,13 @@ def parse_target(text: str) -> Target:
     return Target("file", _bytes(text, amount, unit, "target"))
 
 
+def parse_memory(text: str) -> int:
+    """Return the bytes that `8GiB`, `5.2GB` or a plain number of bytes names. Raises BitsmithError."""
+    expected = "8GiB, 5.2GB or plain bytes"
+    amount, unit = _split(text, "memory", expected)
+    return int(_bytes(text, amount, unit, "memory"))
+
+
 def parse_fit(text: str, ctx_tokens: int = DEFAULT_CTX_TOKENS) -> Target:
     """Return the target that `--fit 8GiB --ctx 8192` names: weights and what running them takes.
 
