@@ -22,6 +22,7 @@ from bitsmith.run.folder import KEPT as STORED_SCHEME
 from bitsmith.run.folder import plan_folder, write_folder
 from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Gate, all_pass, first_failure
 from bitsmith.run.guide import Guide, finite_rows
+from bitsmith.run.packer import Matrix
 from bitsmith.run.sahc_artifact import artifact_gates, digest
 from bitsmith.run.sahc_layer import Cosine, LayerProbe, lowest
 from bitsmith.run.sahc_methods import ROW_GROUP, Weights
@@ -222,7 +223,11 @@ class _Run:
         layer = plans[0].layer if plans[0].place == "layer" else None
         if layer is not None:
             probe.enter(layer)
-        blocks = prunings(self._checkpoint, plans, self._model.arch.text_config) if layer is not None else {}
+        blocks = (
+            {}
+            if layer is None
+            else prunings(self._checkpoint, plans, self._model.arch.text_config, self._guide)
+        )
         picks: dict[str, Pick] = {}
         for plan in plans:
             weights = self._weights(plan, blocks)
@@ -267,7 +272,8 @@ class _Run:
             return Weights(np.zeros((0, 0), np.float32))
         ref, path = self._checkpoint[plan.name], self._checkpoint.path
         parts = [finite_rows(ref, start, stop, path) for start, stop in ref.slices()]
-        return Weights(np.concatenate(parts), *blocks.get(plan.name, (None, 0)))
+        kept, axis = blocks.get(plan.name, (None, 0))
+        return Weights(np.concatenate(parts), kept, axis, Matrix(ref, path, self._guide))
 
     def _passing(self, rows: list[SahcRow]) -> tuple[list[SahcRow], int, Written]:
         """Write rows until the artifact passes, or nothing is left to replan."""

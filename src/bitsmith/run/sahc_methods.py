@@ -1,14 +1,13 @@
 """The methods that recipe `sahc` tries on a matrix: what each makes of it, its bytes, what was promised.
 
-They are schemes of `run.factored_scheme`, with a scale per row, and computed as `run.pack_factored` does
-without statistics; ranks are for 4096 of the shorter side (trains: 4096 columns) and shrink in proportion.
+They are schemes of `run.factored_scheme`, with a scale per row, and computed as `run.pack_factored` computes
+them; ranks are for 4096 of the shorter side (trains: 4096 columns) and shrink in proportion.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,11 +21,13 @@ from bitsmith.numerics.tensor_train import (
     to_matrix,
     tt_tensor,
 )
-from bitsmith.passes.factorize import ErrorMetric, FactorCode, factorize
+from bitsmith.passes.factorize import ErrorMetric, FactorCode, factorize, without_columns
 from bitsmith.passes.factors import Factors, Metric
 from bitsmith.passes.low_rank import claimed_error
 from bitsmith.run.factored_scheme import form_of, parse_scheme
-from bitsmith.store.factored import Blocks, form_bytes
+from bitsmith.run.pack_factored import error_metric
+from bitsmith.run.packer import Matrix
+from bitsmith.store.factored import Blocks, TrainForm, form_bytes
 
 Float32 = NDArray[np.float32]
 
@@ -38,27 +39,43 @@ ROW_GROUP = 0
 
 
 class Weights:
-    """One matrix (`out in`), what methods share of it, and the blocks of an `axis` that pruning keeps."""
+    """One matrix (`out in`), and the blocks of an `axis` that pruning keeps.
 
-    def __init__(self, values: Float32, kept: Blocks | None = None, axis: int = 0) -> None:
-        self.values, self.kept, self.axis = values, kept, axis
+    `matrix` has the statistics that guide the rounding, if any do; None is without.
+    """
+
+    def __init__(
+        self, values: Float32, kept: Blocks | None = None, axis: int = 0, matrix: Matrix | None = None
+    ) -> None:
+        self.values, self.kept, self.axis, self._matrix = values, kept, axis, matrix
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
         return self.values.shape[0], self.values.shape[1]
 
-    @cached_property
-    def factors(self) -> Factors:
-        """The best low rank of every rank."""
-        return Factors(ArrayRows(self.values), Metric(None, self.shape[1]))
+    @property
+    def kept_shape(self) -> tuple[int, int]:
+        """(out, in) without what is pruned."""
+        sizes = [*self.shape]
+        if self.kept is not None:
+            sizes[self.axis] = self.kept.length
+        return sizes[0], sizes[1]
 
-    @cached_property
-    def kept_part(self) -> Weights:
-        """The matrix without what is pruned."""
+    def metric(self, scheme: str) -> ErrorMetric:
+        """Return how a scheme's errors are weighed."""
+        form = form_of(parse_scheme(scheme), self.shape, ROW_GROUP)
+        if self._matrix is None or isinstance(form, TrainForm):
+            return ErrorMetric()
+        return error_metric(self._matrix, form)[1]
+
+    def part(self, metric: ErrorMetric) -> tuple[Float32, ErrorMetric]:
+        """Return what pruning keeps and its metric; kept columns make up for the others as they can."""
         if self.kept is None:
-            return self
-        return Weights(np.ascontiguousarray(np.take(self.values, self.kept.index, axis=self.axis)))
+            return self.values, metric
+        if self.axis:
+            return without_columns(self.values, self.kept.index, metric)
+        return np.ascontiguousarray(self.values[self.kept.index]), metric
 
     def whole(self, part: Float32) -> Float32:
         """Return a matrix of the whole shape: `part` where it is kept, zeros where it is pruned."""
@@ -75,7 +92,8 @@ class Coded:
     """What a method makes of a matrix: the weights that come back, and those before rounding.
 
     `truncated` is None where nothing but rounding is done; `promised` is the relative error that the plan
-    counts on, None where it says nothing; `best` is Eckart-Young-Mirsky's on the true spectrum.
+    counts on, None where it says nothing; `best` is Eckart-Young-Mirsky's on the true spectrum, `weighed` the
+    relative error in the metric of the inputs, None without statistics.
     """
 
     decoded: Float32
@@ -83,6 +101,7 @@ class Coded:
     stored_bytes: int
     promised: float | None
     best: float | None = None
+    weighed: float | None = None
 
 
 class Method(ABC):
@@ -139,14 +158,17 @@ class Rows(Method):
 
     def code(self, weights: Weights) -> Coded:
         """Return the rows as they come back from the grid."""
-        values = weights.values
+        values, scheme = weights.values, self.scheme(weights)
         steps = np.abs(values).max(axis=1).astype(np.float64) / (2 ** (self.bits - 1) - 1)
         noise, energy = np.square(steps).sum() * values.shape[1] / 12, squared(values)
+        metric = weights.metric(scheme)
+        decoded = metric.rounded(values, _grid(self.bits)).decoded
         return Coded(
-            ErrorMetric().rounded(values, _grid(self.bits)).decoded,
+            decoded,
             None,
-            stored_bytes(self.scheme(weights), weights),
+            stored_bytes(scheme, weights),
             float(np.sqrt(noise / energy)) if energy else None,
+            weighed=_weighed(metric, values, decoded),
         )
 
 
@@ -169,34 +191,33 @@ class LowRank(Method):
 
     def scheme(self, weights: Weights) -> str:
         """Return the scheme of a product, with the blocks that are kept."""
-        part = self._part(weights)
-        text = f"SVD:r={self._rank(part)}:int{self.bits}"
-        if part is not weights and weights.kept is not None:
+        text = f"SVD:r={self._rank(weights)}:int{self.bits}"
+        if self.pruning and weights.kept is not None:
             blocks = f"{weights.kept.size}x{'.'.join(map(str, weights.kept.kept))}"
             text += f":{'cols' if weights.axis else 'rows'}={blocks}"
         return text
 
     def code(self, weights: Weights) -> Coded:
         """Return the product of rounded factors."""
-        part = self._part(weights)
-        rank, side = self._rank(part), min(part.shape)
-        grid, metric = FactorCode(_grid(self.bits)), ErrorMetric()
-        found = factorize(part.values, rank, grid, metric).decoded
-        left = part.factors.left(np.arange(part.shape[0]), part.values)[:, :rank]
-        truncated: Float32 = left @ part.factors.right[:rank]
+        scheme, rank, pruned = self.scheme(weights), self._rank(weights), bool(self.pruning and weights.kept)
+        metric = weights.metric(scheme)
+        part, inner = weights.part(metric) if pruned else (weights.values, metric)
+        found = factorize(part, rank, FactorCode(_grid(self.bits)), inner).decoded
+        factors = Factors(ArrayRows(part), Metric(inner.matrix, part.shape[1]))
+        left = factors.left(np.arange(part.shape[0]), part)[:, :rank]
+        truncated: Float32 = left @ factors.right[:rank]
+        decoded = weights.whole(found) if pruned else found
         return Coded(
-            weights.whole(found) if part is not weights else found,
-            weights.whole(truncated) if part is not weights else truncated,
-            stored_bytes(self.scheme(weights), weights),
-            claimed_error(rank, side) if rank < side else None,
-            part.factors.theory(rank) if part is weights else None,
+            decoded,
+            weights.whole(truncated) if pruned else truncated,
+            stored_bytes(scheme, weights),
+            claimed_error(rank, min(part.shape)) if rank < min(part.shape) else None,
+            None if pruned else factors.theory(rank),
+            _weighed(metric, weights.values, decoded),
         )
 
-    def _part(self, weights: Weights) -> Weights:
-        return weights.kept_part if self.pruning else weights
-
-    def _rank(self, part: Weights) -> int:
-        side = min(part.shape)
+    def _rank(self, weights: Weights) -> int:
+        side = min(weights.kept_shape if self.pruning else weights.shape)
         return side if self.rank is None else min(side, max(1, round(self.rank * side / SEED_SIDE)))
 
 
@@ -225,9 +246,10 @@ class Train(Method):
         """Return the matrix that the rounded cores make."""
         parts, scheme = [weights.values], self.scheme(weights)
         if self.core is not None:
-            rank = min(weights.factors.rank, max(1, round(self.core * weights.shape[1] / SEED_SIDE)))
-            left = weights.factors.left(np.arange(weights.shape[0]), weights.values)[:, :rank]
-            parts = [left, weights.factors.right[:rank]]
+            factors = Factors(ArrayRows(weights.values), Metric(None, weights.shape[1]))
+            rank = min(factors.rank, max(1, round(self.core * weights.shape[1] / SEED_SIDE)))
+            left = factors.left(np.arange(weights.shape[0]), weights.values)[:, :rank]
+            parts = [left, factors.right[:rank]]
         decoded, truncated, nbytes = self._train(parts[0], weights.shape[1])
         for part in parts[1:]:
             found, exact, more = self._train(part, weights.shape[1])
@@ -269,6 +291,12 @@ def squared(values: Float32) -> float:
     """Return the sum of squares."""
     flat = values.reshape(-1)
     return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
+
+
+def _weighed(metric: ErrorMetric, values: Float32, found: Float32) -> float | None:
+    """Return the relative error in a metric; None where all columns count alike, and for zeros."""
+    energy = 0.0 if metric.matrix is None else metric.error(values)
+    return float(np.sqrt(metric.error(values - found) / energy)) if energy > 0 else None
 
 
 def _grid(bits: int) -> GridFormat:

@@ -10,9 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
+from bitsmith.passes.factorize import head_energies
+from bitsmith.run.guide import Guide
 from bitsmith.run.sahc_methods import SEED_SIDE, LowRank, Method, Rows, Stored, Train
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.factored import Blocks
+from bitsmith.store.statistics import dense_moment
 
 STORED = Stored()
 INT4, INT8 = Rows(4), Rows(8)
@@ -103,13 +106,16 @@ def _row(spec: TensorSpec, ref: TensorRef) -> PlanRow:
 
 
 def prunings(
-    checkpoint: Checkpoint, rows: Sequence[PlanRow], config: Mapping[str, Any]
+    checkpoint: Checkpoint,
+    rows: Sequence[PlanRow],
+    config: Mapping[str, Any],
+    guide: Guide | None = None,
 ) -> dict[str, tuple[Blocks, int]]:
     """Return the blocks that pruning keeps, and of which axis, by tensor of one layer.
 
-    The heads whose columns of the output projection have the least energy go: of attention query heads, in
-    q_proj (with their gates) and o_proj, for k and v serve several; of DeltaNet value heads, in in_proj_qkv,
-    in_proj_z and out_proj.
+    The heads that add least to the output (`head_energies`, with a `guide` of what they really put out) go:
+    of attention query heads, in q_proj (with their gates) and o_proj, for k and v serve several; of DeltaNet
+    value heads, in in_proj_qkv, in_proj_z and out_proj.
     """
     named = {row.role: row for row in rows}
     for role, width in (("attn.o", "head_dim"), ("delta.out", "linear_value_head_dim")):
@@ -119,7 +125,10 @@ def prunings(
         return {}
     out, size = named[role], int(config[width])
     heads = out.shape[1] // size
-    dropped = _least(_column_energies(checkpoint[out.name]).reshape(heads, size).sum(axis=1))
+    inputs = None if guide is None else guide.inputs(out.name)
+    moment = None if inputs is None or inputs.moment is None else dense_moment(inputs.moment)
+    values = np.asarray(checkpoint[out.name].read(), np.float32)
+    dropped = _least(head_energies(values, heads, moment))
     kept = tuple(head for head in range(heads) if head not in dropped)
     found = {out.name: (Blocks(size, kept), 1)}
     for reader in ("attn.q", "delta.in_z"):
@@ -130,13 +139,6 @@ def prunings(
         blocks = (*range(first), *(first + head for head in kept))
         found[named["delta.in_qkv"].name] = Blocks(size, blocks), 0
     return found
-
-
-def _column_energies(ref: TensorRef) -> NDArray[np.float64]:
-    total = np.zeros(ref.shape[1])
-    for start, stop in ref.slices():
-        total += np.square(ref.read(start, stop).astype(np.float64)).sum(axis=0)
-    return total
 
 
 def _least(energies: NDArray[np.float64]) -> set[int]:

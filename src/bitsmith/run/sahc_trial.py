@@ -79,7 +79,7 @@ class Trials:
                 attempts.append(early[0])
                 self._log(plan, method, [early[1]], early[0].decision)
                 continue
-            coded = method.code(weights)
+            coded = rival if method is INT4 else method.code(weights)
             judged = _error_gates(plan, method, weights, coded, rival)
             if all_pass(judged):
                 judged.append(self._forward_gate(forward(coded.decoded)))
@@ -152,9 +152,11 @@ def _error_gates(plan: PlanRow, method: Method, weights: Weights, coded: Coded, 
     else:
         truncated = relative_error(values, coded.truncated)
         rounding = relative_error(coded.truncated, coded.decoded)
-        said = "" if coded.best is None else f"Eckart-Young-Mirsky on the true spectrum: {coded.best:.4f}"
+        where = "the true spectrum" if coded.weighed is None else "the spectrum that the inputs see"
+        said = "" if coded.best is None else f"Eckart-Young-Mirsky on {where}: {coded.best:.4f}"
         judged = [SVD_ERROR.judge(truncated, evidence=said)]
-    judged += [QUANTIZATION_ERROR.judge(rounding), TOTAL_ERROR.judge(total)]
+    said = "" if coded.weighed is None else f"{coded.weighed:.4f} in the metric of the inputs"
+    judged += [QUANTIZATION_ERROR.judge(rounding), TOTAL_ERROR.judge(total, evidence=said)]
     if coded.promised is not None:
         said = f"promised {coded.promised:.4g}"
         judged.append(ERROR_OVER_THEORY.judge(_over(truncated, coded.promised), evidence=said))
