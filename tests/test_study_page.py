@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 
 from bitsmith.errors import BitsmithError
+from bitsmith.report.adapter_records import tensor_layer, tensor_role
 from bitsmith.report.model_card import model_card, modelfile, write_report
-from bitsmith.report.study_adapters import (
-    from_audit,
-    from_formats,
-    from_record,
-    from_spi,
-    load_study,
-    tensor_layer,
-    tensor_role,
-)
+from bitsmith.report.study_adapters import from_audit, from_formats, from_record, from_spi, load_study
 from bitsmith.report.study_figures import plot_data
 from bitsmith.report.study_json import Study, read_study
 from bitsmith.report.study_page import write_study_page
@@ -291,7 +284,10 @@ def test_the_card_holds_the_table_and_snippets_and_no_markup(study: Study) -> No
     [
         ({"artefacts": []}, "artefacts: Extra inputs"),
         ({"gates": [{"when": "", "who": "", "what": "", "outcome": "MAYBE"}]}, r"gates\.0\.outcome"),
-        ({"artifacts": [{"name": "a", "group": "b", "measures": {"x": figure(float("inf"))}}]}, "finite"),
+        (
+            {"artifacts": [{"name": "a", "group": "b", "measures": {"x": figure(float("inf"))}}]},
+            "Infinity is no number",
+        ),
         ({"title": None}, "title"),
     ],
 )
@@ -353,7 +349,7 @@ def test_an_spi_study_is_reported() -> None:
     assert [row.name for row in study.artifacts] == ["original", "NF4, equal count", "NF4, equal bytes"]
     assert study.artifacts[1].layers[0].figure.value == 0.01
     assert (study.spectra[0].alpha, study.spectra[0].r90) == (2.0, 3)
-    assert study.commands[0].endswith("--chunks 4 --critical 1")
+    assert study.commands[0].endswith("--chunks 4 --critical 1 --random 0")
 
 
 def test_a_run_of_compress_and_evaluate_is_reported(demo_model: Path, tmp_path: Path) -> None:

@@ -143,7 +143,8 @@ class Spectrum(_Part):
     """Singular values of one matrix at `index` (1-based), for plots: at most some hundred points.
 
     `alpha` is the exponent of the power law of λ = σ², `r90` the smallest k with Σ_{i≤k} σ ≥ 0.9 Σσ, both as
-    `bitsmith.run.assay_result` has them; `effective_rank` exp(entropy of σ²/Σσ²).
+    `bitsmith.run.assay_result` has them; `effective_rank` exp(entropy of σ²/Σσ²). `model` is for studies of
+    several.
     """
 
     name: str
@@ -156,6 +157,7 @@ class Spectrum(_Part):
     effective_rank: float | None = None
     stable_rank: float | None = None
     r90: int | None = None
+    model: str = ""
 
 
 class Passage(_Part):
