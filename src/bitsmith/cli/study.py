@@ -109,13 +109,14 @@ def study_claims(
     ),
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="UTF-8 text to measure on; without, claims of weights alone are tested."),
+        typer.Option("--text", help="UTF-8 text to measure on; default the lab's held-out text."),
     ] = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Text to learn from where a claim needs one.")
+        Path | None,
+        typer.Option("--calibration", help="Text to learn from; without --stats too, Python's own sources."),
     ] = None,
     only: Annotated[str | None, typer.Option("--only", metavar="NAME,…", help="Only these claims.")] = None,
     ctx: _Ctx = 512,
@@ -125,14 +126,15 @@ def study_claims(
     json_out: JsonOut = None,
 ) -> None:
     """Check the published claims on MODEL: HELD, NOT HELD or NOT TESTED, each with figure and interval."""
+    from bitsmith.lab.claims import claims_study_of
+    from bitsmith.lab.formats import TEXT_NAME
     from bitsmith.report.claims_table import print_claims, print_cost, write_claims_page
     from bitsmith.run.study_claims import claims_cost
-    from bitsmith.run.study_claims import study_claims as run
 
     names = None if only is None else only.split(",")
-    print_cost(claims_cost(model, only=names, text=text, ctx_tokens=ctx, chunks=chunks))
+    print_cost(claims_cost(model, only=names, text=text or out / TEXT_NAME, ctx_tokens=ctx, chunks=chunks))
     with progress_bars() as progress:
-        found = run(
+        found = claims_study_of(
             model,
             out,
             text=text,
