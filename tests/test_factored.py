@@ -33,7 +33,6 @@ from bitsmith.passes.factorize import (
     without_columns,
 )
 from bitsmith.run.evaluate import evaluate
-from bitsmith.run.factored_rules import pruning_rules, rank_rules
 from bitsmith.run.factored_scheme import form_of, parse_scheme
 from bitsmith.run.folder import FolderRecord, plan_folder, write_folder
 from bitsmith.store import TensorData, open_checkpoint, write_safetensors
@@ -53,6 +52,10 @@ def weights() -> tuple[Float32, NDArray[np.float64]]:
     matrix = (left * 0.93 ** np.arange(64)) @ right.T
     inputs = rng.standard_normal((512, 64)) @ rng.standard_normal((64, 64)) * np.geomspace(0.05, 3, 64)
     return matrix.astype(np.float32), inputs.T @ inputs / 512
+
+
+def kept_blocks(scheme: str) -> list[int]:
+    return [int(block) for block in scheme.rpartition("x")[2].split(".")]
 
 
 RULES = [
@@ -272,24 +275,30 @@ def test_a_written_folder_is_evaluated(demo_model: Path, tmp_path: Path) -> None
     assert losses["SVD:r=4"] > 1e-2
 
 
-def test_rules_by_error_and_by_heads(demo_model: Path) -> None:
-    [(_, scheme)] = rank_rules(demo_model, 0.3, match=r"layers\.3\.mlp\.up_proj")
-    rank = int(scheme.split("=")[1].split(":")[0])
+def test_ranks_by_error_and_heads_by_output(demo_model: Path) -> None:
+    rules = [
+        (r"layers\.3\.mlp\.up_proj", "SVD:error=0.3"),
+        ("in_proj_qkv", "SVD+INT4:r=32:kernel=qk:heads=.5"),
+    ]
+    plan = plan_folder(demo_model, "INT4:heads=0.5", tensor_types=rules)
+    schemes = {row.name: row.scheme for row in plan.rows}
+    rank = int(schemes["model.layers.3.mlp.up_proj.weight"].split("=")[1])
     with open_checkpoint(demo_model) as checkpoint:
         sigma = np.linalg.svd(checkpoint["model.layers.3.mlp.up_proj.weight"].read(), compute_uv=False)
     tails = [float(np.sqrt(np.square(sigma[r:]).sum() / np.square(sigma).sum())) for r in (rank - 1, rank)]
     assert tails[1] <= 0.3 < tails[0]
-    rules = pruning_rules(demo_model, 0.5, kernel_rank=32)
-    plan = plan_folder(demo_model, "INT4", tensor_types=rules)
-    schemes = {row.name: row.scheme for row in plan.rows}
-    assert ":cols=64x" in schemes["model.layers.3.self_attn.o_proj.weight"].lower()
-    assert ":rows=128x" in schemes["model.layers.3.self_attn.q_proj.weight"].lower()
-    mixed = schemes["model.layers.0.linear_attn.in_proj_qkv.weight"]
-    blocks = [int(block) for block in mixed.split("x")[1].split(".")]
-    assert blocks[:8] == list(range(8))  # q and k stay
-    values = schemes["model.layers.0.linear_attn.in_proj_z.weight"].split("x")[1]
-    assert [block - 8 for block in blocks[8:]] == [int(block) for block in values.split(".")]
-    assert len(blocks) == 12
+    assert schemes["model.layers.0.mlp.up_proj.weight"] == "INT4"
+    kept = {name: kept_blocks(scheme) for name, scheme in schemes.items() if "=" in scheme}
+    attention, delta = "model.layers.3.self_attn.", "model.layers.0.linear_attn."
+    heads = kept[f"{attention}o_proj.weight"]
+    assert heads == kept[f"{attention}q_proj.weight"]
+    assert len(heads) == 2
+    values = kept[f"{delta}out_proj.weight"]
+    assert values == kept[f"{delta}in_proj_z.weight"]
+    mixed = schemes[f"{delta}in_proj_qkv.weight"]
+    assert ":kernel=512:" in mixed
+    assert kept_blocks(mixed) == [*range(8), *(8 + head for head in values)]  # q and k stay
+    assert len(values) == 4
 
 
 # ---------------------------------------------------------------- what is refused

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.threads import one_blas_thread
 
 Float64 = NDArray[np.float64]
 SLAB_BYTES = 64 << 20
@@ -65,6 +66,23 @@ class ArrayRows:
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows `[start, stop)`."""
         return self.rows[start:stop]
+
+
+class ProjectedRows:
+    """The rows of a source times a matrix (`in r`), computed on read."""
+
+    def __init__(self, source: RowSource, matrix: Float64) -> None:
+        self.source, self.matrix = source, matrix
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, r)."""
+        return self.source.shape[0], self.matrix.shape[1]
+
+    def read(self, start: int = 0, stop: int | None = None) -> Float64:
+        """Return rows `[start, stop)`."""
+        rows: Float64 = np.asarray(self.source.read(start, stop), dtype=np.float64) @ self.matrix
+        return rows
 
 
 def as_rows(matrix: RowSource | NDArray[Any]) -> RowSource:
@@ -242,6 +260,7 @@ def sweep(
     )
 
 
+@one_blas_thread()
 def fitted_cores(
     matrix: RowSource | NDArray[Any], ranks: Sequence[int], modes: Modes | None = None
 ) -> list[Float64]:
@@ -283,7 +302,7 @@ def svd_core(
     wide_modes = balanced_modes(rank, columns)
     wide = tt_svd(to_tensor(right.T, wide_modes), asked)
     wide_rows = to_matrix(tt_tensor(wide), wide_modes, (rank, columns))
-    tall = _Projected(source, right)
+    tall = ProjectedRows(source, right)
     modes = balanced_modes(rows, rank)
     slabs = _Slabs(tall, modes)
     (train,) = _fit(slabs, [asked])
@@ -302,18 +321,6 @@ def matrix_shape(source: RowSource) -> tuple[int, int]:
     if len(shape) != 2 or min(shape) < 1:
         raise BitsmithError(f"shape is {shape}, expected a matrix")
     return shape[0], shape[1]
-
-
-class _Projected:
-    """The tall factor `W V` of a source, computed on read."""
-
-    def __init__(self, source: RowSource, right: Float64) -> None:
-        self.source = source
-        self.right = right
-        self.shape = (source.shape[0], right.shape[1])
-
-    def read(self, start: int = 0, stop: int | None = None) -> Float64:
-        return np.asarray(self.source.read(start, stop), dtype=np.float64) @ self.right
 
 
 @dataclass(frozen=True)
