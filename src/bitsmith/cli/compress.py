@@ -26,12 +26,13 @@ def compress(
         ),
     ] = None,
     recipe: Annotated[
-        Literal["auto", "sbgq-iq4xs", "spi"] | None,
+        Literal["auto", "sbgq-iq4xs", "spi", "sahc"] | None,
         typer.Option(
             "--recipe",
             help="auto: every tensor's type by measurement, within --target or --fit; "
             "sbgq-iq4xs: rotation, gauges, importance (with --stats or --text) and its table of types; "
-            "spi: a folder whose critical linears stay in 16 bits, the others become NF4.",
+            "spi: a folder whose critical linears stay in 16 bits, the others become NF4; "
+            "sahc: a folder by low rank, Tensor-Trains and int4, every row gated on --text and replanned.",
         ),
     ] = None,
     transforms: Annotated[
@@ -49,12 +50,21 @@ def compress(
     fit: Annotated[
         str | None, typer.Option("--fit", help="Memory to fit, weights, KV cache and state together: 8GiB.")
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=1, help="Tokens of context for --fit.")] = 8192,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx", min=1, help="Tokens of context for --fit (default 8192), of a chunk for sahc (512)."
+        ),
+    ] = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix (.gguf, .dat).")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", help="Text to calibrate on where there are no --stats.")
+        Path | None,
+        typer.Option(
+            "--text",
+            help="Text to calibrate on where there are no --stats; for recipe sahc the text it is judged on.",
+        ),
     ] = None,
     rounder: Annotated[
         Literal["nearest", "weighted", "gptq", "auto"],
@@ -122,6 +132,17 @@ def compress(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of --by random.")] = 0,
+    chunks: Annotated[
+        int | None,
+        typer.Option("--chunks", min=1, help="Chunks of --text that recipe sahc uses (default all)."),
+    ] = None,
+    ppl_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--ppl-limit",
+            help="Perplexity that recipe sahc must stay below (default 100, if the original does).",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -159,6 +180,8 @@ def compress(
         critical=critical,
         by=by,
         seed=seed,
+        chunks=chunks,
+        ppl_limit=ppl_limit,
     )
     if dry_run:
         with progress_bars() as progress:

@@ -36,6 +36,8 @@ SEED_TRAIN_ERROR = 0.017
 SEED_SIDE = 4096
 ROW_GROUP = 0
 """`group` of `write_folder`: a scale per row."""
+ROUNDER = "auto"
+"""`rounder` of `write_folder`: with statistics per tensor what does best."""
 
 
 class Weights:
@@ -116,6 +118,10 @@ class Method(ABC):
     def scheme(self, weights: Weights) -> str | None:
         """Return `write_folder`'s scheme for the matrix, None where no file holds it."""
 
+    def nbytes(self, weights: Weights) -> int:
+        """Return the bytes of its parts, which the shape and what pruning keeps decide."""
+        return stored_bytes(self.scheme(weights) or "", weights.shape)
+
     @abstractmethod
     def code(self, weights: Weights) -> Coded:
         """Return what it makes of a matrix."""
@@ -135,9 +141,13 @@ class Stored(Method):
         del weights
         return "BF16"
 
+    def nbytes(self, weights: Weights) -> int:
+        """Return the bytes of 16-bit weights."""
+        return 2 * weights.values.size
+
     def code(self, weights: Weights) -> Coded:
-        """Return the matrix; bytes of 16-bit weights."""
-        return Coded(weights.values, None, 2 * weights.values.size, None)
+        """Return the matrix."""
+        return Coded(weights.values, None, self.nbytes(weights), None)
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,7 @@ class Rows(Method):
         return Coded(
             decoded,
             None,
-            stored_bytes(scheme, weights),
+            self.nbytes(weights),
             float(np.sqrt(noise / energy)) if energy else None,
             weighed=_weighed(metric, values, decoded),
         )
@@ -210,7 +220,7 @@ class LowRank(Method):
         return Coded(
             decoded,
             weights.whole(truncated) if pruned else truncated,
-            stored_bytes(scheme, weights),
+            self.nbytes(weights),
             claimed_error(rank, min(part.shape)) if rank < min(part.shape) else None,
             None if pruned else factors.theory(rank),
             _weighed(metric, weights.values, decoded),
@@ -242,43 +252,52 @@ class Train(Method):
         """Return the scheme of a train."""
         return None if self.core else f"TT:r={self._rank(weights.shape[1])}:int{self.bits}"
 
+    def nbytes(self, weights: Weights) -> int:
+        """Return the bytes of its cores."""
+        if self.core is None:
+            return super().nbytes(weights)
+        scheme, core = f"TT:r={self._rank(weights.shape[1])}:int{self.bits}", self._core(weights)
+        factors = (weights.shape[0], core), (core, weights.shape[1])
+        return sum(stored_bytes(scheme, shape) for shape in factors)
+
     def code(self, weights: Weights) -> Coded:
         """Return the matrix that the rounded cores make."""
-        parts, scheme = [weights.values], self.scheme(weights)
+        parts = [weights.values]
         if self.core is not None:
             factors = Factors(ArrayRows(weights.values), Metric(None, weights.shape[1]))
-            rank = min(factors.rank, max(1, round(self.core * weights.shape[1] / SEED_SIDE)))
+            rank = min(factors.rank, self._core(weights))
             left = factors.left(np.arange(weights.shape[0]), weights.values)[:, :rank]
             parts = [left, factors.right[:rank]]
-        decoded, truncated, nbytes = self._train(parts[0], weights.shape[1])
+        decoded, truncated = self._train(parts[0], weights.shape[1])
         for part in parts[1:]:
-            found, exact, more = self._train(part, weights.shape[1])
-            decoded, truncated, nbytes = decoded @ found, truncated @ exact, nbytes + more
+            found, exact = self._train(part, weights.shape[1])
+            decoded, truncated = decoded @ found, truncated @ exact
         promised = None if self.rank == SEED_SIDE else SEED_TRAIN_ERROR
-        stored = nbytes if scheme is None else stored_bytes(scheme, weights)
-        return Coded(decoded, truncated, stored, promised)
+        return Coded(decoded, truncated, self.nbytes(weights), promised)
 
     def _rank(self, columns: int) -> int:
         return max(1, round(self.rank * columns / SEED_SIDE))
 
-    def _train(self, part: Float32, columns: int) -> tuple[Float32, Float32, int]:
-        """Return a matrix as its train makes it, with cores rounded and exact, and the bytes of the cores."""
+    def _core(self, weights: Weights) -> int:
+        return min(*weights.shape, max(1, round((self.core or 0) * weights.shape[1] / SEED_SIDE)))
+
+    def _train(self, part: Float32, columns: int) -> tuple[Float32, Float32]:
+        """Return a matrix as its train makes it, with cores rounded and exact."""
         modes, grid = balanced_modes(*part.shape), _grid(self.bits)
         rank = self._rank(columns)
         cores = fitted_cores(part, possible_ranks(modes.sizes, (1, rank, rank, 1)), modes)
-        coded, nbytes = [], 0
+        coded = []
         for number, core in enumerate(cores):
             rows = core.reshape(core.shape[0], -1) if number == 2 else core.reshape(-1, core.shape[-1])
             rounded = ErrorMetric().rounded(rows, grid).decoded
             coded.append(rounded.astype(np.float64).reshape(core.shape))
-            nbytes += rows.shape[0] * grid.row_bytes(rows.shape[1])
         found, exact = (to_matrix(tt_tensor(one), modes, part.shape) for one in (coded, cores))
-        return found.astype(np.float32), exact.astype(np.float32), nbytes
+        return found.astype(np.float32), exact.astype(np.float32)
 
 
-def stored_bytes(scheme: str, weights: Weights) -> int:
+def stored_bytes(scheme: str, shape: tuple[int, int]) -> int:
     """Return the bytes of a matrix under a scheme of factors or codes."""
-    return form_bytes(form_of(parse_scheme(scheme), weights.shape, ROW_GROUP))
+    return form_bytes(form_of(parse_scheme(scheme), shape, ROW_GROUP))
 
 
 def relative_error(values: Float32, found: Float32) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,16 @@ class PlanRow:
 def plan_rows(claimed: Sequence[tuple[TensorSpec, TensorRef]]) -> tuple[PlanRow, ...]:
     """Return a row per tensor; what is no matrix (norms, convolutions) keeps what is stored."""
     return tuple(_row(spec, ref) for spec, ref in claimed)
+
+
+def int4_types(rows: Sequence[PlanRow]) -> list[tuple[str, str]]:
+    """Return `tensor_types` of row-int4 alone: for every row that has it and that a forward can judge."""
+    return [only(row.name, "INT4") for row in rows if row.place and INT4 in row.chain]
+
+
+def only(name: str, scheme: str) -> tuple[str, str]:
+    """Return the rule that gives one tensor a scheme."""
+    return f"^{re.escape(name)}$", scheme
 
 
 def component(name: str) -> ComponentPlan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from bitsmith import __version__
@@ -113,6 +114,11 @@ class SahcResult:
     seconds: float = 0.0
 
     @property
+    def failed(self) -> tuple[Mapping[str, Any], ...]:
+        """The gates of the artifact that did not pass; with any there is no output."""
+        return tuple(gate for gate in self.sahc.gates if gate["outcome"] != "PASS")
+
+    @property
     def ratio(self) -> float | None:
         """File bytes of the original over those of the artifact; None where a gate did not pass."""
         return self.sahc.ratio
@@ -122,3 +128,19 @@ class SahcResult:
         found = {"kind": "sahc", "bitsmith": __version__, **asdict(self)}
         del found["resumed"], found["seconds"]
         return found
+
+
+@dataclass(frozen=True)
+class SahcRecord:
+    """What `bitsmith compress --recipe sahc` wrote, and where: the model `out`, and all else in `work`."""
+
+    out: Path
+    work: Path
+    audit: Path
+    result: SahcResult
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result with its places and times."""
+        places = {name: str(getattr(self, name)) for name in ("out", "work", "audit")}
+        times = {"resumed": self.result.resumed, "seconds": self.result.seconds}
+        return {**self.result.to_json(), **places, **times}

@@ -24,7 +24,7 @@ from bitsmith.run.gate import (
     first_failure,
 )
 from bitsmith.run.sahc_layer import Cosine
-from bitsmith.run.sahc_methods import Coded, Method, Weights, relative_error, squared, stored_bytes
+from bitsmith.run.sahc_methods import Coded, Method, Weights, relative_error, squared
 from bitsmith.run.sahc_plan import INT4, STORED, PlanRow, promised_ratio
 from bitsmith.run.sahc_rows import Attempt, SahcRow
 
@@ -75,9 +75,9 @@ class Trials:
             if method is STORED or rival is None:
                 break
             scheme = method.scheme(weights)
-            if scheme is not None and (early := _too_large(plan, at, weights, scheme)) is not None:
-                attempts.append(early[0])
-                self._log(plan, method, [early[1]], early[0].decision)
+            if (early := _too_large(plan, at, weights)) is not None:
+                attempts.append(_attempt(method, scheme, method.nbytes(weights), [early], _next(plan, at)))
+                self._log(plan, method, [early], _next(plan, at))
                 continue
             coded = rival if method is INT4 else method.code(weights)
             judged = _error_gates(plan, method, weights, coded, rival)
@@ -179,13 +179,11 @@ def _bytes_gate(plan: PlanRow, method: Method, weights: Weights, nbytes: int) ->
     return BYTES_OVER_PLAN.judge(ratio / actual, evidence=said)
 
 
-def _too_large(plan: PlanRow, at: int, weights: Weights, scheme: str) -> tuple[Attempt, Judged] | None:
-    """Return the attempt that a method is by its size alone, None where that passes: nothing is computed."""
-    method, nbytes = plan.chain[at], stored_bytes(scheme, weights)
-    judged = _bytes_gate(plan, method, weights, nbytes)
-    if judged is None or judged.passed:
-        return None
-    return _attempt(method, scheme, nbytes, [judged], _next(plan, at)), judged
+def _too_large(plan: PlanRow, at: int, weights: Weights) -> Judged | None:
+    """Return the verdict on a method that fails by its size alone; nothing is computed for it."""
+    method = plan.chain[at]
+    judged = _bytes_gate(plan, method, weights, method.nbytes(weights))
+    return None if judged is None or judged.passed else judged
 
 
 def _dominated(total: float | None, coded: Coded, rival: Coded, values: Float32) -> Judged:
