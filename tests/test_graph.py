@@ -1,54 +1,18 @@
 """The task graph: order, what is kept, what fails, and what the disk says of it."""
 
 import json
-import time
 from itertools import pairwise
 
 import pytest
 
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.progress import silent
 from bitsmith.run.audit import AuditLog, read_audit
-from bitsmith.run.engine import Attempt, Failure
 from bitsmith.run.graph import keys_of, pause_seconds, run_graph
 from bitsmith.run.task import Limits, Task
 from bitsmith.run.task_state import DECISIONS, Decision, StateFile, Status, load_state
-from bitsmith.run.worker import failure_of, perform
-from bitsmith.store.artifacts import ArtifactStore, locked_folder, sealed_result
+from bitsmith.store.artifacts import ArtifactStore, locked_folder
 from graph_actions import ACTIONS
-
-
-class InlineEngine:
-    """An engine that runs a task where it is, when it is waited for."""
-
-    def __init__(self, kinds=()):
-        self.started, self.stopped, self._kinds, self._attempts = [], False, list(kinds), []
-
-    def has_room(self, task):
-        if task.limits.memory_bytes == 0:
-            raise BitsmithError("never")
-        return not self._attempts
-
-    def start(self, task, action, inputs, out):
-        self.started.append((task.name, time.monotonic()))
-        self._attempts.append((Attempt(task, out), action, inputs))
-        return self._attempts[-1][0]
-
-    def wait(self, timeout_seconds):
-        if not self._attempts:
-            time.sleep(timeout_seconds)
-            return []
-        attempt, action, inputs = self._attempts.pop()
-        try:
-            perform(action, attempt.task.params, inputs, attempt.out, silent)
-            attempt.result = sealed_result(attempt.out)
-        except Exception as error:
-            told = failure_of(error)
-            attempt.failure = Failure(self._kinds.pop(0) if self._kinds else told["kind"], told["message"])
-        return [attempt]
-
-    def stop(self):
-        self.stopped = True
+from graph_run import InlineEngine
 
 
 def _run(folder, tasks, engine=None, **options):
