@@ -15,8 +15,8 @@ or `8 m_1 m_3 in` bytes where that is more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -232,12 +232,16 @@ def tt_tensor(cores: Sequence[Float64]) -> Float64:
 
 
 def sweep(
-    matrix: RowSource | NDArray[Any], ranks: Sequence[Sequence[int]] | None = None, modes: Modes | None = None
+    matrix: RowSource | NDArray[Any],
+    ranks: Sequence[Sequence[int]] | None = None,
+    modes: Modes | None = None,
+    coded: Callable[[Float64], Float64] | None = None,
 ) -> tuple[Train, ...]:
     """Return a measured Tensor-Train of three cores for each rank list, reading the matrix three times.
 
     Without `ranks` the seed's seven configurations in proportion to the columns, without `modes` balanced
-    ones.
+    ones. `coded` is what rows of the middle core (`r_1 p_2` rows of `r_2`) decode to; it gets them with
+    columns of one size in each slab.
     Raises BitsmithError for a source that is no matrix, holds values that are not finite, or is larger than
     the modes, and for ranks that are none.
     """
@@ -246,7 +250,7 @@ def sweep(
     asked = scaled_ranks(columns) if ranks is None else tuple(tuple(config) for config in ranks)
     modes = balanced_modes(rows, columns) if modes is None else modes
     slabs = _Slabs(source, modes)
-    fitted = _fit(slabs, asked)
+    fitted = [replace(train, coded=coded) for train in _fit(slabs, asked)]
     scores = [_Score() for _ in fitted]
     for slab in slabs:
         target = slab.rows_of(slab.tensor)
@@ -404,14 +408,24 @@ class _Fitted:
     ranks: tuple[int, ...]
     left: Float64
     right: Float64
+    coded: Callable[[Float64], Float64] | None = None
 
     def approximate(self, inside: Float64, middle: int) -> Float64:
         """Return the approximated slab from `Uᵀ` of it, with `U` as wide as this one's or wider."""
         r1, (p3, r2) = self.ranks[1], self.right.shape
         reduced = inside[:r1].reshape(r1 * middle, p3)
-        if r2 < p3:
+        if self.coded is not None:
+            reduced = _level(self.coded, reduced @ self.right) @ self.right.T
+        elif r2 < p3:
             reduced = (reduced @ self.right) @ self.right.T
         return self.left @ reduced.reshape(r1, -1)
+
+
+def _level(coded: Callable[[Float64], Float64], rows: Float64) -> Float64:
+    """Return what rows decode to that were coded with columns of one size."""
+    size = np.sqrt(np.mean(np.square(rows), axis=0))
+    scale = np.where(size > 0, size, 1.0)
+    return coded(rows / scale) * scale
 
 
 def _fit(slabs: _Slabs, asked: Sequence[Sequence[int]]) -> list[_Fitted]:
