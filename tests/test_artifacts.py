@@ -1,6 +1,8 @@
 """The store of artifacts: whole or not there, and the same bytes when read."""
 
+import hashlib
 import json
+import os
 
 import pytest
 
@@ -10,6 +12,7 @@ from bitsmith.store.artifacts import ArtifactStore, seal
 from bitsmith.store.digests import SourceDigests
 
 KEY = "ab" * 32
+FILE_DIGEST = hashlib.file_digest
 
 
 def _staged(store, key=KEY, files=(("model.gguf", b"weights"), ("sub/x", b"1"))):
@@ -63,6 +66,16 @@ def test_nothing_is_there_before_it_is_sealed_and_put(tmp_path):
     (staged / "files/model.gguf").write_bytes(b"short")
     with pytest.raises(DamagedFileError, match=r"model\.gguf: has 5 bytes, the manifest says 7"):
         store.put(KEY, staged)
+
+
+def test_what_is_left_of_an_artifact_makes_way_for_it_whole(tmp_path):
+    store = ArtifactStore(tmp_path / "store")
+    _put(store)
+    (tmp_path / "store/objects/ab" / KEY / "manifest.json").unlink()
+    again = ArtifactStore(tmp_path / "store")
+    assert not again.has(KEY)
+    _put(again)
+    assert (ArtifactStore(tmp_path / "store").path(KEY) / "model.gguf").read_bytes() == b"weights"
 
 
 @pytest.mark.parametrize("damage", ["changed", "missing", "added", "result", "manifest"])
@@ -165,3 +178,41 @@ def test_the_digest_of_a_source_is_of_its_content(tmp_path):
     assert later.of(first) == digests.of(first) != later.of(second)
     with pytest.raises(BitsmithError, match="cannot be read: No such file"):
         digests.of(tmp_path / "none")
+
+
+def test_bytes_changed_under_an_old_date_are_seen_and_known_ones_not_read_again(tmp_path, monkeypatch):
+    path, digests = tmp_path / "model.gguf", SourceDigests(tmp_path / "cache.json")
+    path.write_bytes(b"one")
+    first, stat = digests.of(path), path.stat()
+    read = []
+    monkeypatch.setattr("hashlib.file_digest", lambda *given: read.append(given) or FILE_DIGEST(*given))
+    assert digests.of(path) == first
+    assert not read
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = digests.of(path)
+    path.write_bytes(b"one")
+    os.utime(path, (1, 1))
+    assert digests.of(path) == first != second
+    assert len(read) == 2
+
+
+def test_a_snapshot_of_links_is_its_content(tmp_path):
+    plain, snapshot, blobs = tmp_path / "plain", tmp_path / "snapshots/0123", tmp_path / "blobs"
+    for folder in (plain / "sub", snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, name in enumerate(("config.json", "model.safetensors", "sub/more")):
+        (plain / name).write_text(name)
+        (blobs / str(number)).write_text(name)
+    (snapshot / "config.json").symlink_to("../../blobs/0")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/more").symlink_to(blobs / "2")
+    (snapshot / "sub").symlink_to(tmp_path / "elsewhere")
+    digests = SourceDigests(tmp_path / "cache.json")
+    whole = digests.of(plain)
+    assert digests.of(snapshot) == whole
+    (snapshot / "circle").symlink_to(snapshot)
+    assert digests.of(snapshot) == whole
+    (blobs / "2").write_text("else")
+    assert digests.of(snapshot) != whole

@@ -1,6 +1,7 @@
 """The task graph: order, what is kept, what fails, and what the disk says of it."""
 
 import json
+import resource
 from itertools import pairwise
 
 import pytest
@@ -10,6 +11,7 @@ from bitsmith.run.audit import AuditLog, read_audit
 from bitsmith.run.graph import keys_of, pause_seconds, run_graph
 from bitsmith.run.task import Limits, Task
 from bitsmith.run.task_state import DECISIONS, Decision, StateFile, Status, load_state
+from bitsmith.run.worker import failure_of
 from bitsmith.store.artifacts import ArtifactStore, locked_folder
 from graph_actions import ACTIONS
 from graph_run import InlineEngine
@@ -214,6 +216,32 @@ def test_an_interrupt_is_noted_and_goes_on(tmp_path):
     again, engine = _run(tmp_path / "out", [_write("a"), _write("b")])
     assert [name for name, _ in engine.started] == ["b"]
     assert again["b"].status is Status.COMPLETED
+
+
+@pytest.fixture
+def small_files():
+    """A disk that has no room for files of more than 100 kB, as far as this process goes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_without_room_a_task_fails_in_one_line_and_leaves_nothing(tmp_path, small_files):
+    tasks = [_write("large", times=50_000), _write("x", "large"), _write("small")]
+    outcomes, _ = _run(tmp_path / "out", tasks)
+    statuses = {name: outcome.status.value for name, outcome in outcomes.items()}
+    assert statuses == {"large": "failed", "x": "blocked", "small": "completed"}
+    assert "no room for what it writes: [Errno 27] File too large" in outcomes["large"].reason
+    assert set(failure_of(OSError(28, "No space left on device"))) == {"kind", "message"}
+    assert ArtifactStore(tmp_path / "out/store").keys() == [outcomes["small"].key]
+    assert not list(tmp_path.glob("out/store/staging/*"))
+
+
+def test_a_source_that_the_study_would_change_is_refused(tmp_path):
+    tasks = [Task("a", "read_source", {"source": str(tmp_path)}, sources=("source",))]
+    with pytest.raises(OutputError, match="a source of task 'a'; choose another output"):
+        _run(tmp_path / "out", tasks)
 
 
 def test_an_unknown_action_is_refused_before_anything_runs(tmp_path):
