@@ -1,4 +1,4 @@
-"""A real study by its command, killed at random moments in three ways, ends with an undisturbed one's bytes."""
+"""A real study by its command, killed at random in three ways, ends with an undisturbed one's bytes."""
 
 import json
 import os
@@ -16,15 +16,14 @@ from bitsmith.run.audit import read_audit
 from bitsmith.run.task_state import load_state
 from graph_processes import artifacts, children, finished, is_gone, wait_for
 
-KILLS, KILLS_EACH = 30, 3
+KILLS, KILLS_EACH = 30, 5
 WAYS = ("coordinator", "all", "worker")
 STUDY = {
     "version": 1,
     "models": {"tiny": str(DEMO_MODEL)},
     "texts": {"held": "held.txt"},
-    "calibration": {"text": "held", "ctx": 64, "chunks": 8},
     "recipes": {
-        "q4": {"type": "Q4_K_M", "stats": "auto", "rounder": "gptq", "sequential": False},
+        "q4": {"type": "Q4_K_M"},
         "q8": {"type": "Q8_0"},
     },
     "evaluations": [{"text": "held", "ctx": 64, "chunks": 2}],
