@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,10 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.report.study_json import read_study
 from bitsmith.run.study import AUDIT, graph_of, load_study, run_study, study_status
-from bitsmith.run.study_graph import compress_command
+from bitsmith.run.study_commands import compress_command
 from bitsmith.run.task import in_order
 
 STUDY = """
@@ -27,7 +30,7 @@ recipes:
   plain: {type: Q8_0, tensor-type: ["ffn_down=Q4_0"]}
   one: {type: Q4_K_M, stats: auto}
   two: {recipe: auto, target: 4.5bpw, stats: auto}
-  kept: {type: i4, output: cellm}
+  kept: {type: i4}
 evaluations:
   - {text: held, ctx: 64}
   - {text: held, ctx: 32, chunks: 2}
@@ -52,7 +55,7 @@ def test_tasks_need_what_their_parameters_name_and_statistics_are_collected_once
     measured = tasks["evaluate tiny/one/held@32x2"]
     assert set(measured.needs) == {"compress tiny/one", "reference tiny/held@32x2"}
     assert measured.sources == ("model", "text")
-    assert measured.limits == (9, None)
+    assert measured.limits == (9, None, None)
     assert (tasks["calibrate tiny"].limits.memory_bytes, tasks["calibrate tiny"].retries) == (1 << 30, 2)
     assert tasks["generate tiny/kept"].params["tokenizer"] == str(tmp_path / "model")
     assert len(in_order(tasks.values())) == len(tasks) == 1 + 1 + 2 + 1 + 4 * (1 + 2 + 1)
@@ -61,7 +64,7 @@ def test_tasks_need_what_their_parameters_name_and_statistics_are_collected_once
 def test_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
     study = load_study(written(tmp_path, STUDY))
     command = compress_command(study, "tiny", "plain", Path("o.gguf"))
-    assert command == f"bitsmith compress {tmp_path}/model -o o.gguf --tensor-type ffn_down=Q4_0 --type Q8_0"
+    assert command == f"bitsmith compress {tmp_path}/model --type Q8_0 --tensor-type ffn_down=Q4_0 -o o.gguf"
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_commands_are_those_of_the_command_line(tmp_path: Path) -> None:
         ),
         (("ctx: 32", "ctx: 1"), "line 13: evaluations.1.ctx: input should be greater than or equal to 8"),
         (("calibration:", "texts:"), "'texts' is there twice, line 5"),
-        (("1GiB", "4.5bpw"), "line 15: limits.memory: expected a size"),
+        (("1GiB", "4.5bpw"), "line 15: limits.memory: memory '4.5bpw' must be a size"),
         (("evaluate: {", "evaulate: {"), "line 16: limits-of.evaulate: no action"),
         (("{seconds: 9}", "{seconds: .nan}"), "line 16: limits-of.evaluate.seconds: input should be"),
         (("ffn_down=Q4_0", "ffn_down"), "line 7: recipes.plain.tensor-type: expected REGEX=TYPE"),
@@ -106,7 +109,7 @@ def test_a_bad_file_gets_one_line_with_the_place(tmp_path: Path, change: tuple[s
 
 
 def test_a_missing_source_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(BitsmithError, match=r"models\.tiny: .*/model does not exist"):
+    with pytest.raises(BitsmithError, match=r"line 3: models\.tiny: .*/model does not exist"):
         run_study(written(tmp_path, STUDY), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -127,7 +130,9 @@ gates: {mean_kld: {at-most: 1.0e-9}, top1_agreement: {at-least: 0}}
 """
 
 
-def test_a_study_runs_once_and_says_what_it_did(tiny_qwen3: Path, tmp_path: Path) -> None:
+def test_a_study_runs_once_and_says_what_it_did(
+    tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, out = tiny_study(tmp_path, tiny_qwen3), tmp_path / "out"
     result = run_study(path, out, workers=2)
     assert (result.is_whole, result.counts()) == (True, {"done": 2, "failed": 0, "blocked": 0})
@@ -139,8 +144,16 @@ def test_a_study_runs_once_and_says_what_it_did(tiny_qwen3: Path, tmp_path: Path
         run_study(path, out)
     again = run_study(path, out, resume=True)
     assert [outcome.attempts for outcome in again.outcomes.values()] == [0, 0]
-    assert study_status(out).counts == {"completed": 2}
-    assert study_status(out).reasons() == []
+    status = study_status(out)
+    assert (status.counts, status.reasons(), status.is_running) == ({"completed": 2}, [], False)
+    monkeypatch.chdir(tmp_path)
+    for artifact in shown.artifacts[1:]:
+        for command in artifact.commands:
+            app(shlex.split(command)[1:], standalone_mode=False)
+        made = tmp_path / f"tiny-{artifact.recipe}.gguf"
+        assert hashlib.sha256(made.read_bytes()).hexdigest() == artifact.sha256
+    weights = hashlib.sha256((tiny_qwen3 / "model.safetensors").read_bytes()).hexdigest()
+    assert {one.what: one.sha256 for one in shown.digests}["model tiny: model.safetensors"] == weights
 
 
 @pytest.mark.slow
