@@ -45,7 +45,8 @@ def study_run(
         str | None, typer.Option("--address", help="Of the Ray cluster; default one started here.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Tasks at once; default 1, on Ray what it has.")
+        int | None,
+        typer.Option("--workers", min=1, help="Tasks at once; default one a core, each with one thread."),
     ] = None,
     memory: Annotated[
         str | None,

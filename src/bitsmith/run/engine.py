@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from bitsmith.errors import BitsmithError
-from bitsmith.run.machine import Usage, available_bytes, usage_of_sessions
+from bitsmith.run.machine import Usage, available_bytes, usable_cores, usage_of_sessions
 from bitsmith.run.task import Action, Task
 from bitsmith.run.worker import reference_of
-from bitsmith.store.artifacts import folder_bytes, sealed_result
+from bitsmith.store.artifacts import FILES, folder_bytes, sealed_result
 
 LOG_BYTES = 4000
 THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -84,7 +84,7 @@ def thread_settings() -> dict[str, str]:
 
 
 class LocalEngine:
-    """Runs each task in a process of its own on this machine, at most `workers` at once.
+    """Runs each task in a process of its own on this machine, at most `workers` (None: as cores) at once.
 
     A task starts beside others when what all of them need fits into `memory_bytes` (None: nine tenths of what
     is free now). It needs what its limit allows, or, if that is more, what it was seen to use, or its action
@@ -96,14 +96,14 @@ class LocalEngine:
 
     def __init__(
         self,
-        workers: int = 1,
+        workers: int | None = None,
         memory_bytes: int | None = None,
         stops: Stops = STOPS,
         threads: Mapping[str, str] | None = None,
     ) -> None:
-        if workers < 1:
+        if workers is not None and workers < 1:
             raise BitsmithError(f"an engine needs at least one worker, {workers} are asked for")
-        self.workers = workers
+        self.workers = workers or usable_cores()
         self.memory_bytes = available_bytes() * 9 // 10 if memory_bytes is None else memory_bytes
         self._stops = stops
         self._threads = thread_settings() if threads is None else dict(threads)
@@ -285,7 +285,8 @@ class _Process:
             return None
         told, code = self._told.get("failure"), self._popen.returncode
         if told is not None:
-            return Failure(told["kind"], told["message"], {"trace": told["trace"]} if "trace" in told else {})
+            message = told["message"].replace(f"{self.attempt.out / FILES}/", "")
+            return Failure(told["kind"], message, {"trace": told["trace"]} if "trace" in told else {})
         if code < 0:
             return Failure("killed", f"its process was killed by {_signal_name(-code)}", {"signal": -code})
         return Failure("error", f"its process ended with exit code {code} and no result", {"exit_code": code})
