@@ -27,7 +27,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.actions import ACTIONS
@@ -53,7 +61,9 @@ def _name(value: str) -> str:
     return value
 
 
-def _memory(value: str | int) -> int:
+def _memory(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError("expected a size: 8GiB or bytes")
     try:
         return parse_memory(str(value))
     except BitsmithError as error:
@@ -195,14 +205,14 @@ class TaskLimits(_Part):
     """
 
     seconds: Annotated[float, Field(gt=0)] | None = None
-    memory: Annotated[str | int, AfterValidator(_memory)] | None = None
+    memory: Annotated[int, BeforeValidator(_memory)] | None = None
     stuck_seconds: Annotated[float, Field(gt=0)] | None = None
     retries: Annotated[int, Field(ge=0, le=LARGEST)] = 1
 
     @property
     def limits(self) -> Limits:
         """The limits as a task has them."""
-        return Limits(self.seconds, None if self.memory is None else int(self.memory), self.stuck_seconds)
+        return Limits(self.seconds, self.memory, self.stuck_seconds)
 
 
 class Study(_Part):
