@@ -163,7 +163,7 @@ def _spi(job: Job) -> dict[str, Any]:
 
 
 def _sahc(job: Job, out: Path, progress: Progress) -> SahcRecord:
-    """Run the recipe; raises BitsmithError that names the gates where the last ones do not pass."""
+    """Run the recipe; raises BitsmithError without a text, and as `SahcRecord.refuse_failed` does."""
     if job.text is None:
         raise BitsmithError(
             "recipe sahc is judged on a text: --text FILE, which the model was not trained on"
@@ -183,13 +183,6 @@ def _sahc(job: Job, out: Path, progress: Progress) -> SahcRecord:
         overwrite=job.overwrite,
         progress=progress,
     )
-    work = work_folder(out)
-    if result.failed:
-        said = ", ".join(
-            f"{gate['name']} {gate['value']} (limit {gate['limit']:g})" for gate in result.failed
-        )
-        left = "; what was there before is left as it was" if out.exists() else ""
-        raise BitsmithError(
-            f"is not written: these gates did not pass: {said}{left}; see {work / AUDIT_NAME}", path=out
-        )
-    return SahcRecord(out, work, work / AUDIT_NAME, result)
+    record = SahcRecord(out, work_folder(out), work_folder(out) / AUDIT_NAME, result)
+    record.refuse_failed()
+    return record

@@ -24,11 +24,11 @@ from bitsmith.store.factored import Blocks
 class PlannedMethod:
     """One method of a row's chain: exact bytes of its parts, and the ratio that the plan claims for it.
 
-    `scheme` is None where no file holds it; `claimed_ratio` (to 16 bits) None where nothing is claimed.
+    `claimed_ratio` is to 16 bits, None where nothing is claimed.
     """
 
     method: str
-    scheme: str | None
+    scheme: str
     nbytes: int
     claimed_ratio: float | None
 

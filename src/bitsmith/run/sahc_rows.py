@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith import __version__
+from bitsmith.errors import BitsmithError
 from bitsmith.run.evaluate import Artifact, Measure, Protocol
 
 
@@ -16,7 +17,7 @@ class Attempt:
     """One method tried on one row: its gates (`Judged.to_json`) and what was decided."""
 
     method: str
-    scheme: str | None
+    scheme: str
     stored_bytes: int
     gates: tuple[Mapping[str, Any], ...]
     decision: str
@@ -138,6 +139,20 @@ class SahcRecord:
     work: Path
     audit: Path
     result: SahcResult
+
+    def refuse_failed(self) -> None:
+        """Raise BitsmithError that names the model's gates that did not pass, if there are any."""
+        if not self.result.failed:
+            return
+        said = ", ".join(
+            f"{gate['name']} {'unmeasured' if gate['value'] is None else format(gate['value'], '.4g')} "
+            f"({gate['direction']} {gate['limit']:g} passes)"
+            for gate in self.result.failed
+        )
+        left = "; what was there is left as it was" if self.out.exists() else ""
+        raise BitsmithError(
+            f"is not written, gates did not pass: {said}{left}; see {self.audit}", path=self.out
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Return the result with its places and times."""

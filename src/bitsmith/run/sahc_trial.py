@@ -33,7 +33,6 @@ Forward = Callable[[Float32], Cosine | None]
 """The cosine of a forward with one row's weights changed; None where no forward reaches it."""
 
 WHO = "sahc gate"
-STORABLE = Gate("no file holds it", 0, "at most", "methods")
 _RESOLVED = 1e-6  # an error below it is rounding in float32
 
 
@@ -126,7 +125,7 @@ def row_of(pick: Pick, dtype_bytes: int) -> SahcRow:
     error, nbytes, scheme = 0.0, dtype_bytes, "BF16"
     if pick.decoded is not None:
         error = relative_error(pick.weights.values, pick.decoded) or 0.0
-        nbytes, scheme = attempts[-1].stored_bytes, attempts[-1].scheme or ""
+        nbytes, scheme = attempts[-1].stored_bytes, attempts[-1].scheme
     passed = pick.decoded is None or attempts[-1].failed is None
     ratio = 2 * size / nbytes if passed and nbytes else None
     return SahcRow(
@@ -164,8 +163,6 @@ def _error_gates(plan: PlanRow, method: Method, weights: Weights, coded: Coded, 
         judged.append(size)
     if method is not INT4:
         judged.append(_dominated(total, coded, rival, values))
-    if method.scheme(weights) is None:
-        judged.append(STORABLE.judge(1, evidence="trains of an SVD's factors have no stored form"))
     return judged
 
 
@@ -203,7 +200,7 @@ def _over(found: float | None, expected: float | None) -> float | None:
     return found / expected
 
 
-def _attempt(method: Method, scheme: str | None, nbytes: int, judged: list[Judged], decision: str) -> Attempt:
+def _attempt(method: Method, scheme: str, nbytes: int, judged: list[Judged], decision: str) -> Attempt:
     gates = tuple(one.to_json() for one in judged)
     return Attempt(method.name, scheme, nbytes, gates, decision)
 
