@@ -279,6 +279,13 @@ def test_a_whole_study_measures_samples_and_judges(tiny_qwen3: Path, tmp_path: P
     assert shown.artifacts[0].measures["ppl_cand"] == q8.measures["ppl_ref"]
     assert [passage.artifact for passage in shown.samples[0].passages] == ["tiny", "tiny/q8", "tiny/f16"]
     assert not result.is_whole
+    again = read_study(run_study(tmp_path / "study.yaml", tmp_path / "out", resume=True).to_json())
+    judged = [[line.what for line in one.gates if line.who == "study"] for one in (shown, again)]
+    assert (
+        judged[0]
+        == judged[1]
+        == [f"tiny/{row}: {gate}" for row in ("q8", "f16") for gate in result.study.gates]
+    )
     assert (shown.peers[0].name, shown.peers[0].bpw) == ("other", 4.5)
     assert [claim.claim.split(":")[0] for claim in shown.claims] == ["flat-spectra"]
     assert {one.layer for one in shown.spectra} >= {0, 1}

@@ -23,7 +23,7 @@ from bitsmith.run.graph import LOCK, Outcome, run_graph
 from bitsmith.run.study_commands import study_command
 from bitsmith.run.study_file import Study, load_study
 from bitsmith.run.study_graph import graph_of, named, window_name
-from bitsmith.run.study_result import Row, StudyResult, environment
+from bitsmith.run.study_result import JUDGE, Row, StudyResult, environment
 from bitsmith.run.study_sources import check_study, source_digests
 from bitsmith.run.task_state import STATE, Decision, Status, TaskState, load_state
 from bitsmith.store.artifacts import ArtifactStore
@@ -49,10 +49,10 @@ def run_study(
 ) -> StudyResult:
     """Run the study that the YAML at `path` describes in the folder `out`, and write `report.json` there.
 
-    `engine` `local` runs `workers` processes (default 1) that together use at most `memory_bytes` (default:
-    nine tenths of what is free); `ray` runs on the cluster at `address`. Artifacts lie in `out`, or in
-    `cache`, which several studies may share one after the other. With `resume` a run that was killed, failed
-    or was asked for less goes on: what is finished is kept, what failed is tried again.
+    `engine` `local` runs `workers` processes (default: as many as cores) that together use at most
+    `memory_bytes` (default: nine tenths of what is free); `ray` runs on the cluster at `address`. Artifacts
+    lie in `out`, or in `cache`, which several studies may share one after the other. With `resume` a run that
+    was killed, failed or was asked for less goes on: what is finished is kept, what failed is tried again.
 
     Raises BitsmithError as `load_study` and `run_graph` do, for a source that does not exist and for a recipe
     or a claim that cannot be, OutputError if `out` holds a study and `resume` is not given, UnsupportedError
@@ -164,7 +164,7 @@ def _engine(name: EngineName, workers: int | None, memory_bytes: int | None, add
         return RayEngine(address, workers)
     if address is not None:
         raise BitsmithError("an address is for the Ray engine: --engine ray")
-    return LocalEngine(workers or 1, memory_bytes)
+    return LocalEngine(workers, memory_bytes)
 
 
 def _judge(study: Study, outcomes: Mapping[str, Outcome], audit: AuditLog) -> dict[Row, tuple[Judged, ...]]:
@@ -177,7 +177,7 @@ def _judge(study: Study, outcomes: Mapping[str, Outcome], audit: AuditLog) -> di
             found[model, recipe] = tuple(_row_judged(study, outcomes, model, recipe))
             for one in found[model, recipe]:
                 decision = "reported" if one.passed else "reported as not passed"
-                audit.judged("study", f"{model}/{recipe}", one, decision)
+                audit.judged(JUDGE, f"{model}/{recipe}", one, decision)
     return found
 
 

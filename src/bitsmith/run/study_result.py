@@ -33,6 +33,9 @@ _STATUS = {
     Status.KILLED: "failed",
 }
 _PACKAGES = ("numpy", "torch", "transformers", "numba", "gguf", "ray")
+JUDGE = "study"
+"""Who, in the audit log, holds rows against the study's gates."""
+
 Row = tuple[str, str]
 """A model's and a recipe's name."""
 
@@ -99,8 +102,14 @@ class StudyResult:
         return {} if outcome is None or outcome.result is None else outcome.result
 
     def _gates(self) -> Iterator[dict[str, Any]]:
-        """Yield the study's log, and behind it those of recipes that judge themselves."""
-        yield from (gate_line(asdict(line)) for line in read_audit(self.audit))
+        """Yield the study's log, and behind it those of recipes that judge themselves.
+
+        Rows are judged at every run's end; the last time counts.
+        """
+        lines = list(read_audit(self.audit))
+        last = {line.what: line for line in lines if line.who == JUDGE}
+        kept = (line for line in lines if line.who != JUDGE or line is last[line.what])
+        yield from (gate_line(asdict(line)) for line in kept)
         for model, recipe in self._rows():
             outcome = self.outcomes[named("compress", model, recipe)]
             own = None if outcome.path is None else outcome.path.parent / GATE_LOG
