@@ -364,6 +364,11 @@ def test_an_output_in_its_place_is_known_by_the_run_that_placed_it(small: Path, 
         assert place.has(CANDIDATE_NAME, made)
         place.place(made)
     assert digest(out) == made == digest(small)
+    (out / "model.safetensors").unlink()
+    shutil.copytree(small, work / CANDIDATE_NAME)
+    with opened("one") as place:  # killed while files were moved into a folder that was there
+        place.place(made)
+    assert digest(out) == made
     with pytest.raises(OutputError, match="out: exists; pass --overwrite"):
         opened("another")
     with pytest.raises(OutputError, match="out: exists; pass --overwrite"):
