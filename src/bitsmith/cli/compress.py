@@ -196,8 +196,11 @@ def compress(
 
 
 def _parsed(rules: list[str]) -> list[tuple[str, str]]:
-    pairs = [rule.rpartition("=") for rule in rules]
-    for rule, (pattern, equals, name) in zip(rules, pairs, strict=True):
-        if not (pattern and equals and name):
+    from bitsmith.run.overrides import split_rule
+
+    pairs = []
+    for rule in rules:
+        if (pair := split_rule(rule)) is None:
             raise BitsmithError(f"--tensor-type {rule!r} is not of the form REGEX=TYPE")
-    return [(pattern, name) for pattern, _, name in pairs]
+        pairs.append(pair)
+    return pairs

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.run.overrides import split_rule
 from bitsmith.run.study_file import AUTO, SAHC_RECIPE, Output, Recipe, Study
 
 _NAMES: dict[Output, str] = {"gguf": "model.gguf", "cellm": "model.cellm", "folder": "model"}
@@ -82,8 +83,7 @@ def job_fields(study: Study, recipe: Recipe) -> dict[str, Any]:
         _FIELDS[name]: getattr(recipe, name) for name in set_options(recipe) & set(_FIELDS)
     }
     if recipe.tensor_type:
-        rules = [rule.rpartition("=") for rule in recipe.tensor_type]
-        found["tensor_types"] = [[pattern, wanted] for pattern, _, wanted in rules]
+        found["tensor_types"] = [list(pair) for rule in recipe.tensor_type if (pair := split_rule(rule))]
     if recipe.ignore:
         found["ignore"] = list(recipe.ignore)
     if recipe.stats not in (None, AUTO):
