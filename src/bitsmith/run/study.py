@@ -68,7 +68,7 @@ def run_study(
     tasks = graph_of(study)
     chosen = _engine(engine, workers, memory_bytes, address)
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        _make_folder(out)
         store = ArtifactStore(cache or out / ARTIFACTS)
         with AuditLog(out / AUDIT) as audit:
             outcomes = run_graph(tasks, store, chosen, audit, progress, actions=ACTIONS, folder=out)
@@ -153,6 +153,14 @@ def _is_held(lock: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot be made: {printable(said)}", path=out) from error
 
 
 def _engine(name: EngineName, workers: int | None, memory_bytes: int | None, address: str | None) -> Engine:
