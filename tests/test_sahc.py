@@ -44,7 +44,7 @@ TEXT = "import os\nfor name in os.listdir('.'):\n    print(name, len(name))\n" *
 
 
 def _row(shape: tuple[int, int], place: str | None = "layer") -> PlanRow:
-    return PlanRow("w", "C1", "ffn.gate", shape, 0, place, COMPONENTS[0].chain)
+    return PlanRow("w", "C1", "ffn.gate", shape, 0, place, COMPONENTS[0].chain, 2 * shape[0] * shape[1])
 
 
 def _cosines(values: Float32) -> Forward:
@@ -72,7 +72,7 @@ def _random(shape: tuple[int, int], seed: int = 0) -> Float32:
 def test_a_planted_low_rank_matrix_keeps_its_svd(tmp_path: Path) -> None:
     pick = _chosen(_random((512, 16)) @ _random((16, 128), 1), tmp_path)
     assert pick.method is COMPONENTS[0].chain[0]
-    row = row_of(pick, 0)
+    row = row_of(pick)
     assert row.scheme == "SVD:r=16:int4"
     assert row.ratio is not None
     assert row.ratio > 18
@@ -107,7 +107,7 @@ def test_the_order_of_fallbacks_ends_with_what_is_stored(tmp_path: Path) -> None
     assert [one.method for one in pick.attempts] == [
         "SVD r512/4096 + int4", "row-int4", "row-int8", "as stored",
     ]  # fmt: skip
-    assert row_of(pick, 2 * values.size).ratio == 1.0
+    assert row_of(pick).ratio == 1.0
 
 
 def test_a_row_whose_forward_is_unmeasured_is_kept(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_zeros_are_kept_and_nothing_divides_by_them(tmp_path: Path) -> None:
 
 def test_full_rank_factors_are_refused_where_int4_is_smaller(tmp_path: Path) -> None:
     values = _random((128, 128))
-    row = PlanRow("w", "C2", "attn.k", (128, 128), 0, "layer", COMPONENTS[1].chain)
+    row = PlanRow("w", "C2", "attn.k", (128, 128), 0, "layer", COMPONENTS[1].chain, 2 * 128 * 128)
     with AuditLog(tmp_path / "audit.jsonl") as log:
         pick = Trials(log).choose(row, Weights(values), _cosines(values))
     full = pick.attempts[1]
@@ -168,7 +168,7 @@ def test_a_layer_that_fails_together_replans_its_lowest_row(tmp_path: Path) -> N
         moved = trials.advanced(pick, judged, _cosines(values))
     assert (pick.method, moved.method) == (INT4, INT8)
     assert moved.attempts[1].decision == "replan: row-int8"
-    assert row_of(moved, 0).replans == 2
+    assert row_of(moved).replans == 2
 
 
 def test_every_tensor_has_a_component_and_pruning_keeps_heads_together(tiny_qwen3_5: Path) -> None:

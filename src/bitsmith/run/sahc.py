@@ -158,7 +158,7 @@ class _Run:
 
     def result(self, probe: Protocol, keep_int4: bool) -> SahcResult:
         """Return what was found; the output is in its place if every gate has passed."""
-        int4 = self._written(BASELINE_NAME, int4_types(self._plan), None, keep_int4)
+        int4 = self._written(BASELINE_NAME, int4_types(self._plan), keep=keep_int4)
         if not keep_int4:
             self._place.drop(BASELINE_NAME)
         rows, rounds, written = self._passing(self._rows())
@@ -230,7 +230,7 @@ class _Run:
             picks[plan.name] = self._trials.choose(plan, weights, self._forward(probe, plan))
         if layer is not None:
             self._together(probe, layer, picks)
-        return [row_of(pick, self._checkpoint[pick.plan.name].nbytes) for pick in picks.values()]
+        return [row_of(pick) for pick in picks.values()]
 
     def _together(self, probe: LayerProbe, layer: int, picks: dict[str, Pick]) -> None:
         """Replan the row with the lowest cosine alone until the layer passes as a whole."""
@@ -277,7 +277,7 @@ class _Run:
         while True:
             rounds += 1
             planned = sum(row.stored_bytes for row in rows)
-            written = self._written(CANDIDATE_NAME, _types(rows), planned, True)
+            written = self._written(CANDIDATE_NAME, _types(rows), planned, keep=True)
             failed = [gate for gate in written.gates if gate["outcome"] != "PASS"]
             ppl = [gate for gate in failed if gate["name"] in (PPL.name, PPL_RATIO.name)]
             if failed and ppl == failed and (more := self._replanned(rows, rounds)) is not None:
@@ -317,16 +317,17 @@ class _Run:
             before = (*row.attempts[:-1], replace(row.attempts[-1], decision=decision))
             weights = self._weights(plan, {})
             pick = self._trials.choose(plan, weights, self._forward(probe, plan), at, before)
-            moved.append(row_of(pick, self._checkpoint[row.name].nbytes))
+            moved.append(row_of(pick))
         return moved
 
     def _written(
-        self, name: str, types: Sequence[tuple[str, str]], planned: int | None, needed: bool
+        self, name: str, types: Sequence[tuple[str, str]], planned: int | None = None, keep: bool = False
     ) -> Written:
-        """Return an artifact as written and measured, once; where it is `needed` it is there."""
+        """Return an artifact as written and measured, once; to `keep` it, it is there if it has passed."""
         entry = f"{name} {hashlib.sha256(repr(types).encode()).hexdigest()}"
         known = self._journal.entries.get(entry)
-        if known is None or (needed and not self._place.has(name, known["sha256"])):
+        gone = known is not None and keep and not self._place.has(name, known["sha256"])
+        if known is None or (gone and known["ratio"] is not None):
             self._journal.add(entry, asdict(self._made(name, types, planned)))
         return TypeAdapter(Written).validate_python(self._journal.entries[entry])
 

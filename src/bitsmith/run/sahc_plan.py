@@ -72,7 +72,7 @@ class PlanRow:
     """One tensor of the plan: its component, its chain, and where a forward can judge it.
 
     `layer` is the text layer it belongs to; `place` is `layer`, `embed`, `head`, or None where no forward of
-    ours passes through it (vision, MTP).
+    ours passes through it (vision, MTP); `source_bytes` are those that the source stores.
     """
 
     name: str
@@ -82,6 +82,7 @@ class PlanRow:
     layer: int | None
     place: str | None
     chain: tuple[Method, ...]
+    source_bytes: int
 
 
 def plan_rows(claimed: Sequence[tuple[TensorSpec, TensorRef]]) -> tuple[PlanRow, ...]:
@@ -113,7 +114,9 @@ def _row(spec: TensorSpec, ref: TensorRef) -> PlanRow:
         place = "layer"
     elif text and spec.role in ("embed", "head"):
         place = spec.role
-    return PlanRow(spec.name, found, spec.role, ref.shape, spec.layer if text else None, place, chain)
+    return PlanRow(
+        spec.name, found, spec.role, ref.shape, spec.layer if text else None, place, chain, ref.nbytes
+    )
 
 
 def prunings(

@@ -97,15 +97,13 @@ def _rows(checkpoint: Checkpoint, plans: Sequence[PlanRow], guide: Guide | None)
             blocks |= prunings(checkpoint, list(layer), config, guide)
     for plan in plans:
         kept, axis = blocks.get(plan.name, (None, 0))
-        chain = tuple(_method(plan, method, kept, axis, checkpoint) for method in plan.chain)
+        chain = tuple(_method(plan, method, kept, axis) for method in plan.chain)
         yield PlannedRow(plan.name, plan.component, plan.shape, plan.place is not None, chain)
 
 
-def _method(
-    plan: PlanRow, method: Method, kept: Blocks | None, axis: int, checkpoint: Checkpoint
-) -> PlannedMethod:
+def _method(plan: PlanRow, method: Method, kept: Blocks | None, axis: int) -> PlannedMethod:
     if method is STORED:
-        return PlannedMethod(method.name, KEPT, checkpoint[plan.name].nbytes, None)
+        return PlannedMethod(method.name, KEPT, plan.source_bytes, None)
     shape = Weights(np.broadcast_to(np.float32(0), plan.shape), kept, axis)
     return PlannedMethod(
         method.name, method.scheme(shape), method.nbytes(shape), promised_ratio(plan, method)

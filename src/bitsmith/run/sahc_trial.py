@@ -92,8 +92,7 @@ class Trials:
     def kept(self, plan: PlanRow, weights: Weights, attempts: tuple[Attempt, ...]) -> Pick:
         """Return a row that is kept as stored."""
         if attempts:
-            size = 2 * int(np.prod(plan.shape))
-            attempts = (*attempts, Attempt(STORED.name, "BF16", size, (), "kept as stored"))
+            attempts = (*attempts, Attempt(STORED.name, "BF16", plan.source_bytes, (), "kept as stored"))
             self.audit.add("sahc plan", plan.name, evidence="every method failed", decision="kept as stored")
         return Pick(plan, weights, len(plan.chain) - 1, None, None, attempts)
 
@@ -118,11 +117,11 @@ class Trials:
             self.audit.judged(WHO, f"{plan.name}: {method.name}", one, said)
 
 
-def row_of(pick: Pick, dtype_bytes: int) -> SahcRow:
-    """Return a row as it is reported; `dtype_bytes` are its stored bytes where it is kept."""
+def row_of(pick: Pick) -> SahcRow:
+    """Return a row as it is reported."""
     plan, attempts = pick.plan, pick.attempts
     size = int(np.prod(plan.shape, dtype=np.int64))
-    error, nbytes, scheme = 0.0, dtype_bytes, "BF16"
+    error, nbytes, scheme = 0.0, plan.source_bytes, "BF16"
     if pick.decoded is not None:
         error = relative_error(pick.weights.values, pick.decoded) or 0.0
         nbytes, scheme = attempts[-1].stored_bytes, attempts[-1].scheme
