@@ -41,6 +41,8 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.actions import ACTIONS
 from bitsmith.run.budget import parse_memory
 from bitsmith.run.gate import Gate
+from bitsmith.run.overrides import split_rule
+from bitsmith.run.overrides import split_rule
 from bitsmith.run.strict_yaml import Document, read_yaml
 from bitsmith.run.task import Limits
 
@@ -301,7 +303,7 @@ def _faulty(study: Study, recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield the options of a recipe that cannot be as they are, with why."""
     if recipe.stats == AUTO and study.calibration is None:
         yield "stats", "auto needs the study's calibration"
-    if any(not rule.rpartition("=")[0] for rule in recipe.tensor_type):
+    if any(split_rule(rule) is None for rule in recipe.tensor_type):
         yield "tensor-type", "expected REGEX=TYPE"
     if recipe.recipe == SAHC_RECIPE and recipe.text is None:
         yield "recipe", f"{SAHC_RECIPE} needs a text to be judged on"
