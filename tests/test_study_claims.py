@@ -56,6 +56,7 @@ from bitsmith.run.text_claims import (
     TrunkShare,
     TwoTier,
     larger_gain,
+    lowest_of,
 )
 from bitsmith.run.tiers import tier_row, tier_sizes
 from bitsmith.run.train_search import TrainPoint, search_trains
@@ -436,6 +437,8 @@ def test_the_wall_stands_where_shares_and_codings_put_it(found_assay: Assay) -> 
 class _Claims:
     """A study that only says how its claims came out."""
 
+    tables = ()
+
     def __init__(self, *claims: ClaimCheck) -> None:
         self.claims = claims
 
@@ -450,6 +453,10 @@ def test_outcomes_of_other_studies_are_taken_over() -> None:
     assert spi(0.80, 0.85, "HELD") == ["HELD", "HELD"]
     assert spi(0.80, 0.95, "HELD") == ["HELD", "NOT TESTED"]
     assert spi(0.90, 1.10, "NOT TESTED") == ["NOT TESTED", "NOT HELD"]
+    assert spi(1.01, 1.10, "NOT HELD") == ["NOT HELD", "NOT HELD"]
+    eight = lowest_of(8, Measure(0.9979, "ratio", 0.9959, 0.9997, "95 %"))
+    assert eight.low == pytest.approx(0.99512, abs=1e-4) and eight.high == pytest.approx(1.00041, abs=1e-4)
+    assert lowest_of(1, eight) is eight
     nothing = with_claims(_no_formats())
     for claim in (Int2Incoherent(), OneBitIncoherent()):
         assert claim.judge(_Given(formats=nothing)).outcome == "NOT TESTED"

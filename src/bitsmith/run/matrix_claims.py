@@ -278,7 +278,13 @@ class EmbeddingWall(SeedClaim):
         left = 1 / TARGET_RATIO - (1 - share) / OTHERS_RATIO
         said = f"embedding and head are {share:.1%} of the parameters"
         if left <= 0:
-            return Judged("NOT HELD", f"{said}: everything else alone takes more than a fifth")
+            return Judged(
+                "NOT HELD",
+                f"{said}: everything else alone takes more than a fifth",
+                exact(OTHERS_RATIO / (1 - share), "× in total with none of them"),
+                "shapes of the model",
+                _checked(evidence, "5× in total"),
+            )
         found = _best_ratio(parts, evidence.trains)
         needed = share / left
         return Judged(

@@ -175,9 +175,8 @@ def undecided(measure: Measure | None) -> str:
     """Return why a figure that was measured decides nothing, empty where there is none."""
     if measure is None or measure.interval == EXACT:
         return ""
-    return "; open: " + (
-        "there is no interval" if measure.low is None else "the interval is on both sides of the rule's limit"
-    )
+    why = "no interval" if measure.low is None else "the interval is on both sides of the rule's limit"
+    return f"open, {why}; "
 
 
 def opposite(side: bool | None) -> bool | None:

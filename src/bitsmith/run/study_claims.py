@@ -171,7 +171,9 @@ class _Counted:
         if piece == "assay":
             return f"spectra and codings of {len(self._matrices)} matrices", work
         if piece == "factors":
-            return "the FFN's matrices once more, in factors", work
+            largest = max(map(prod, self._matrices), default=0)  # an embedding or a head
+            layers = [one for one in self._matrices if prod(one) < largest]
+            return "the FFN's matrices once more, in factors", float(sum(prod(m) * min(m) for m in layers))
         size = max(map(prod, self._matrices), default=0)
         return "searches over ranks of embedding and head", 64.0 * size * round(size ** (1 / 3))
 
@@ -181,7 +183,7 @@ def _tested(one: SeedClaim, evidence: Evidence) -> TestedClaim:
     try:
         found = one.judge(evidence)
         if found.outcome == "NOT TESTED":
-            found = found._replace(found=found.found + undecided(found.measure))
+            found = found._replace(found=undecided(found.measure) + found.found)
     except OutputError:
         raise
     except BitsmithError as error:
