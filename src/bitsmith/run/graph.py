@@ -310,7 +310,7 @@ class _Run:
     def _failed(self, task: Task, state: TaskState, failure: Failure) -> None:
         """Decide what follows a failed attempt: a pause and another one, or the end."""
         resource = failure.kind in RESOURCE_KINDS
-        allowed = 1 + max(task.retries, 1 if resource and state.attempts == 1 else 0)
+        allowed = max(state.attempts, 1 + task.retries, 2 if resource else 1)
         reason = f"{failure.kind}: {failure.message}"
         evidence = {
             "kind": failure.kind,
