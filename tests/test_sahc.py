@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from bitsmith.archs import claim
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.lab.synth import synth
+from bitsmith.report.written import print_planned, print_written
 from bitsmith.run.audit import AuditLog, read_audit
 from bitsmith.run.calibrate import calibrate
 from bitsmith.run.compress import compress, plan
@@ -229,6 +230,26 @@ def test_a_dry_run_names_methods_and_exact_bytes(small: Path, whole: tuple[Path,
         assert all(sizes[one.method] == one.stored_bytes for one in tried[row.name])
     assert planned.int4_file_bytes == whole[1].int4.artifact.file_bytes
     assert planned.planned_bytes < planned.int4_bytes < planned.stored_bytes
+
+
+def test_tables_say_planned_beside_actual(
+    whole: tuple[Path, SahcResult], small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, result = whole
+    print_written(SahcRecord(out, work_folder(out), tmp_path / "audit.jsonl", result))
+    said = " ".join(capsys.readouterr().out.split())
+    planned = f"{result.components[0].theory_ratio:.2f}×"
+    for part in ("C1 FFN", "25.3×", planned, "row-int4"):
+        assert part in said
+    passed, failed = result.gates_passed, result.gates_failed
+    assert f"gates: {passed} passed, {failed} failed, 0 unmeasured; {result.replans} replans" in said
+    assert "does not pass the limit of 100" in said  # a random model's own perplexity
+    assert f"{result.int4.artifact.file_bytes:,}" in said
+    assert "4 of " in said  # the protocol's chunks
+    print_planned(plan(Job(small, recipe="sahc")))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nothing written (dry run)" in said
+    assert f"{result.int4.artifact.file_bytes:,} bytes of files" in said
 
 
 def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]) -> None:
