@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from scipy import linalg
+from threadpoolctl import threadpool_info, threadpool_limits
 
+from bitsmith.archs import claim
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
 from bitsmith.formats.integer import grid_named
 from bitsmith.numerics.tensor_train import (
@@ -32,11 +34,15 @@ from bitsmith.passes.factorize import (
     with_remainder,
     without_columns,
 )
+from bitsmith.passes.trains import divisors, rounded_train, rounded_trains
+from bitsmith.run.calibrate import calibrate
 from bitsmith.run.evaluate import evaluate
 from bitsmith.run.factored_scheme import form_of, parse_scheme
 from bitsmith.run.folder import FolderRecord, plan_folder, write_folder
+from bitsmith.run.overrides import split_rule
 from bitsmith.store import TensorData, open_checkpoint, write_safetensors
 from bitsmith.store.factored import form_bytes
+from bitsmith.store.statistics import open_statistics
 
 Float32 = NDArray[np.float32]
 
@@ -67,6 +73,7 @@ RULES = [
     (r"layers\.1\.mlp\.gate_proj", "SVD+INT4:r=8:kernel=32:rows=16x0.1.4"),
     (r"layers\.1\.mlp\.down_proj", "TT:r=8:f32"),
     ("embed_tokens", "TT:r=12"),
+    ("lm_head", "TT+SVD:r=6:core=24"),
 ]
 
 
@@ -203,6 +210,43 @@ def test_cores_are_the_train_that_is_measured(shape: tuple[int, int]) -> None:
         assert [core.shape[0] for core in cores] == list(train.ranks[:-1])
 
 
+def exact_trains(shape: tuple[int, int], core: int, rank: int, scales: bool = False) -> Any:
+    scheme = f"TT+SVD:core={core}:r={rank}:f32" if core else f"TT:r={rank}:f32{':scales' * scales}"
+    return form_of(parse_scheme(scheme), shape, 0)
+
+
+def test_a_product_of_trains_of_full_rank_is_the_whitened_svd(
+    weights: tuple[Float32, NDArray[np.float64]],
+) -> None:
+    matrix, moment = weights
+    for metric in (ErrorMetric(), ErrorMetric(moment)):
+        trains = rounded_trains(ArrayRows(matrix), exact_trains((96, 64), 12, 10_000), metric)
+        found = trains["weight_left"].rows() @ trains["weight_right"].rows()
+        left, right = low_rank(matrix, 12, metric)
+        assert np.abs(found - left @ right).max() < 1e-4 * np.abs(matrix).max()
+    coarse = rounded_trains(ArrayRows(matrix), exact_trains((96, 64), 12, 9), ErrorMetric())
+    found = coarse["weight_left"].rows() @ coarse["weight_right"].rows()
+    assert ErrorMetric().error(matrix - found) < ErrorMetric().error(matrix)
+
+
+def test_trains_with_scales_err_less_where_weights_are(
+    weights: tuple[Float32, NDArray[np.float64]],
+) -> None:
+    matrix, moment = weights
+    often, variances = np.geomspace(1, 1000, 96), np.diagonal(moment)
+    scales = divisors(often, 96), divisors(variances, 64)
+    plain, scaled = (exact_trains((96, 64), 0, 9, given) for given in (False, True))
+
+    def cost(found: Float32) -> float:
+        return float(np.einsum("i,j,ij->", often, variances, np.square(found - matrix)))
+
+    found = rounded_train(ArrayRows(matrix), scaled, scales)
+    assert cost(found.rows()) < 0.8 * cost(rounded_train(ArrayRows(matrix), plain).rows())
+    assert np.array_equal(found.rows(7, 20), found.rows()[7:20])
+    assert divisors(None, 3).tolist() == [1, 1, 1]
+    assert divisors(np.zeros(3), 3).tolist() == [1, 1, 1]
+
+
 # ---------------------------------------------------------------- what is stored and read back
 
 
@@ -235,6 +279,7 @@ def test_what_is_read_is_what_was_measured(tiny_qwen3: Path, mixed: tuple[Path, 
         kinds = {name: checkpoint[name].dtype for name in checkpoint}
     assert kinds["model.layers.0.mlp.gate_proj.weight"] == "rank 16 int4_g32"
     assert kinds["model.embed_tokens.weight"].startswith("TT 1,12,12,1 int8")
+    assert kinds["lm_head.weight"].startswith("rank 24 TT 1,6,6,1 int8")
     assert kinds["model.layers.1.self_attn.q_proj.weight"] == "int4_g32"
 
 
@@ -266,13 +311,104 @@ def test_pruned_blocks_are_zero_and_the_others_are_not(mixed: tuple[Path, Folder
 def test_a_written_folder_is_evaluated(demo_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("def add(a, b):\n    return a + b\n" * 60)
-    losses = {}
-    for scheme in ("SVD:r=256:f16", "SVD:r=4"):
-        rules = [(r"layers\.0\.mlp", scheme)]
+    exact = [(r"layers\.0\.mlp", "SVD:r=256:f16")]
+    pruned = [(r"layers\.0\.mlp", "SVD:r=4"), ("attn", "INT4:heads=0.5")]
+    losses = []
+    for rules in (exact, pruned):
         write_folder(demo_model, tmp_path / "out", "BF16", tensor_types=rules, overwrite=True)
-        losses[scheme] = evaluate(demo_model, tmp_path / "out", text, 64, 2).mean_kld.value
-    assert losses["SVD:r=256:f16"] < 1e-4
-    assert losses["SVD:r=4"] > 1e-2
+        losses.append(evaluate(demo_model, tmp_path / "out", text, 64, 2).mean_kld.value)
+    assert losses[0] < 1e-4
+    assert 1e-2 < losses[1] < 50
+
+
+@pytest.fixture(scope="module")
+def statistics(tiny_qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("statistics")
+    words = np.random.default_rng(0).choice(
+        ["def ", "add", "(a, b)", ":\n", "    ", "return ", "x = ", "1"], 900
+    )
+    (folder / "text.txt").write_text("".join(words))
+    calibrate(tiny_qwen3, folder / "text.txt", folder / "stats", ctx_tokens=32, chunks=8, saliency=False)
+    return folder / "stats"
+
+
+def test_statistics_decide_what_is_stored(tiny_qwen3: Path, statistics: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    rules = [
+        (r"layers\.0\.mlp\.up_proj", "SVD:r=12:f32"),
+        ("embed_tokens", "TT:r=8:scales"),
+        ("lm_head", "TT+SVD:r=9999:core=16:f32"),
+    ]
+    record = write_folder(tiny_qwen3, tmp_path / "out", "BF16", tensor_types=rules, statistics=statistics)
+    plan = plan_folder(tiny_qwen3, "BF16", tensor_types=rules, statistics=statistics)
+    assert plan.file_bytes == record.file_bytes
+    assert {one.rounder for one in record.tensors} == {"", "weighted"}
+    with open_checkpoint(tiny_qwen3) as original, open_checkpoint(tmp_path / "out") as checkpoint:
+        specs = {spec.name: spec for spec, _ in claim(original)}
+        known = open_statistics(statistics, specs.values())
+        for tensor, rank in ((name, 12), ("lm_head.weight", 16)):
+            weight = np.asarray(original[tensor].read(), np.float64)
+            inputs = known.hugging_face(specs[tensor])
+            assert inputs is not None
+            assert inputs.moment is not None
+            moment = inputs.moment.astype(np.float64)
+            unit = np.diagonal(moment).mean()
+            root = linalg.cholesky(moment / unit + 0.01 * np.eye(len(moment)), lower=True)
+            _, sigma, _ = linalg.svd(weight @ root)  # Eckart, Young, Mirsky in that metric, by itself
+            left = (weight - checkpoint[tensor].read()) @ root
+            assert np.square(left).sum() == pytest.approx(np.square(sigma[rank:]).sum(), rel=1e-4)
+        rows = checkpoint["model.embed_tokens.weight"]
+        assert rows.dtype.endswith("scaled")
+        assert np.array_equal(rows.read(5, 9), rows.read()[5:9])
+
+
+def test_a_killed_run_goes_on(tiny_qwen3: Path, tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    rules = [("mlp", "SVD:r=6")]
+
+    def kill(stage: str, done: int, total: int) -> None:
+        del total
+        if stage == "round" and done == 4:
+            raise KeyboardInterrupt
+
+    write_folder(tiny_qwen3, undisturbed, "BF16", tensor_types=rules)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(tiny_qwen3, killed, "BF16", tensor_types=rules, progress=kill)
+    assert not killed.exists()
+    assert write_folder(tiny_qwen3, killed, "BF16", tensor_types=rules).resumed == 3
+    for file in undisturbed.iterdir():
+        assert (killed / file.name).read_bytes() == file.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "undisturbed"]
+
+
+def test_key_and_value_heads_that_nobody_reads_go_too(tiny_qwen3: Path) -> None:
+    plan = plan_folder(tiny_qwen3, "INT4:heads=0.25")
+    schemes = {row.name.split("model.layers.0.")[-1]: row.scheme for row in plan.rows}
+    q, k, v, o = (schemes[f"self_attn.{side}_proj.weight"] for side in "qkvo")
+    [head] = kept_blocks(q)
+    assert kept_blocks(o) == [head]
+    assert kept_blocks(k) == kept_blocks(v) == [head // 2]
+    assert schemes["mlp.up_proj.weight"] == "INT4"
+    with pytest.raises(BitsmithError, match="leaves to measurement"):
+        form_of(parse_scheme("INT4:heads=0.25"), (64, 64), 0)
+
+
+def test_factors_do_not_depend_on_threads_of_blas() -> None:
+    rng = np.random.default_rng(0)
+    matrix, inputs = (rng.standard_normal(shape).astype(np.float32) for shape in ((768, 256), (999, 256)))
+    metric = ErrorMetric(inputs.T @ inputs)
+    code = FactorCode(grid_named("int8_g32"))
+    found = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
+            one = factorize(matrix, 24, code, metric, 2)
+            cores = rounded_trains(ArrayRows(matrix), exact_trains((768, 256), 32, 20), ErrorMetric())
+            found.append([one.decoded, *(part.decoded for train in cores.values() for part in train.cores)])
+            assert {info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"} == {
+                threads
+            }
+    for alone, together in zip(*found, strict=True):
+        assert np.array_equal(alone, together)
 
 
 def test_ranks_by_error_and_heads_by_output(demo_model: Path) -> None:
@@ -288,7 +424,7 @@ def test_ranks_by_error_and_heads_by_output(demo_model: Path) -> None:
     tails = [float(np.sqrt(np.square(sigma[r:]).sum() / np.square(sigma).sum())) for r in (rank - 1, rank)]
     assert tails[1] <= 0.3 < tails[0]
     assert schemes["model.layers.0.mlp.up_proj.weight"] == "INT4"
-    kept = {name: kept_blocks(scheme) for name, scheme in schemes.items() if "=" in scheme}
+    kept = {name: kept_blocks(scheme) for name, scheme in schemes.items() if scheme.startswith("INT4:")}
     attention, delta = "model.layers.3.self_attn.", "model.layers.0.linear_attn."
     heads = kept[f"{attention}o_proj.weight"]
     assert heads == kept[f"{attention}q_proj.weight"]
@@ -307,7 +443,7 @@ def test_ranks_by_error_and_heads_by_output(demo_model: Path) -> None:
 @pytest.mark.parametrize(
     ("scheme", "said"),
     [
-        ("SVD", "needs one of r= and bpw="),
+        ("SVD", "needs one of r=, bpw= and error="),
         ("SVD:r=4:bpw=2", "needs one of"),
         ("SVD:r=0", "no value that r= could have"),
         ("SVD:r=x", "no value"),
@@ -317,6 +453,19 @@ def test_ranks_by_error_and_heads_by_output(demo_model: Path) -> None:
         ("SVD:r=4:kernel=8", "kernel= needs codes"),
         ("SVD+INT4:r=4:f16", "beside codes factors are"),
         ("TT:r=4:rows=16x0", "keeps all rows"),
+        ("TT:r=4:heads=0.5", "keeps all rows"),
+        ("TT:r=4:scales", "needs statistics of"),
+        ("TT+SVD:r=4:core=8:scales", "scales are for TT"),
+        ("TT+SVD:r=4", "core= is for TT\\+SVD"),
+        ("SVD:r=4:core=8", "core= is for TT\\+SVD"),
+        ("SVD:r=4:r=5", "says twice what rank is"),
+        ("SVD:error=1", "no value that error="),
+        ("INT4:heads=0", "no value that heads="),
+        ("INT4:heads=0.5:rows=16x0", "heads= says which"),
+        ("SVD+INT4:r=4:error=0.5", "needs one of"),
+        ("SVD+INT4:error=0.5", "error= is for SVD"),
+        ("SVD+INT4:r=4:kernel=qk", "only DeltaNet's in_proj_qkv"),
+        ("SVD:r=4:[red]", "unknown option"),
         ("INT4:rows=16x3.1", "rows keeps blocks"),
         ("INT4:cols=48x0", "columns keeps blocks"),
         ("INT4:rows=16x", "no value"),
@@ -385,6 +534,17 @@ def module(**fields: Any) -> Callable[[Path], None]:
             settings(lambda said: said["modules"]["model.embed_tokens"].update(modes=[[1, 1, 1]] * 2)),
             "has modes for 1x1",
         ),
+        (settings(lambda said: said["modules"]["model.embed_tokens"].update(scales=1)), "scales is 1"),
+        (settings(lambda said: said["modules"]["model.embed_tokens"].update(scales=True)), "is missing"),
+        (settings(lambda said: said["modules"]["lm_head"].pop("weight_left")), "weight_left"),
+        (
+            settings(lambda said: said["modules"]["lm_head"].update(weight_right=3)),
+            "weight_right is no train",
+        ),
+        (
+            settings(lambda said: said["modules"]["lm_head"]["weight_left"].update(shape=[9, 9])),
+            "multiplies",
+        ),
     ],
 )
 def test_damaged_settings_are_refused(
@@ -417,3 +577,25 @@ def test_parts_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         write_safetensors(folder, [*parts, TensorData("b", "I8", (1,), [bytes(1)])], config)
         with pytest.raises(DamagedFileError, match=wrong):
             open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("rule", "parts"),
+    [
+        ("ffn_down=Q6_K", ("ffn_down", "Q6_K")),
+        (
+            r"layers\.0\.(?:gate|up)_proj=SVD:bpw=4.5:int8",
+            (r"layers\.0\.(?:gate|up)_proj", "SVD:bpw=4.5:int8"),
+        ),
+        ("qkv=SVD+INT4:r=8:kernel=qk:rows=64x0.2", ("qkv", "SVD+INT4:r=8:kernel=qk:rows=64x0.2")),
+        ("(?<=mlp.)up=TT+SVD:core=9:r=3", ("(?<=mlp.)up", "TT+SVD:core=9:r=3")),
+        ("a=b=INT8", ("a=b", "INT8")),
+        ("a=SVD:[r]=4", ("a=SVD:[r]", "4")),  # an unknown type, refused later
+        ("SVD:r=4", ("SVD:r", "4")),
+        ("=INT8", None),
+        ("up=", None),
+        ("up", None),
+    ],
+)
+def test_rules_are_told_from_options(rule: str, parts: tuple[str, str] | None) -> None:
+    assert split_rule(rule) == parts

@@ -31,7 +31,7 @@ from bitsmith.passes.grid_feedback import feedback
 
 Float64 = NDArray[np.float64]
 
-ROUNDS = 4
+ROUNDS, REMAINDER_ROUNDS = 4, 8
 """Turns at most; most matrices stop earlier."""
 
 _TOGETHER = 32  # columns that error feedback takes at a time
@@ -201,7 +201,7 @@ def with_remainder(
     code: FactorCode,
     grid: GridFormat,
     metric: ErrorMetric,
-    rounds: int = ROUNDS,
+    rounds: int = REMAINDER_ROUNDS,
 ) -> Factored:
     """Return rank `rank` and the remainder on `grid`: never worse in the metric than the grid alone.
 
@@ -229,7 +229,7 @@ def _in_turns(
     best: Factored | None = None
     rest = start
     for _ in range(max(1, rounds)):
-        left, right = _factors(matrix - rest, rank, code, metric)
+        left, right = _factors(matrix - rest, rank, code, metric, 1)  # more would not lower the end's error
         remainder = metric.rounded(matrix - left.decoded @ right.decoded, grid)
         found = _measured(matrix, left, right, remainder, metric)
         if best is not None and not found.error < best.error:

@@ -44,6 +44,9 @@ from bitsmith.store.factored import (
 )
 from bitsmith.store.statistics import SiteStatistics, dense_moment
 
+_OFTEN = 0.25
+"""Power of how often a token occurs that its row weighs: 1 leaves rare ones so wrong that the sum is worse."""
+
 
 class FactoredPacker:
     """Low rank, remainders, pruned blocks and Tensor-Trains, with F16 scales; embeddings too, where asked."""
@@ -157,8 +160,9 @@ class _Encoding:
         """Return what rows and columns are divided by: by how often tokens occur, and by E[x²]."""
         guide, inputs = self._matrix.guide, self._inputs
         counts = None if guide is None else guide.token_counts(self._row.name)
+        often = None if counts is None else (counts + 0.5) ** _OFTEN
         importance = None if inputs is None else inputs.importance
-        return divisors(counts, shape[0]), divisors(importance, shape[1])
+        return divisors(often, shape[0]), divisors(importance, shape[1])
 
     @property
     def _inputs(self) -> SiteStatistics | None:
