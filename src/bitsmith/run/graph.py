@@ -87,7 +87,7 @@ def run_graph(
     folder.mkdir(parents=True, exist_ok=True)
     with _ended_by_signals(), locked_folder(folder, LOCK), store.writing():
         digests = SourceDigests(store.root / SOURCES)
-        keys = _keys_of(ordered, digests)
+        keys = _keys_of(ordered, digests, progress)
         run = _Run(ordered, keys, digests, store, engine, audit, progress, actions, folder, backoff_seconds)
         try:
             run.go()
@@ -101,13 +101,15 @@ def run_graph(
 def keys_of(tasks: Sequence[Task], store: ArtifactStore) -> dict[str, str]:
     """Return every task's key by name; digests of sources are kept beside the artifacts."""
     store.root.mkdir(parents=True, exist_ok=True)
-    return _keys_of(in_order(tasks), SourceDigests(store.root / SOURCES))
+    return _keys_of(in_order(tasks), SourceDigests(store.root / SOURCES), silent)
 
 
-def _keys_of(ordered: Sequence[Task], digests: SourceDigests) -> dict[str, str]:
+def _keys_of(ordered: Sequence[Task], digests: SourceDigests, progress: Progress) -> dict[str, str]:
     keys: dict[str, str] = {}
     try:
-        for task in ordered:
+        for done, task in enumerate(ordered):
+            if task.sources:
+                progress("sources", done, len(ordered))
             keys[task.name] = _key(task, keys, digests)
     finally:
         digests.save()
