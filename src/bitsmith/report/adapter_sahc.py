@@ -21,8 +21,8 @@ from bitsmith.report.adapter_parts import (
     text_options,
 )
 from bitsmith.report.study_json import Study
-from bitsmith.run.gate import FORWARD_COSINE
 from bitsmith.run.spectrum_lines import spectrum_lines
+from bitsmith.run.study_lines import row_cosines
 
 _SUFFIX = ".sahc"
 
@@ -43,7 +43,7 @@ def from_sahc(found: Json, path: Path | None = None) -> Study:
             "verdict": "PASS" if sahc["ratio"] is not None else "FAIL",
             "unmeasured": "" if sahc["ratio"] is not None else "ratio: a gate did not pass",
             "tensors": [_tensor(row) for row in found["rows"]],
-            "layers": list(_cosines(found["rows"])),
+            "layers": list(row_cosines(found["rows"])),
         },
         _written("int4", int4, found["model"], ""),
     ]
@@ -115,22 +115,6 @@ def _tensor(row: Json) -> dict[str, Any]:
     }
 
 
-def _cosines(rows: list[Json]) -> Iterator[dict[str, Any]]:
-    """Yield the cosine of what a layer adds with one row replaced, of the method that was kept."""
-    for row in rows:
-        last = row["attempts"][-1] if row["attempts"] else {"gates": ()}
-        for gate in last["gates"]:
-            if gate["name"] == FORWARD_COSINE.name and gate["value"] is not None and row["layer"] is not None:
-                yield {
-                    "layer": row["layer"],
-                    "role": row["role"],
-                    "what": "cosine of the layer's output, this tensor alone replaced",
-                    "figure": {
-                        "value": gate["value"], "unit": "", "low": gate["low"], "high": gate["high"],
-                    },
-                }  # fmt: skip
-
-
 def _gates(found: Json) -> Iterator[dict[str, Any]]:
     for row in found["rows"]:
         for attempt in row["attempts"]:
@@ -144,14 +128,16 @@ def _gates(found: Json) -> Iterator[dict[str, Any]]:
 
 
 def _gate(gate: Json, what: str, artifact: str, tensor: str, decision: str) -> dict[str, Any]:
+    told = ("outcome", "value", "limit", "unit", "low", "high", "evidence", "direction")
     return {
         "when": "",
         "who": "sahc gate",
-        "what": f"{what}: {gate['name']}",
+        "what": what,
         "artifact": artifact,
         "tensor": tensor,
+        "gate": gate["name"],
         "decision": decision,
-        **{name: gate[name] for name in ("outcome", "value", "limit", "unit", "low", "high", "evidence")},
+        **{name: gate[name] for name in told},
     }
 
 

@@ -23,6 +23,7 @@ from bitsmith.report.adapter_parts import (
 )
 from bitsmith.report.study_json import Study
 from bitsmith.run.seed_claims import chosen_claims
+from bitsmith.run.study_lines import claim_lines
 
 
 def from_formats(study: Json) -> Study:
@@ -73,22 +74,12 @@ def from_spi(study: Json) -> Study:
 
 def from_claims(study: Json) -> Study:
     """Return a study of what `ClaimsStudy.to_json()` gave: the claims, what they rest on, the command."""
-    claims = [
-        {
-            "claim": f"{one['name']}: {one['words']}",
-            "source": one["seed"],
-            "outcome": one["outcome"],
-            "found": "; ".join(part for part in (one["found"], one["protocol"]) if part),
-            "measure": one["measure"],
-        }
-        for one in study["claims"]
-    ]
     text = study["text"]
     return study_of(
         study,
         f"Claims on {name_of(study['model'])}",
         summary=["One model says nothing of others: NOT HELD here is not held here."],
-        claims=claims,
+        claims=list(claim_lines(study["claims"], "")),
         digests=[] if text is None else [{"what": f"text {text}", "sha256": study["text_sha256"]}],
         commands=[_claims_command(study)],
         notes=[f"{one['name']}: tested by: {one['test']}; {one['rule']}" for one in study["claims"]]

@@ -26,6 +26,13 @@ def code(text: str) -> str:
     return f"    {printable(text, _CHARACTERS)}"
 
 
+def lines_of(text: str, characters: int = 4000) -> str:
+    """Return text with its line breaks and tabs, other control characters escaped, each line cut."""
+    return "\n".join(
+        "\t".join(printable(part, characters) for part in line.split("\t")) for line in text.split("\n")
+    )
+
+
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table with escaped cells."""
     lines = [columns, ["---"] * len(columns), *([plain(cell) for cell in row] for row in rows)]

@@ -6,7 +6,7 @@ What a source does not say stays empty; nothing is made up, no machine's environ
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from bitsmith.report.adapter_sahc import from_assay, from_sahc
 from bitsmith.report.adapter_studies import from_claims, from_formats, from_spi
 from bitsmith.report.study_json import Artifact, Spectrum, Study, read_study
 from bitsmith.run.audit import read_audit
+from bitsmith.run.study_lines import gate_line
+from bitsmith.run.study_peers import read_peers
 
 __all__ = ["from_audit", "from_claims", "from_formats", "from_record", "from_sahc", "from_spi", "load_study"]
 
@@ -28,7 +30,7 @@ _NAMES = (
 )  # fmt: skip
 _STATE, _AUDIT, _BESIDE, _EVIDENCE = "state.json", "audit.jsonl", ".sahc", "evidence"
 _KINDS: dict[str, Callable[[Json, Path], Study]] = {
-    "study": read_study,
+    "study": lambda value, path: _found_again(read_study(value, path), path.parent),
     "formats study": lambda value, _: from_formats(value),
     "spi study": lambda value, _: from_spi(value),
     "claims study": lambda value, _: from_claims(value),
@@ -67,26 +69,15 @@ def load_study(paths: Sequence[Path], audit: Path | None = None, peers: Path | N
     more: dict[str, Any] = {}
     if logs:
         kept = [] if audit is not None else [line for line in dicts(study.gates) if line["when"]]
-        more["gates"] = [*kept, *(line for log in logs for line in from_audit(log))]
+        more["gates"] = [*kept, *_placed([line for log in logs for line in from_audit(log)], study)]
     if peers is not None:
-        more["peers"] = _json(peers, list)
+        more["peers"] = read_peers(peers)
     return read_study(study.to_json() | more, peers or audit or paths[0]) if more else study
 
 
 def from_audit(path: Path) -> list[dict[str, Any]]:
     """Return the gate lines of an audit log, as a study holds them. Raises as `read_audit` does."""
     return [gate_line(asdict(line)) for line in read_audit(path)]
-
-
-def gate_line(line: Json) -> dict[str, Any]:
-    """Return one audit line (`run.audit`) as a `GateLine`: a gate's verdict is spread over its fields."""
-    evidence = line["evidence"]
-    if not isinstance(evidence, Mapping) or "outcome" not in evidence:
-        return dict(line)
-    more = {key: evidence.get(key) for key in ("outcome", "low", "high")}
-    unit = str(evidence.get("unit") or "")
-    found = evidence.get("found") or f"limit: {evidence.get('direction', '')}"
-    return {**line, **more, "unit": unit, "evidence": found, "artifact": str(evidence.get("subject") or "")}
 
 
 def _files(given: Path) -> list[Path]:
@@ -106,7 +97,7 @@ def _files(given: Path) -> list[Path]:
 
 
 def _source(path: Path) -> _Source:
-    value = _json(path, dict)
+    value = _json(path)
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in (*_KINDS, "evaluation"):
         if "matrices" in value and "verdict" in value:
@@ -213,15 +204,36 @@ def _audits_beside(sources: Sequence[_Source]) -> list[Path]:
     return [log for log in logs if log.is_file()]
 
 
-def _json(path: Path, expected: type) -> Any:
+def _placed(lines: Sequence[dict[str, Any]], study: Study) -> Iterator[dict[str, Any]]:
+    """Yield gate lines with the artifact that a line of a tensor is of, where only one has tensors."""
+    listed = [row.name for row in study.artifacts if row.tensors]
+    for line in lines:
+        yield {"artifact": listed[0], **line} if line.get("tensor") and len(listed) == 1 else line
+
+
+def _found_again(study: Study, folder: Path) -> Study:
+    """Return a study with the paths of artifacts that lie in its folder as they are from here."""
+    rows = [row.model_copy(update={"path": _from_here(row.path, folder)}) for row in study.artifacts]
+    return study.model_copy(update={"artifacts": tuple(rows)})
+
+
+def _from_here(path: str, folder: Path) -> str:
+    parts = Path(path).parts
+    if not path or Path(path).is_absolute() or Path(path).exists():
+        return path
+    ends = (folder.joinpath(*parts[at:]) for at in range(len(parts)))
+    return str(next((one for one in ends if one.exists()), path))
+
+
+def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes(), parse_constant=_no_number)
     except OSError as error:
         raise BitsmithError(f"cannot be read: {error.strerror or error}", path=path) from error
     except (ValueError, RecursionError) as error:
         raise BitsmithError(f"is not JSON: {printable(str(error))}", path=path) from error
-    if not isinstance(value, expected):
-        raise BitsmithError("is JSON of another kind than a report is made of", path=path)
+    if not isinstance(value, dict):
+        raise BitsmithError(f"is nothing to report; {_EXPECTED}", path=path)
     return value
 
 

@@ -121,7 +121,8 @@ class Peer(_Part):
 class GateLine(_Part):
     """One line of the audit log: who judged what, the value against its limit, and what was decided.
 
-    `artifact` and `tensor` say where, empty for the whole; `evidence` is any JSON; `when` is ISO 8601, UTC.
+    `artifact` and `tensor` say where, empty for the whole; `gate` by which gate, `direction` on which side of
+    the limit it passes (`below`, `at most`, `at least`). `evidence` is any JSON, `when` ISO 8601, UTC.
     """
 
     when: str
@@ -137,6 +138,8 @@ class GateLine(_Part):
     decision: str = ""
     artifact: str = ""
     tensor: str = ""
+    gate: str = ""
+    direction: str = ""
 
 
 class Spectrum(_Part):
