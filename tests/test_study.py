@@ -267,6 +267,7 @@ def test_a_study_runs_once_and_says_what_it_did(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_whole_study_measures_samples_and_judges(tiny_qwen3: Path, tmp_path: Path) -> None:
     peer = {"name": "other", "source": "card", "same_protocol": False, "bpw": 4.5}
     (tmp_path / "peers.json").write_text(json.dumps([peer]))
