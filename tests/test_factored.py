@@ -36,7 +36,7 @@ from bitsmith.passes.factorize import (
 )
 from bitsmith.passes.trains import divisors, rounded_train, rounded_trains
 from bitsmith.run.calibrate import calibrate
-from bitsmith.run.evaluate import evaluate
+from bitsmith.run.evaluate import evaluate_all
 from bitsmith.run.factored_scheme import form_of, parse_scheme
 from bitsmith.run.folder import FolderRecord, plan_folder, write_folder
 from bitsmith.run.overrides import split_rule
@@ -145,14 +145,14 @@ def test_a_remainder_is_never_worse_than_its_codes_alone(
     outlier = noise.copy()
     outlier[:, 3] *= 50
     for metric in (ErrorMetric(), ErrorMetric(moment), ErrorMetric(moment, feed=False)):
-        for one in (matrix, noise, np.zeros_like(matrix)):
+        for one in (noise, np.zeros_like(matrix)):
             alone = metric.error(one - metric.rounded(one, grid).decoded)
             found = with_remainder(one, 4, code, grid, metric, rounds=2)
             assert found.error <= alone
             assert found.error == pytest.approx(metric.error(one - found.decoded), rel=1e-6, abs=1e-12)
     plain = ErrorMetric()
     alone = plain.error(outlier - plain.rounded(outlier, grid).decoded)
-    assert with_remainder(outlier, 4, code, grid, plain).error < 0.7 * alone
+    assert with_remainder(outlier, 4, code, grid, plain, rounds=2).error < 0.7 * alone
 
 
 def test_variances_alone_weigh_columns(weights: tuple[Float32, NDArray[np.float64]]) -> None:
@@ -242,7 +242,7 @@ def test_trains_with_scales_err_less_where_weights_are(
 
     found = rounded_train(ArrayRows(matrix), scaled, scales)
     assert cost(found.rows()) < 0.8 * cost(rounded_train(ArrayRows(matrix), plain).rows())
-    assert np.array_equal(found.rows(7, 20), found.rows()[7:20])
+    assert np.allclose(found.rows(7, 20), found.rows()[7:20], atol=1e-6)
     assert divisors(None, 3).tolist() == [1, 1, 1]
     assert divisors(np.zeros(3), 3).tolist() == [1, 1, 1]
 
@@ -313,10 +313,10 @@ def test_a_written_folder_is_evaluated(demo_model: Path, tmp_path: Path) -> None
     text.write_text("def add(a, b):\n    return a + b\n" * 60)
     exact = [(r"layers\.0\.mlp", "SVD:r=256:f16")]
     pruned = [(r"layers\.0\.mlp", "SVD:r=4"), ("attn", "INT4:heads=0.5")]
-    losses = []
-    for rules in (exact, pruned):
-        write_folder(demo_model, tmp_path / "out", "BF16", tensor_types=rules, overwrite=True)
-        losses.append(evaluate(demo_model, tmp_path / "out", text, 64, 2).mean_kld.value)
+    outs = [tmp_path / "exact", tmp_path / "pruned"]
+    for out, rules in zip(outs, (exact, pruned), strict=True):
+        write_folder(demo_model, out, "BF16", tensor_types=rules)
+    losses = [found.mean_kld.value for found in evaluate_all(demo_model, outs, text, 32, 2)]
     assert losses[0] < 1e-4
     assert 1e-2 < losses[1] < 50
 
@@ -359,23 +359,23 @@ def test_statistics_decide_what_is_stored(tiny_qwen3: Path, statistics: Path, tm
             assert np.square(left).sum() == pytest.approx(np.square(sigma[rank:]).sum(), rel=1e-4)
         rows = checkpoint["model.embed_tokens.weight"]
         assert rows.dtype.endswith("scaled")
-        assert np.array_equal(rows.read(5, 9), rows.read()[5:9])
+        assert np.allclose(rows.read(5, 9), rows.read()[5:9], atol=1e-6)
 
 
 def test_a_killed_run_goes_on(tiny_qwen3: Path, tmp_path: Path) -> None:
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    rules = [("mlp", "SVD:r=6")]
+    rules = [(r"layers\.0\.mlp", "SVD:r=6")]
 
     def kill(stage: str, done: int, total: int) -> None:
         del total
-        if stage == "round" and done == 4:
+        if stage == "round" and done == 3:
             raise KeyboardInterrupt
 
     write_folder(tiny_qwen3, undisturbed, "BF16", tensor_types=rules)
     with pytest.raises(KeyboardInterrupt):
         write_folder(tiny_qwen3, killed, "BF16", tensor_types=rules, progress=kill)
     assert not killed.exists()
-    assert write_folder(tiny_qwen3, killed, "BF16", tensor_types=rules).resumed == 3
+    assert write_folder(tiny_qwen3, killed, "BF16", tensor_types=rules).resumed == 2
     for file in undisturbed.iterdir():
         assert (killed / file.name).read_bytes() == file.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["killed", "undisturbed"]
