@@ -396,17 +396,15 @@ def test_key_and_value_heads_that_nobody_reads_go_too(tiny_qwen3: Path) -> None:
 def test_factors_do_not_depend_on_threads_of_blas() -> None:
     rng = np.random.default_rng(0)
     matrix, inputs = (rng.standard_normal(shape).astype(np.float32) for shape in ((768, 256), (999, 256)))
-    metric = ErrorMetric(inputs.T @ inputs)
-    code = FactorCode(grid_named("int8_g32"))
-    found = []
+    metric, found = ErrorMetric(inputs.T @ inputs), []
     for threads in (1, 2):
         with threadpool_limits(threads, user_api="blas"):
-            one = factorize(matrix, 24, code, metric, 2)
-            cores = rounded_trains(ArrayRows(matrix), exact_trains((768, 256), 32, 20), ErrorMetric())
-            found.append([one.decoded, *(part.decoded for train in cores.values() for part in train.cores)])
-            assert {info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"} == {
-                threads
-            }
+            cores = fitted_cores(ArrayRows(matrix), (1, 60, 60, 1))
+            found.append(
+                [*cores, *low_rank(matrix, 200, metric), factorize(matrix, 200, FLOATS, metric).decoded]
+            )
+            blas = [info["num_threads"] for info in threadpool_info() if info["user_api"] == "blas"]
+            assert set(blas) == {threads}
     for alone, together in zip(*found, strict=True):
         assert np.array_equal(alone, together)
 
