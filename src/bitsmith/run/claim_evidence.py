@@ -418,7 +418,7 @@ def _facts(setting: Setting, checkpoint: Checkpoint) -> list[Any]:
 def _specs(checkpoint: Checkpoint) -> list[TensorSpec]:
     """Return what the tensors are, nothing where that is not known."""
     try:
-        return [spec for spec, _ in claim(checkpoint)]
+        return [spec for spec, _ in claim(checkpoint if checkpoint.config else import_view(checkpoint))]
     except BitsmithError:
         return []
 
