@@ -28,14 +28,14 @@ _SUFFIX = ".sahc"
 
 
 def from_sahc(found: Json, path: Path | None = None) -> Study:
-    """Return a study of what `SahcResult.to_json()` gave; `path` is where it lay, which names the model.
+    """Return a study of what `SahcResult.to_json()` gave, or a record of it; `path` is where it lay.
 
     Rows are the recipe's artifact and int4 alone. The gates are those of the rows' attempts, without times;
     an audit log tells more.
     """
     original, sahc, int4 = found["original"], found["sahc"], found["int4"]
     reference = {"ppl_cand": sahc["measures"]["ppl_ref"]} if "ppl_ref" in sahc["measures"] else {}
-    made = _made(path)
+    made = Path(found["out"]) if "out" in found else _made(path)
     rows = [
         original_row(original, reference, found["model"]),
         {

@@ -22,6 +22,7 @@ from bitsmith.report.adapter_parts import (
     text_options,
 )
 from bitsmith.report.study_json import Study
+from bitsmith.run import study_claims as _registered  # noqa: F401 (importing it registers the claims)
 from bitsmith.run.seed_claims import chosen_claims
 from bitsmith.run.study_lines import claim_lines
 

@@ -200,7 +200,8 @@ def _refuse_mixed(studies: Sequence[Study], path: Path) -> None:
 
 def _audits_beside(sources: Sequence[_Source]) -> list[Path]:
     """Return the audit logs beside sources that keep one."""
-    logs = [one.path.with_name(_AUDIT) for one in sources if one.kind == "sahc"]
+    sahc = [one for one in sources if one.kind == "sahc"]
+    logs = [Path(str(one.value.get("audit", one.path.with_name(_AUDIT)))) for one in sahc]
     return [log for log in logs if log.is_file()]
 
 
