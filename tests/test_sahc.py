@@ -306,6 +306,7 @@ def _check_errors(result: SahcResult, model: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_statistics_guide_the_plan_and_row_int4_alike(
     whole: tuple[Path, SahcResult], small: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -354,7 +355,7 @@ def test_a_command_killed_at_random_moments_repeats_nothing_that_had_finished(
     while True:
         running = _command(small, text, out)
         with suppress(subprocess.TimeoutExpired):
-            running.wait(moments.uniform(0.3, 0.9) * seconds)
+            running.wait(moments.uniform(0.4, 0.9) * seconds)
         finished = running.poll()
         running.kill()
         running.communicate()
@@ -362,6 +363,8 @@ def test_a_command_killed_at_random_moments_repeats_nothing_that_had_finished(
             assert finished == 0
             break
         kills += 1
+        if not journal.exists() and (journal.parent / "sahc.json").exists():
+            break  # it had finished, and died on its way out
         assert _kept(journal).startswith(kept)
         kept = _kept(journal)
     assert kills >= 2
