@@ -24,7 +24,8 @@ def compress(
             help="A stock mix by llama.cpp's name, e.g. IQ4_XS (default Q4_K_M); a .cellm's f16, i8, i4, i2 "
             "or q1; of a folder that transformers and vLLM load: W4A16, W4A16_ASYM, W8A16, NF4 or FP4. "
             "Factors, which bitsmith alone reads: SVD, SVD+INT4, INT4, TT or TT+SVD with options, as "
-            "SVD+INT4:bpw=4.5, SVD:error=0.1:int8, INT4:heads=0.5, TT:r=64 (by --stats with :scales), TT+SVD:core=512:r=32.",
+            "SVD+INT4:bpw=4.5, SVD:error=0.1:int8, INT4:heads=0.5, TT:r=64 (by --stats with "
+            ":scales), TT+SVD:core=512:r=32.",
         ),
     ] = None,
     recipe: Annotated[
