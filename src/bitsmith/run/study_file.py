@@ -42,7 +42,6 @@ from bitsmith.run.actions import ACTIONS
 from bitsmith.run.budget import parse_memory
 from bitsmith.run.gate import Gate
 from bitsmith.run.overrides import split_rule
-from bitsmith.run.overrides import split_rule
 from bitsmith.run.strict_yaml import Document, read_yaml
 from bitsmith.run.task import Limits
 
