@@ -198,21 +198,36 @@ study_claims(Path(sys.argv[1]), Path(sys.argv[2]), progress=kill)
 """
 
 
-def test_a_killed_study_goes_on(random: Path, study: ClaimsStudy, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    command = [sys.executable, "-c", _KILLED, str(random), str(out), "factors"]
+def _unknown(out: Path) -> Path:
+    """Write three random matrices of a model that nobody knows."""
+    rng = np.random.default_rng(2)
+    names = ("mlp.gate_proj", "mlp.up_proj", "self_attn.q_proj")
+    data = []
+    for name in names:
+        row = rng.standard_normal((1, 96 * 64), np.float32)
+        stored = iter([format_named("F32").encode(row)])
+        data.append(TensorData(f"decoder.layers.0.{name}.weight", "F32", (96, 64), stored))
+    write_safetensors(out, data, {"model_type": "nobody-knows"}, files={})
+    return out
+
+
+def test_a_killed_study_goes_on(tmp_path: Path) -> None:
+    model, out = _unknown(tmp_path / "model"), tmp_path / "out"
+    command = [sys.executable, "-c", _KILLED, str(model), str(out), "factors"]
     assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
     assert (out / JOURNAL_NAME).exists() and not (out / RESULT_NAME).exists()
 
     def seen(stage: str, done: int, total: int) -> None:
         assert stage != "assay"  # it is in the journal
 
-    again = study_claims(random, out, progress=seen)
+    again = study_claims(model, out, progress=seen)
     assert again.resumed == 1 and not (out / JOURNAL_NAME).exists()
-    facts = [[replace(one, seconds=0.0) for one in each.claims] for each in (study, again)]
+    whole = study_claims(model, tmp_path / "whole")
+    assert whole.claims[0].measure is not None
+    facts = [[replace(one, seconds=0.0) for one in each.claims] for each in (whole, again)]
     assert facts[0] == facts[1]
     with pytest.raises(OutputError, match="overwrite"):
-        study_claims(random, out)
+        study_claims(model, out)
 
 
 def test_states_are_split_and_judged_in_one_forward(readable: Path, text: Path, tmp_path: Path) -> None:
@@ -250,19 +265,8 @@ def test_texts_that_cannot_be_cut_are_refused_first(readable: Path, text: Path, 
 
 
 def test_an_unknown_model_has_its_matrices_tested(text: Path, tmp_path: Path) -> None:
-    rng = np.random.default_rng(2)
-    names = (
-        "layers.0.mlp.gate_proj.weight",
-        "layers.0.mlp.up_proj.weight",
-        "layers.0.self_attn.q_proj.weight",
-    )
-    data = []
-    for name in names:
-        row = rng.standard_normal((1, 96 * 64), np.float32)
-        data.append(TensorData(f"decoder.{name}", "F32", (96, 64), iter([format_named("F32").encode(row)])))
-    write_safetensors(tmp_path / "model", data, {"model_type": "nobody-knows"}, files={})
     only = ["flat-spectra", "svd-worse-than-zeros", "tt-gate", "sbgq-adds-nothing", "trunk-variance"]
-    study = study_claims(tmp_path / "model", tmp_path / "out", text=text, only=only)
+    study = study_claims(_unknown(tmp_path / "model"), tmp_path / "out", text=text, only=only)
     found = {one.name: one for one in study.claims}
     assert found["flat-spectra"].outcome == "HELD" and found["svd-worse-than-zeros"].outcome == "NOT HELD"
     assert "no embedding or head" in found["tt-gate"].found
