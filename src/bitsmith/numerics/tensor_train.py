@@ -56,12 +56,7 @@ class ArrayRows:
     """An array in memory as a row source."""
 
     def __init__(self, rows: NDArray[Any]) -> None:
-        self.rows = rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.rows.shape
+        self.rows, self.shape = rows, rows.shape
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows `[start, stop)`."""
@@ -73,11 +68,7 @@ class ProjectedRows:
 
     def __init__(self, source: RowSource, matrix: Float64) -> None:
         self.source, self.matrix = source, matrix
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, r)."""
-        return self.source.shape[0], self.matrix.shape[1]
+        self.shape: tuple[int, ...] = (source.shape[0], matrix.shape[1])
 
     def read(self, start: int = 0, stop: int | None = None) -> Float64:
         """Return rows `[start, stop)`."""
@@ -251,11 +242,11 @@ def sweep(
     modes = balanced_modes(rows, columns) if modes is None else modes
     slabs = _Slabs(source, modes)
     fitted = [replace(train, coded=coded) for train in _fit(slabs, asked)]
-    scores = [_Score() for _ in fitted]
+    widest, scores = max(fitted, key=lambda train: train.ranks[1]), [_Score() for _ in fitted]
     for slab in slabs:
         target = slab.rows_of(slab.tensor)
         # one projection serves all: the smaller ranks are its leading rows
-        inside = np.tensordot(_widest(fitted).left.T, slab.tensor.reshape(slab.first, -1), axes=1)
+        inside = np.tensordot(widest.left.T, slab.tensor.reshape(slab.first, -1), axes=1)
         for train, score in zip(fitted, scores, strict=True):
             score.add(target, slab.rows_of(train.approximate(inside, slab.middle)))
     return tuple(
@@ -462,10 +453,6 @@ def _leading(gram: Float64, count: int) -> Float64:
         raise BitsmithError("values are not finite, or too large to square; a Tensor-Train needs finite ones")
     _, vectors = linalg.eigh(gram, subset_by_index=(gram.shape[0] - count, gram.shape[0] - 1))
     return np.ascontiguousarray(vectors[:, ::-1], dtype=np.float64)
-
-
-def _widest(fitted: Sequence[_Fitted]) -> _Fitted:
-    return max(fitted, key=lambda train: train.ranks[1])
 
 
 class _Score:
