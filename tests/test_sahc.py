@@ -278,7 +278,9 @@ def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]
 def _command(model: Path, text: Path, out: Path) -> subprocess.Popen[bytes]:
     options = ["--recipe", "sahc", "--text", text, "-o", out, "--ctx", 32, "--chunks", 4]
     arguments = [sys.executable, "-m", "bitsmith.cli.main", "compress", model, *options]
-    return subprocess.Popen([str(one) for one in arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [str(one) for one in arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
 
 def _kept(journal: Path) -> bytes:
@@ -331,7 +333,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     while killed.poll() is None and _kept(journal).count(b"\n") < 3:  # the key, int4 alone, a part
         time.sleep(0.01)
     killed.kill()
-    killed.communicate()
+    killed.wait()
     assert killed.returncode == -signal.SIGKILL
     assert not out.exists()
     record = compress(_job(small, text, out))
@@ -358,7 +360,7 @@ def test_a_command_killed_at_random_moments_repeats_nothing_that_had_finished(
             running.wait(moments.uniform(0.4, 0.9) * seconds)
         finished = running.poll()
         running.kill()
-        running.communicate()
+        running.wait()
         if finished is not None:
             assert finished == 0
             break
