@@ -128,20 +128,17 @@ def study_claims(
 ) -> None:
     """Check the published claims on MODEL: HELD, NOT HELD or NOT TESTED, each with figure and interval."""
     from bitsmith.lab.claims import claims_study_of
-    from bitsmith.lab.formats import TEXT_NAME
     from bitsmith.report.claims_table import print_claims, print_cost, write_claims_page
-    from bitsmith.run.study_claims import claims_cost
 
-    names = None if only is None else only.split(",")
-    print_cost(claims_cost(model, only=names, text=text or out / TEXT_NAME, ctx_tokens=ctx, chunks=chunks))
     with progress_bars() as progress:
         found = claims_study_of(
             model,
             out,
+            print_cost,
             text=text,
             statistics=stats,
             calibration=calibration,
-            only=names,
+            only=None if only is None else only.split(","),
             ctx_tokens=ctx,
             chunks=chunks,
             seed=seed,

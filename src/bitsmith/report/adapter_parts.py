@@ -54,13 +54,14 @@ def original_row(artifact: Json, measures: Json, model: str) -> dict[str, Any]:
         "is_original": True,
         "measures": measures,
         "protocol": PROTOCOL,
-        **size(artifact["file_bytes"], artifact["weights"]),
+        **size(artifact["file_bytes"], artifact["weights"], artifact["bpw"]),
     }
 
 
-def size(file_bytes: int | None, weights: int | None) -> dict[str, Any]:
-    """Return a row's bytes, weights and `bpw` = 8 bytes / weights."""
-    bpw = 8 * file_bytes / weights if file_bytes and weights else None
+def size(file_bytes: int | None, weights: int | None, bpw: float | None = None) -> dict[str, Any]:
+    """Return a row's bytes, weights and `bpw`, of whole files where the source tells no other."""
+    if bpw is None and file_bytes and weights:
+        bpw = 8 * file_bytes / weights
     return {"file_bytes": file_bytes, "weights": weights, "bpw": bpw}
 
 

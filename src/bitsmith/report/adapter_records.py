@@ -92,7 +92,7 @@ def _record_row(record: Json, evaluation: Json | None) -> dict[str, Any]:
         "recipe": made,
         "path": out,
         "model": "" if evaluation is None else str(evaluation["reference"]["path"]),
-        **size(nbytes, weights),
+        **size(nbytes, weights, found.get("bpw") or plan.get("bpw")),
         "measures": {} if evaluation is None else evaluation["measures"],
         "protocol": "" if evaluation is None else PROTOCOL,
         "unmeasured": "divergence: no evaluation was given" if evaluation is None else "",

@@ -100,7 +100,7 @@ def _written(name: str, one: Json, model: str, path: str) -> dict[str, Any]:
         "measures": one["measures"],
         "protocol": PROTOCOL,
         "sha256": one["sha256"],
-        **size(one["artifact"]["file_bytes"], one["artifact"]["weights"]),
+        **size(*(one["artifact"][name] for name in ("file_bytes", "weights", "bpw"))),
     }
 
 

@@ -76,7 +76,8 @@ class LayerFigure(_Part):
 class Artifact(_Part):
     """One row of the study: what was made, and its figures.
 
-    `bpw` = 8 file_bytes / weights. `group` is what the legend filters by (a family, a recipe), `is_original`
+    `bpw` = 8 × bytes of stored tensors / weights, as `evaluate` has it; rows of `study formats` and of
+    `study spi` count whole files. `group` is what the legend filters by (a family, a recipe), `is_original`
     marks the yardstick. `measures` are by `evaluate`'s names (`mean_kld`, `ppl_cand`, `kld_99_9`, …), others
     may be added. `protocol` names one of the study's protocols. `verdict` is one word on what was found,
     `unmeasured` why a figure is missing; `tensors` and `layers` may be empty.

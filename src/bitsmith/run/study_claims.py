@@ -92,7 +92,12 @@ def study_claims(
             chunks=chunks,
             seed=seed,
             cost=claims_cost(
-                model, only=only, text=text, calibration=calibration, ctx_tokens=ctx_tokens, chunks=chunks
+                model,
+                only=only,
+                text=text,
+                calibration=calibration if statistics is None else None,
+                ctx_tokens=ctx_tokens,
+                chunks=chunks,
             ),
             claims=tuple(tested),
             resumed=evidence.resumed,

@@ -266,10 +266,8 @@ def environment() -> dict[str, str]:
 
 
 def _size(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's bytes, weights and `bpw` = 8 bytes / weights."""
-    file_bytes, weights = facts.get("file_bytes"), facts.get("weights")
-    bpw = 8 * file_bytes / weights if file_bytes and weights else None
-    return {"file_bytes": file_bytes, "weights": weights, "bpw": bpw}
+    """Return a row's bytes of files, its weights and `bpw` = 8 bytes of tensors / weights."""
+    return {name: facts.get(name) for name in ("file_bytes", "weights", "bpw")}
 
 
 def _verdict(judged: Sequence[Judged]) -> str:
