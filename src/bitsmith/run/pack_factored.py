@@ -45,7 +45,7 @@ from bitsmith.store.factored import (
 from bitsmith.store.statistics import SiteStatistics, dense_moment
 
 _OFTEN = 0.25
-"""Power of how often a token occurs that weighs its row; 1 leaves rare ones so wrong that the sum is worse."""
+"""Power of how often a token occurs that weighs its row; 1 leaves rare ones too wrong for the sum."""
 
 
 class FactoredPacker:
