@@ -10,7 +10,7 @@ from typing import Any
 
 from bitsmith.errors import printable
 from bitsmith.report.assay_figures import ROLE_COLOURS, label
-from bitsmith.report.study_json import Artifact, Figure, Peer, Spectrum, Study, Tensor
+from bitsmith.report.study_json import Artifact, Spectrum, Study, Tensor
 from bitsmith.report.study_tables import (
     OUTPUTS_ERROR,
     WEIGHTS_ERROR,
@@ -20,6 +20,7 @@ from bitsmith.report.study_tables import (
     measures_of,
     weights,
 )
+from bitsmith.run.study_peers import Figure, Peer
 
 ALL_ROLES = "all roles"
 _OUTSIDE = "outside"

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.run.study_peers import Figure, Peer
 
 SCHEMA = 1
 """Version of the JSON; grows when a field changes its meaning."""
@@ -27,19 +28,6 @@ Held = Literal["HELD", "NOT HELD", "NOT TESTED"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Figure(_Part):
-    """A measured value; `low` and `high` are None where the interval is unmeasured, `interval` is its kind.
-
-    The fields are those of `bitsmith.run.evaluate.Measure`.
-    """
-
-    value: float
-    unit: str
-    low: float | None = None
-    high: float | None = None
-    interval: str | None = None
 
 
 class Tensor(_Part):
@@ -102,21 +90,6 @@ class Artifact(_Part):
     tensors: tuple[Tensor, ...] = ()
     layers: tuple[LayerFigure, ...] = ()
     commands: tuple[str, ...] = ()
-
-
-class Peer(_Part):
-    """A point that others published or that was measured of their file; `source` says where it is from.
-
-    `same_protocol` is whether its figures were measured on the text and positions of this study's; where
-    not, its place beside ours means little, and the report says so.
-    """
-
-    name: str
-    source: str
-    same_protocol: bool
-    file_bytes: int | None = None
-    bpw: float | None = None
-    measures: Mapping[str, Figure] = Field(default_factory=dict)
 
 
 class GateLine(_Part):

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED, measure_text
-from bitsmith.report.study_json import Artifact, Figure, GateLine, Peer, Spectrum, Study, Tensor
+from bitsmith.report.study_json import Artifact, GateLine, Spectrum, Study, Tensor
 from bitsmith.run.evaluate import Measure
 from bitsmith.run.inspect import _COMPONENTS
+from bitsmith.run.study_peers import Figure, Peer
 
 WEIGHTS_ERROR = "relative error of the weights"
 OUTPUTS_ERROR = "relative error of the outputs, held-out inputs"

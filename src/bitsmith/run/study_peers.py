@@ -1,4 +1,4 @@
-"""Points of others beside a study's own: read before anything runs, shown in the report."""
+"""Figures, and points of others beside a study's own: read before anything runs, shown in the report."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-class PeerFigure(_Part):
-    """A figure as `bitsmith.report.study_json.Figure` has it."""
+class Figure(_Part):
+    """A measured value; `low` and `high` are None where the interval is unmeasured, `interval` is its kind.
+
+    The fields are those of `bitsmith.run.evaluate.Measure`.
+    """
 
     value: float
     unit: str
@@ -29,14 +32,18 @@ class PeerFigure(_Part):
 
 
 class Peer(_Part):
-    """A point as `bitsmith.report.study_json.Peer` has it."""
+    """A point that others published or that was measured of their file; `source` says where it is from.
+
+    `same_protocol` is whether its figures were measured on the text and positions of this study's; where
+    not, its place beside ours means little, and the report says so.
+    """
 
     name: str
     source: str
     same_protocol: bool
     file_bytes: int | None = None
     bpw: float | None = None
-    measures: Mapping[str, PeerFigure] = {}
+    measures: Mapping[str, Figure] = {}
 
 
 def read_peers(path: Path) -> list[dict[str, Any]]:
