@@ -85,12 +85,13 @@ def run_graph(
             )
     _refuse_own_sources(ordered, (folder, store.root))
     folder.mkdir(parents=True, exist_ok=True)
-    with _ended_by_signals(), locked_folder(folder, LOCK), store.writing():
+    ending = _Ending()
+    with ending.caught(), locked_folder(folder, LOCK), store.writing():
         digests = SourceDigests(store.root / SOURCES)
         keys = _keys_of(ordered, digests, progress)
         run = _Run(ordered, keys, digests, store, engine, audit, progress, actions, folder, backoff_seconds)
         try:
-            run.go()
+            run.go(ending)
         finally:
             engine.stop()
             with suppress(OutputError):  # where it cannot be noted, that is what ended the run
@@ -126,22 +127,42 @@ def _refuse_own_sources(tasks: Sequence[Task], places: Sequence[Path]) -> None:
                     raise OutputError(f"{said}; choose another output", path=place)
 
 
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP leave the block as an exit does, where they would end the process at once."""
-    caught = (signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ()
-    ending = [number for number in caught if signal.getsignal(number) is signal.SIG_DFL]
-    try:
-        for number in ending:
-            signal.signal(number, _exit)
-        yield
-    finally:
-        for number in ending:
-            signal.signal(number, signal.SIG_DFL)
+class _Ending:
+    """Ends a run at a signal as an exception does: between two of its steps, or at once at a second signal.
 
+    An exception raised anywhere, while a process is being started or an object deleted, may be lost.
+    """
 
-def _exit(number: int, _: FrameType | None) -> None:
-    raise SystemExit(128 + number)
+    def __init__(self) -> None:
+        self._is_stepping = False
+        self._number = 0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch SIGINT, SIGTERM and SIGHUP within the block, where nobody else does."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ()
+        usual = {number: signal.getsignal(number) for number in numbers}
+        ours = [number for number in numbers if usual[number] in (signal.SIG_DFL, signal.default_int_handler)]
+        try:
+            for number in ours:
+                signal.signal(number, self._note)
+            yield
+        finally:
+            for number in ours:
+                signal.signal(number, usual[number])
+
+    def step(self) -> None:
+        """Begin a step: raise KeyboardInterrupt or SystemExit for a signal that came; the next is put off."""
+        self._is_stepping = True
+        if self._number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._number:
+            raise SystemExit(128 + self._number)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        again, self._number = bool(self._number), number
+        if again or not self._is_stepping:
+            self.step()
 
 
 def _key(task: Task, keys: Mapping[str, str], digests: SourceDigests) -> str:
@@ -173,10 +194,11 @@ class _Run:
         self._states = _earlier(folder, self._tasks, keys)
         self._begin_again()
 
-    def go(self) -> None:
+    def go(self, ending: _Ending) -> None:
         """Run until every task has ended."""
         self._report()
         while True:
+            ending.step()
             for task in self._tasks.values():
                 if self._is_ready(task):
                     self._take_or_start(task)
