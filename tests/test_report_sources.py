@@ -98,17 +98,20 @@ def measures(kld: float) -> dict[str, Measure]:
     }  # fmt: skip
 
 
-def test_a_formats_study_is_reported() -> None:
+def formats_study() -> FormatsStudy:
     rows = (
         FormatRow(ORIGINAL, "original", "as stored", file_bytes=200, weights=100, measures=measures(0.0)),
         FormatRow("NF4", "today", "four bits", file_bytes=60, weights=100, measures=measures(0.1)),
         FormatRow("Q2_K", "today", "two", unmeasured="no statistics"),
     )
     found = FormatsStudy("models/tiny", rows, PROTOCOL, (), 32, 64, None, 0, 1.5)
-    claimed = replace(
+    return replace(
         found, claims=(ClaimCheck("c", "ours", "HELD", "yes", Measure(1.0, "ratio", None, None, None)),)
     )
-    study = from_formats(json.loads(json.dumps(claimed.to_json())))
+
+
+def test_a_formats_study_is_reported() -> None:
+    study = from_formats(json.loads(json.dumps(formats_study().to_json())))
     assert [row.name for row in study.artifacts] == ["original", "NF4", "Q2_K"]
     assert study.artifacts[1].bpw == 4.8
     assert study.artifacts[2].unmeasured == "no statistics"
@@ -267,6 +270,17 @@ def test_several_sources_make_one_study_by_one_protocol(tmp_path: Path) -> None:
         load_study([tmp_path / "sahc.json", tmp_path / "other.json"])
     twice = load_study([tmp_path / "sahc.json", tmp_path / "sahc.json"])
     assert [row.name for row in twice.artifacts] == ["original", "sahc", "int4", "sahc (2)", "int4 (2)"]
+
+
+def test_what_claims_rest_on_gives_rows_and_no_claims_of_its_own(tmp_path: Path) -> None:
+    evidence = tmp_path / "evidence" / "formats"
+    evidence.mkdir(parents=True)
+    (tmp_path / "claims.json").write_text(json.dumps(claims_study().to_json()))
+    (evidence / "formats.json").write_text(json.dumps(formats_study().to_json()))
+    study = load_study([tmp_path])
+    assert [row.name for row in study.artifacts] == ["original", "NF4", "Q2_K"]
+    assert [one.source for one in study.claims] == ["S0, x"]
+    assert [one.source for one in load_study([evidence]).claims] == ["ours"]
 
 
 def test_an_assay_is_reported_alone_and_gives_spectra_to_others(tmp_path: Path) -> None:

@@ -114,7 +114,9 @@ def _studies(sources: Sequence[_Source]) -> Iterator[Study]:
     single = {kind: [one.value for one in sources if one.kind == kind] for kind in ("record", "evaluation")}
     own = [one for one in sources if one.kind not in single]
     for one in sorted(own, key=lambda one: one.kind == "assay"):
-        yield _read(one.path, partial(_KINDS[one.kind], one.value, one.path))
+        found = _read(one.path, partial(_KINDS[one.kind], one.value, one.path))
+        beside = one.path.parent.parent.name == _EVIDENCE  # what was claimed is told by what rests on it
+        yield found.model_copy(update={"claims": ()}) if beside else found
     if any(single.values()):
         first = next(one.path for one in sources if one.kind in single)
         yield _read(first, lambda: from_records(paired(single["record"], single["evaluation"])))
