@@ -113,10 +113,11 @@ def _studies(sources: Sequence[_Source]) -> Iterator[Study]:
     """Yield the study of each source; records and evaluations are of one, an assay comes last."""
     single = {kind: [one.value for one in sources if one.kind == kind] for kind in ("record", "evaluation")}
     own = [one for one in sources if one.kind not in single]
+    tested = {one.path.parent / _EVIDENCE for one in own if one.kind == "claims study"}
     for one in sorted(own, key=lambda one: one.kind == "assay"):
         found = _read(one.path, partial(_KINDS[one.kind], one.value, one.path))
-        beside = one.path.parent.parent.name == _EVIDENCE  # what was claimed is told by what rests on it
-        yield found.model_copy(update={"claims": ()}) if beside else found
+        is_evidence = one.path.parent.parent in tested  # the claims are those of the study that rests on it
+        yield found.model_copy(update={"claims": ()}) if is_evidence else found
     if any(single.values()):
         first = next(one.path for one in sources if one.kind in single)
         yield _read(first, lambda: from_records(paired(single["record"], single["evaluation"])))
