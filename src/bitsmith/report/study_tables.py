@@ -12,7 +12,7 @@ from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED, measure_text
 from bitsmith.report.study_json import Artifact, GateLine, Spectrum, Study, Tensor
 from bitsmith.run.evaluate import Measure
-from bitsmith.run.inspect import _COMPONENTS
+from bitsmith.run.inspect import COMPONENTS
 from bitsmith.run.study_peers import Figure, Peer
 
 WEIGHTS_ERROR = "relative error of the weights"
@@ -276,7 +276,7 @@ def by_component(artifact: Artifact) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     for tensor in artifact.tensors:
         head = tensor.role.split(".")[0]
-        found.setdefault(_COMPONENTS.get(head, "other"), []).append(tensor)
+        found.setdefault(COMPONENTS.get(head, "other"), []).append(tensor)
     return found
 
 

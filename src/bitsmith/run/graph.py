@@ -99,12 +99,6 @@ def run_graph(
         return {task.name: run.outcome(task) for task in tasks}
 
 
-def keys_of(tasks: Sequence[Task], store: ArtifactStore) -> dict[str, str]:
-    """Return every task's key by name; digests of sources are kept beside the artifacts."""
-    store.root.mkdir(parents=True, exist_ok=True)
-    return _keys_of(in_order(tasks), SourceDigests(store.root / SOURCES), silent)
-
-
 def _keys_of(ordered: Sequence[Task], digests: SourceDigests, progress: Progress) -> dict[str, str]:
     keys: dict[str, str] = {}
     try:

@@ -10,10 +10,10 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, printable
 from bitsmith.store.atomic import sync_folder, sync_path
@@ -21,13 +21,6 @@ from bitsmith.store.journal import write_result
 
 FILES, RESULT, MANIFEST, COST = "files", "result.json", "manifest.json", "cost.json"
 REMOVALS, REMOVAL_SECONDS = 20, 0.05
-
-
-class Unused(NamedTuple):
-    """An artifact that no task of a run names, and what it takes on the disk."""
-
-    key: str
-    size_bytes: int
 
 
 class ArtifactStore:
@@ -117,11 +110,6 @@ class ArtifactStore:
     def keys(self) -> list[str]:
         """Return the keys of all artifacts, sorted."""
         return sorted(path.parent.name for path in self.root.glob(f"objects/*/*/{MANIFEST}"))
-
-    def garbage(self, keep: Iterable[str]) -> list[Unused]:
-        """Return the artifacts that are not among `keep`; nothing is removed."""
-        kept = set(keep)
-        return [Unused(key, folder_bytes(self._object(key))) for key in self.keys() if key not in kept]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
