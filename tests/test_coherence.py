@@ -23,7 +23,8 @@ from bitsmith.run.coherence import (
     verdict_of,
 )
 from bitsmith.run.continuation import continue_prompt
-from bitsmith.run.evaluate import Measure, open_model
+from bitsmith.run.evaluate import open_model
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.vocabulary import Vocabulary
 
 

@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from bitsmith.errors import BitsmithError
 from bitsmith.lab.corpus import held_out_text
 from bitsmith.run.cellm import write_cellm
-from bitsmith.run.evaluate import INTERVAL, evaluate, evaluate_all
+from bitsmith.run.evaluate import evaluate, evaluate_all
+from bitsmith.run.evaluation import INTERVAL
 from bitsmith.run.execute import compress
 
 CTX = 64

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError
 from bitsmith.lab.corpus import held_out_text
 from bitsmith.numerics.divergence import TokenScores, token_scores
-from bitsmith.run.evaluate import Evaluation, evaluate
+from bitsmith.run.evaluate import evaluate
+from bitsmith.run.evaluation import Evaluation
 from bitsmith.run.execute import compress
 from bitsmith.run.generate import generate
 from bitsmith.store import TensorInfo, open_gguf, write_gguf

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +18,21 @@ from bitsmith.errors import BitsmithError
 from bitsmith.report.adapter_records import tensor_layer, tensor_role
 from bitsmith.report.card_snippets import modelfile
 from bitsmith.report.model_card import model_card, write_report
-from bitsmith.report.study_adapters import from_audit, from_formats, from_record, from_spi, load_study
+from bitsmith.report.study_adapters import (
+    from_audit,
+    from_formats,
+    from_record,
+    from_sahc,
+    from_spi,
+    load_study,
+)
 from bitsmith.report.study_figures import plot_data
 from bitsmith.report.study_json import Study, read_study
 from bitsmith.report.study_tables import artifact_table, error_of
 from bitsmith.run import seed_claims
 from bitsmith.run.audit import AuditLog
-from bitsmith.run.evaluate import Artifact, Measure, Protocol, evaluate
+from bitsmith.run.evaluate import evaluate
+from bitsmith.run.evaluation import Artifact, Measure, Protocol
 from bitsmith.run.execute import compress
 from bitsmith.run.format_rows import ORIGINAL, ClaimCheck, FormatRow, FormatsStudy
 from bitsmith.run.gate import FORWARD_COSINE, TOTAL_ERROR
@@ -241,6 +251,23 @@ def test_a_model_of_sahc_is_reported_from_its_folder_or_the_one_beside(tmp_path:
     card = model_card(study)
     assert "| total error | 1 | 0 | 4 |" in card
     assert "C1 \\(FFN\\): ratio claimed 25.3" in card or "C1 (FFN): ratio claimed 25.3" in card
+
+
+def test_the_command_of_sahc_names_its_statistics() -> None:
+    found = replace(sahc_result(), statistics="my stats")
+    (command,) = from_sahc(json.loads(json.dumps(found.to_json()))).commands
+    assert "--recipe sahc" in command and "--stats 'my stats'" in command
+    assert "--stats" not in from_sahc(json.loads(json.dumps(sahc_result().to_json()))).commands[0]
+
+
+def test_what_only_prints_and_draws_loads_no_torch() -> None:
+    modules = ("report.study_adapters", "report.study_terminal", "report.written", "run.study")
+    program = "; ".join(f"import bitsmith.{name}" for name in modules)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {program}; print('torch' in sys.modules)"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "False\n"
 
 
 def claims_study() -> seed_claims.ClaimsStudy:

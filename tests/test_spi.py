@@ -34,7 +34,7 @@ from bitsmith.run.critical import (
     parse_critical,
     spectral_scores,
 )
-from bitsmith.run.evaluate import Artifact, Measure, Protocol
+from bitsmith.run.evaluation import Artifact, Measure, Protocol
 from bitsmith.run.spi import plan_spi, write_spi
 from bitsmith.run.spi_claims import seed_linears, seed_sizes, with_claims
 from bitsmith.run.spi_figures import RANDOM_LEVEL, comparisons, correlations

@@ -31,7 +31,7 @@ from bitsmith.report.claims_table import (
 )
 from bitsmith.run.assay_result import Assay
 from bitsmith.run.claim_evidence import ArtifactRow, Setting
-from bitsmith.run.evaluate import Measure, Protocol
+from bitsmith.run.evaluation import Measure, Protocol
 from bitsmith.run.format_claims import with_claims
 from bitsmith.run.format_rows import ClaimCheck, FormatsStudy, Outcome
 from bitsmith.run.matrix_claims import EmbeddingWall, TrainGate, WorseThanZeros, bracket

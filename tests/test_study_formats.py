@@ -15,7 +15,8 @@ from bitsmith.lab.corpus import held_out_text
 from bitsmith.report.formats_table import formats_markdown, print_formats, write_formats_markdown
 from bitsmith.run.cellm import write_cellm
 from bitsmith.run.coherence import Coherence, Passage, Writing
-from bitsmith.run.evaluate import Measure, Protocol, evaluate
+from bitsmith.run.evaluate import evaluate
+from bitsmith.run.evaluation import Measure, Protocol
 from bitsmith.run.execute import compress
 from bitsmith.run.format_claims import with_claims
 from bitsmith.run.format_rows import FormatRow, FormatsStudy

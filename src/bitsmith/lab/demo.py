@@ -11,7 +11,8 @@ from pathlib import Path
 from bitsmith.lab.corpus import write_held_out_text
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.progress import Progress, silent
-from bitsmith.run.evaluate import Evaluation, evaluate
+from bitsmith.run.evaluate import evaluate
+from bitsmith.run.evaluation import Evaluation
 from bitsmith.run.execute import Record, compress
 from bitsmith.run.generate import generate
 

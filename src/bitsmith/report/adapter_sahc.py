@@ -22,7 +22,7 @@ from bitsmith.report.adapter_parts import (
 )
 from bitsmith.report.study_json import Study
 from bitsmith.run.spectrum_lines import spectrum_lines
-from bitsmith.run.study_lines import row_cosines
+from bitsmith.run.study_lines import row_cosines, row_tensor
 
 _SUFFIX = ".sahc"
 
@@ -42,7 +42,7 @@ def from_sahc(found: Json, path: Path | None = None) -> Study:
             **_written("sahc", sahc, found["model"], str(made)),
             "verdict": "PASS" if sahc["ratio"] is not None else "FAIL",
             "unmeasured": "" if sahc["ratio"] is not None else "ratio: a gate did not pass",
-            "tensors": [_tensor(row) for row in found["rows"]],
+            "tensors": [row_tensor(row) for row in found["rows"]],
             "layers": list(row_cosines(found["rows"])),
         },
         _written("int4", int4, found["model"], ""),
@@ -104,17 +104,6 @@ def _written(name: str, one: Json, model: str, path: str) -> dict[str, Any]:
     }
 
 
-def _tensor(row: Json) -> dict[str, Any]:
-    error, replans = row["total_error"], max(0, len(row["attempts"]) - 1)
-    return {
-        **{name: row[name] for name in ("name", "role", "layer", "shape")},
-        "type": row["scheme"],
-        "nbytes": row["stored_bytes"],
-        "squared_error": None if error is None else error**2,
-        "note": f"{row['method']}, {replans} replans" if replans else row["method"],
-    }
-
-
 def _gates(found: Json) -> Iterator[dict[str, Any]]:
     for row in found["rows"]:
         for attempt in row["attempts"]:
@@ -162,4 +151,6 @@ def _component(one: Json) -> str:
 
 def _command(found: Json, made: Path) -> str:
     options = text_options(found["protocol"])
+    if found.get("statistics"):
+        options += ["--stats", found["statistics"]]
     return command("compress", found["model"], "--recipe", "sahc", *options, "-o", made.name)

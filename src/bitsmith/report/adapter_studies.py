@@ -22,8 +22,6 @@ from bitsmith.report.adapter_parts import (
     text_options,
 )
 from bitsmith.report.study_json import Study
-from bitsmith.run import study_claims as _registered  # noqa: F401 (importing it registers the claims)
-from bitsmith.run.seed_claims import chosen_claims
 from bitsmith.run.study_lines import claim_lines
 
 
@@ -89,6 +87,9 @@ def from_claims(study: Json) -> Study:
 
 
 def _claims_command(study: Json) -> str:
+    from bitsmith.run import study_claims as _  # noqa: F401, PLC0415 (loads torch, and registers the claims)
+    from bitsmith.run.seed_claims import chosen_claims  # noqa: PLC0415
+
     given = (("--text", "text"), ("--calibration", "calibration"), ("--stats", "statistics"))
     options = [word for option, name in given if study[name] is not None for word in (option, study[name])]
     window = ["--ctx", study["ctx_tokens"], "--chunks", study["chunks"]]

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from bitsmith.report.markdown import UNMEASURED, markdown_table, plain, write_markdown
 from bitsmith.report.terminal import Rows, table
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.format_rows import Outcome
 from bitsmith.run.seed_claims import EXACT, ClaimsStudy, Cost
 

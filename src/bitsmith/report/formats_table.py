@@ -11,7 +11,7 @@ from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED, code, markdown_table, measure_text, plain, write_markdown
 from bitsmith.report.terminal import Rows, table
 from bitsmith.run.coherence import GRAM_TOKENS, SAMPLED, Coherence, rule
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.format_rows import ORIGINAL, FormatRow, FormatsStudy
 
 MARKDOWN_NAME = "formats.md"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from bitsmith.errors import printable
+from bitsmith.run.evaluation import Measure
 from bitsmith.store.atomic import atomic_file
-
-if TYPE_CHECKING:  # this loads torch, which printing a plan must not
-    from bitsmith.run.evaluate import Measure
 
 UNMEASURED = "unmeasured"
 

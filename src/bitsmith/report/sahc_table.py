@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,9 +13,7 @@ from bitsmith.report.markdown import measure_text
 from bitsmith.report.terminal import Rows, bytes_text, protocol_text, table
 from bitsmith.run.gate import PPL_RATIO
 from bitsmith.run.sahc_planned import PlannedMethod, SahcPlan, component_bytes
-
-if TYPE_CHECKING:  # this loads torch, which printing a plan must not
-    from bitsmith.run.sahc_rows import SahcRecord, SahcResult, Written
+from bitsmith.run.sahc_rows import SahcRecord, SahcResult, Written
 
 UNKNOWN = "none"
 """What stands where a gate kept a ratio from being told."""

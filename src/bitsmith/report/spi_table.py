@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from bitsmith.report.markdown import markdown_table, measure_text, plain, write_markdown
 from bitsmith.report.terminal import Rows, bytes_text, protocol_text, table
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.spi_rows import SpiRow, SpiStudy, SpiTable
 
 PAGE_NAME = "spi.md"

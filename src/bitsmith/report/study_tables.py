@@ -11,7 +11,7 @@ from typing import NamedTuple
 from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED, measure_text
 from bitsmith.report.study_json import Artifact, GateLine, Spectrum, Study, Tensor
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.inspect import COMPONENTS
 from bitsmith.run.study_peers import Figure, Peer
 

@@ -25,7 +25,7 @@ from bitsmith.run.transforms import WeightError
 if TYPE_CHECKING:  # these load torch, which printing a plan must not
     from bitsmith.lab.demo import Demo
     from bitsmith.run.calibrate import Calibration
-    from bitsmith.run.evaluate import Evaluation, Protocol
+    from bitsmith.run.evaluation import Evaluation, Protocol
     from bitsmith.run.transform_search import Search
 
 Rows = tuple[Sequence[str], list[Sequence[str]]]

@@ -17,7 +17,7 @@ from bitsmith.archs import architecture_of, import_view
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.progress import Progress
 from bitsmith.run.audit import read_audit
-from bitsmith.run.study_lines import layer_cosines, row_cosines
+from bitsmith.run.study_lines import layer_cosines, row_cosines, row_tensor
 from bitsmith.run.task import Action
 from bitsmith.store import open_checkpoint
 from bitsmith.store.journal import write_result
@@ -158,7 +158,7 @@ def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts
         **{name: record[name] for name in names},
         "ratio": record["sahc"]["ratio"],
         "ppl_over_int4": record["ppl_over_int4"],
-        "tensors": [_sahc_tensor(row) for row in record["rows"]] if made else [],
+        "tensors": [row_tensor(row) for row in record["rows"]] if made else [],
         "layers": [*layer_cosines(read_audit(audit)), *row_cosines(record["rows"])],
     }
 
@@ -348,17 +348,6 @@ def _tensor(one: Mapping[str, Any], plan: Mapping[str, Any], places: Mapping[str
         "held_squared_error": one.get("held_error", rounding.get("held_errors", {}).get(rounder)),
         "rounder": rounder or "",
         "note": one.get("note", row.get("note", "")),
-    }
-
-
-def _sahc_tensor(row: Mapping[str, Any]) -> dict[str, Any]:
-    error = row["total_error"]
-    return {
-        **{name: row[name] for name in ("name", "role", "layer", "shape")},
-        "type": row["scheme"],
-        "nbytes": row["stored_bytes"],
-        "squared_error": None if error is None else error**2,
-        "note": f"{row['method']}, {max(0, len(row['attempts']) - 1)} replans",
     }
 
 

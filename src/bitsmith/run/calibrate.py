@@ -23,7 +23,8 @@ from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.progress import Progress, silent
-from bitsmith.run.evaluate import Protocol, open_model, text_chunks
+from bitsmith.run.evaluate import open_model, text_chunks
+from bitsmith.run.evaluation import Protocol
 from bitsmith.run.forward import TextModel, Tokens
 from bitsmith.run.moments import Exported, export_imatrix
 from bitsmith.run.saliency import Saliency, token_saliency

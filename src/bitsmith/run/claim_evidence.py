@@ -23,14 +23,8 @@ from bitsmith.progress import Progress
 from bitsmith.run.assay import assay
 from bitsmith.run.assay_result import Assay, MatrixAssay, Rival
 from bitsmith.run.calibrate import calibrate
-from bitsmith.run.evaluate import (
-    Measure,
-    Protocol,
-    Reference,
-    open_model,
-    text_chunks,
-    tokenizer_keys,
-)
+from bitsmith.run.evaluate import Reference, open_model, text_chunks, tokenizer_keys
+from bitsmith.run.evaluation import Measure, Protocol
 from bitsmith.run.execute import compress
 from bitsmith.run.format_rows import FormatsStudy
 from bitsmith.run.sbgq import SBGQ_TRANSFORMS, sbgq_types
@@ -235,23 +229,26 @@ class Evidence:
             lambda start, stop: np.asarray(ref.read(start, stop)).reshape(-1, columns),
         )
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        """What every study within this one is given."""
+        s = self.setting
+        window = {"ctx_tokens": s.ctx_tokens, "chunks": s.chunks, "seed": s.seed}
+        return {**window, "overwrite": True, "progress": self.progress}
+
     @cached_property
     def spi(self) -> SpiStudy:
         """The SPI recipe in every reading, with a few random choices."""
-        s, text = self.setting, self.text
+        model, text = self.setting.model, self.text
         found: SpiStudy = self._once(
             "spi",
             SpiStudy,
             lambda: study_spi(
-                s.model,
+                model,
                 text,
                 self.folder / "spi",
                 random_seeds=RANDOM_SEEDS,
-                ctx_tokens=s.ctx_tokens,
-                chunks=s.chunks,
-                seed=s.seed,
-                overwrite=True,
-                progress=self.progress,
+                **self._options,
             ),
         )
         return found
@@ -259,20 +256,16 @@ class Evidence:
     @cached_property
     def formats(self) -> FormatsStudy:
         """How cellm's int2 and 1-bit files write."""
-        s, text = self.setting, self.text
+        model, text = self.setting.model, self.text
         found: FormatsStudy = self._once(
             "formats",
             FormatsStudy,
             lambda: study_formats(
-                s.model,
+                model,
                 text,
                 self.folder / "formats",
                 formats=FORMATS,
-                ctx_tokens=s.ctx_tokens,
-                chunks=s.chunks,
-                seed=s.seed,
-                overwrite=True,
-                progress=self.progress,
+                **self._options,
             ),
         )
         return found

@@ -26,7 +26,7 @@ from bitsmith.numerics.resampling import difference_of_ratios, ratio_of_sums
 from bitsmith.progress import Progress, silent
 from bitsmith.run.continuation import written
 from bitsmith.run.decode import Decoder
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.forward import TextModel, compare, final_hidden_states
 from bitsmith.run.sampling import GREEDY, Sampling
 from bitsmith.run.vocabulary import Vocabulary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
@@ -16,13 +16,11 @@ from bitsmith.run.folder_layout import takes
 from bitsmith.run.job import SAHC, SPI, Job
 from bitsmith.run.plan import Plan
 from bitsmith.run.sahc_planned import SahcPlan, plan_sahc
+from bitsmith.run.sahc_rows import SahcRecord
 from bitsmith.run.spi import SpiPlan, SpiRecord, plan_spi, write_spi
 
-if TYPE_CHECKING:  # this loads torch, which a plain compression must not
-    from bitsmith.run.sahc_rows import SahcRecord
-
 Output = Literal["gguf", "cellm", "folder", "spi", "sahc"]
-Written: TypeAlias = "Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord"
+Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord
 Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan | SahcPlan
 
 _ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite"}
@@ -169,7 +167,6 @@ def _sahc(job: Job, out: Path, progress: Progress) -> SahcRecord:
             "recipe sahc is judged on a text: --text FILE, which the model was not trained on"
         )
     from bitsmith.run.sahc import CTX_TOKENS, sahc  # noqa: PLC0415 (loads torch)
-    from bitsmith.run.sahc_rows import SahcRecord  # noqa: PLC0415
     from bitsmith.run.sahc_work import AUDIT_NAME, work_folder  # noqa: PLC0415
 
     result = sahc(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from bitsmith.numerics.resampling import ratio_of_sums
-from bitsmith.run.evaluate import INTERVAL, Measure
+from bitsmith.run.evaluation import INTERVAL, Measure
 from bitsmith.run.format_rows import ClaimCheck, FormatRow, FormatsStudy, Outcome, Source
 from bitsmith.run.studied_formats import FEEDBACK, SCALES
 

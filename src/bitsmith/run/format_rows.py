@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from bitsmith import __version__
 from bitsmith.run.coherence import SAMPLED, Coherence, rule
-from bitsmith.run.evaluate import Measure, Protocol
+from bitsmith.run.evaluation import Measure, Protocol
 from bitsmith.run.studied_formats import Family
 
 ORIGINAL = "original"

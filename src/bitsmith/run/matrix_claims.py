@@ -14,7 +14,7 @@ from bitsmith.numerics.tensor_train import COSINE_GATE
 from bitsmith.passes.low_rank import SEED_RANK, SEED_SIDE
 from bitsmith.run.assay_result import Assay, MatrixAssay, Rival
 from bitsmith.run.claim_evidence import Evidence, row_int4
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.seed_claims import (
     OVER_MATRICES,
     SAHC,

@@ -20,7 +20,8 @@ from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_k
 from bitsmith.run.budget import Target, limit_of
 from bitsmith.run.calibrate import Calibration, calibrate
 from bitsmith.run.corpus import write_default_text
-from bitsmith.run.evaluate import INTERVAL, PROTOCOL, open_model
+from bitsmith.run.evaluate import PROTOCOL, open_model
+from bitsmith.run.evaluation import INTERVAL
 from bitsmith.run.execute import (
     Record,
     check_output,

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.progress import Progress, silent
-from bitsmith.run.evaluate import Protocol, Reference
+from bitsmith.run.evaluate import Reference
+from bitsmith.run.evaluation import Protocol
 
 STATES_NAME = "states.npy"
 

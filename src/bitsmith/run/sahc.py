@@ -16,7 +16,8 @@ from bitsmith import __version__
 from bitsmith.archs import claim
 from bitsmith.errors import printable
 from bitsmith.progress import Progress, silent
-from bitsmith.run.evaluate import Protocol, Reference, open_model, text_chunks
+from bitsmith.run.evaluate import Reference, open_model, text_chunks
+from bitsmith.run.evaluation import Protocol
 from bitsmith.run.folder import KEPT as STORED_SCHEME
 from bitsmith.run.folder import plan_folder, write_folder
 from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Judged, all_pass
@@ -169,6 +170,7 @@ class _Run:
         passed, failed, unmeasured = counted(rows, written.gates)
         return SahcResult(
             model=printable(str(self._checkpoint.path)),
+            statistics=None if self._statistics is None else printable(str(self._statistics)),
             original=self._reference.artifact,
             protocol=self._reference.protocol,
             probe=f"{probe.chunks} chunks of {probe.ctx_tokens} tokens, text {probe.text_sha256}",

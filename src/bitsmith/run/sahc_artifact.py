@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bitsmith.errors import BitsmithError
-from bitsmith.run.evaluate import Evaluation
+from bitsmith.run.evaluation import Evaluation
 from bitsmith.run.gate import BYTES_OVER_PLAN, FINITE, PPL, SHAPES, Gate, Judged
 from bitsmith.run.sahc_layer import Cosine, LayerProbe, lowest
 from bitsmith.store.checkpoint import Checkpoint

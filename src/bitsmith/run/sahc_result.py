@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from bitsmith.numerics.resampling import ratio_of_sums
-from bitsmith.run.evaluate import INTERVAL, Measure
+from bitsmith.run.evaluation import INTERVAL, Measure
 from bitsmith.run.gate import QUANTIZATION_ERROR, SVD_ERROR, TOTAL_ERROR, Verdict
 from bitsmith.run.sahc_plan import COMPONENTS
 from bitsmith.run.sahc_rows import Attempt, ComponentRow, SahcRow, Written

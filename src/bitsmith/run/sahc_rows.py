@@ -9,7 +9,7 @@ from typing import Any
 
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError
-from bitsmith.run.evaluate import Artifact, Measure, Protocol
+from bitsmith.run.evaluation import Artifact, Measure, Protocol
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class SahcResult:
 
     `ppl_over_int4` is the ratio of perplexities, paired by chunk; `bytes_over_int4` of file bytes.
     `quantizer` compares the planned SVD + int4 with its low rank alone, over the rows it was tried on.
+    `statistics` is None where none guided the rows.
     """
 
     model: str
@@ -111,6 +112,7 @@ class SahcResult:
     gates_unmeasured: int
     replans: int
     same_as_int4: bool
+    statistics: str | None = None
     resumed: int = 0
     seconds: float = 0.0
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.numerics.divergence import Estimate
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.format_rows import Outcome
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from math import prod
 from bitsmith.archs import Qwen35
 from bitsmith.archs.published import published_config
 from bitsmith.run.critical import SEED_COUNT, Linear, inverse, is_text_linear
-from bitsmith.run.evaluate import Measure
+from bitsmith.run.evaluation import Measure
 from bitsmith.run.folder_layout import PACKERS
 from bitsmith.run.format_rows import ClaimCheck, Outcome
 from bitsmith.run.packer import Assigned

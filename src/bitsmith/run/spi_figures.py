@@ -12,7 +12,7 @@ from scipy.stats import rankdata
 from bitsmith.numerics.divergence import MIN_CHUNKS
 from bitsmith.numerics.resampling import difference_of_ratios
 from bitsmith.run.critical import inverse, rule_named
-from bitsmith.run.evaluate import INTERVAL, RESAMPLES, Measure
+from bitsmith.run.evaluation import INTERVAL, RESAMPLES, Measure
 from bitsmith.run.spi_rows import (
     MEASURED,
     RULES,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from bitsmith import __version__
-from bitsmith.run.evaluate import Artifact, Measure, Protocol
+from bitsmith.run.evaluation import Artifact, Measure, Protocol
 from bitsmith.run.format_rows import ClaimCheck
 
 RULES = ("alpha-high", "alpha-low", "tail-high", "tail-low")

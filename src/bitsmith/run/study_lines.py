@@ -25,6 +25,18 @@ def gate_line(line: Json) -> dict[str, Any]:
     return {**line, **more, **told, **where, "evidence": evidence.get("found") or ""}
 
 
+def row_tensor(row: Json) -> dict[str, Any]:
+    """Return a row of a `sahc.json` as a `Tensor`; its squared error is that of the method kept."""
+    error, replans = row["total_error"], max(0, len(row["attempts"]) - 1)
+    return {
+        **{name: row[name] for name in ("name", "role", "layer", "shape")},
+        "type": row["scheme"],
+        "nbytes": row["stored_bytes"],
+        "squared_error": None if error is None else error**2,
+        "note": f"{row['method']}, {replans} replans" if replans else row["method"],
+    }
+
+
 def row_cosines(rows: Iterable[Json]) -> Iterator[dict[str, Any]]:
     """Yield, of the rows of a `sahc.json`, the cosine of what a layer adds with one of them replaced.
 

@@ -21,7 +21,7 @@ class _Part(BaseModel):
 class Figure(_Part):
     """A measured value; `low` and `high` are None where the interval is unmeasured, `interval` is its kind.
 
-    The fields are those of `bitsmith.run.evaluate.Measure`.
+    The fields are those of `bitsmith.run.evaluation.Measure`.
     """
 
     value: float

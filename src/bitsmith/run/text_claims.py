@@ -12,7 +12,7 @@ from bitsmith.numerics.divergence import Estimate
 from bitsmith.numerics.resampling import difference_of_ratios, ratio_of_sums
 from bitsmith.run.claim_evidence import BELOW_INT4, ArtifactRow, Evidence
 from bitsmith.run.coherence import rule as coherence_rule
-from bitsmith.run.evaluate import Measure, Protocol
+from bitsmith.run.evaluation import Measure, Protocol
 from bitsmith.run.format_rows import ClaimCheck
 from bitsmith.run.seed_claims import (
     CELLM,

@@ -21,7 +21,7 @@ from bitsmith.passes.transform import Context, Model
 from bitsmith.passes.trial import Trial as OutputTrial
 from bitsmith.passes.trial import output_errors
 from bitsmith.run.encode import TensorEncoder, blocks_in
-from bitsmith.run.evaluate import RESAMPLES
+from bitsmith.run.evaluation import RESAMPLES
 from bitsmith.run.forward import TextModel, Tokens, compare, final_hidden_states
 from bitsmith.run.plan import PlanRow, SourceTensor
 from bitsmith.store.checkpoint import Bytes, TensorRef, View

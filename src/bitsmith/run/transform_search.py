@@ -17,7 +17,7 @@ from bitsmith.passes.rotate import Rotate
 from bitsmith.passes.transform import Applied, Context, Model, Transform, with_needs
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import TensorEncoder, check_rounder
-from bitsmith.run.evaluate import RESAMPLES
+from bitsmith.run.evaluation import RESAMPLES
 from bitsmith.run.forward import TextModel, Tokens
 from bitsmith.run.transform_judge import (
     FIRST_SHARE,
