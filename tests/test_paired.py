@@ -23,7 +23,10 @@ from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.lab.synth import synth_tensors
 from bitsmith.run.paired import SampledLayers, paired
 from bitsmith.run.paired_cost import PairedCost, paired_cost
-from bitsmith.run.paired_inputs import held_chunks
+from bitsmith.run.paired_forward import Side, Step, run_pair
+from bitsmith.run.paired_inputs import held_chunks, open_sides
+from bitsmith.run.paired_sums import PlaceShape, PlaceSums
+from bitsmith.run.sites import States
 from bitsmith.store.paired import MANIFEST_NAME, CrossMoments, Paired, open_paired
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 
@@ -86,7 +89,28 @@ def found(
     }
 
 
-def hooked(folder: Path, tokens: np.ndarray) -> dict[str, list[np.ndarray]]:
+Rows = dict[str, list[np.ndarray]]
+
+
+@pytest.fixture(scope="module")
+def whole(
+    found: dict[str, Paired], models: dict[str, tuple[Path, Path]]
+) -> dict[str, list[tuple[Rows, Rows]]]:
+    """What the whole transformers models, teacher and student, see: of fit and of held-out tokens."""
+    kept = {}
+    for name, one in found.items():
+        fit, held = one.tokens()
+        assert fit.shape == (8, CTX) and held.shape == (1, CTX)
+        both = [hooked(folder, np.concatenate([fit, held])) for folder in models[name]]
+        splits = [slice(0, fit.size), slice(fit.size, None)]
+        kept[name] = [
+            tuple({place: [x[at] for x in layers] for place, layers in seen.items()} for seen in both)
+            for at in splits
+        ]
+    return kept
+
+
+def hooked(folder: Path, tokens: np.ndarray) -> Rows:
     """Return float64 rows of every layer of the whole transformers model: states, updates, mixer, ffn."""
     config = json.loads((folder / "config.json").read_text())
     dense = config["model_type"] == "qwen3"
@@ -136,19 +160,18 @@ def assert_moments(moments: CrossMoments, t: np.ndarray, s: np.ndarray) -> None:
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_5"])
 def test_every_moment_equals_the_whole_models(
-    found: dict[str, Paired], models: dict[str, tuple[Path, Path]], family: str
+    found: dict[str, Paired], whole: dict[str, list[tuple[Rows, Rows]]], family: str
 ) -> None:
     one = found[family]
-    fit, held = one.tokens()
-    assert fit.shape == (8, CTX) and held.shape == (1, CTX) and one.manifest.held_chunks == [4]
-    big, small = (hooked(folder, fit) for folder in models[family])
+    (big, small), held = whole[family]
+    assert one.manifest.held_chunks == [4] and one.manifest.fit_tokens == len(big["states"][0])
     assert_moments(one.embedded(), big["states"][0], small["states"][0])
     assert_moments(one.final(), big["states"][-1], small["states"][-1])
     for pair, layer in enumerate(one.layer_map):
         for place in ("states", "updates", "mixer", "ffn"):
             assert_moments(getattr(one, place)(pair), big[place][layer], small[place][pair])
-    for side, folder in zip(("teacher", "student"), models[family], strict=True):
-        for layer, states in enumerate(hooked(folder, held)["states"]):
+    for side, seen in zip(("teacher", "student"), held, strict=True):
+        for layer, states in enumerate(seen["states"]):
             sample = one.samples(side, layer)
             assert sample.shape == (1, CTX, states.shape[1])
             np.testing.assert_allclose(sample[0], states, atol=2e-6 * np.abs(states).max())
@@ -161,13 +184,16 @@ def test_layers_stand_beside_layers_of_their_kind(found: dict[str, Paired]) -> N
 
 
 def test_wide_places_keep_blocks_of_heads_and_the_diagonal_of_neurons(
-    models: dict[str, tuple[Path, Path]], text: Path, tmp_path: Path
+    models: dict[str, tuple[Path, Path]],
+    whole: dict[str, list[tuple[Rows, Rows]]],
+    text: Path,
+    tmp_path: Path,
 ) -> None:
     pair, layers = models["qwen3_5"], (0, 2, 4)
     one = paired(
         *pair, text, tmp_path / "out", tokens=TOKENS, ctx_tokens=CTX, layer_map=layers, widest_square=33
     )
-    big, small = (hooked(folder, one.tokens()[0]) for folder in pair)
+    big, small = whole["qwen3_5"][0]
     assert one.layer_map == layers and one.manifest.mapped_by == "given"
     for pair, layer in enumerate(layers):
         assert_moments(one.mixer(pair), big["mixer"][layer], small["mixer"][pair])
@@ -450,9 +476,44 @@ def test_states_that_are_not_finite_are_refused(
     weights = {name: torch.from_numpy(w) for name, w in load_file(small / "model.safetensors").items()}
     weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, tmp_path / "broken" / "model.safetensors")
-    with pytest.raises(BitsmithError, match="broken: layer 1 makes NaN"):
-        paired(big, tmp_path / "broken", text, tmp_path / "out", tokens=TOKENS, ctx_tokens=CTX)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        with pytest.raises(BitsmithError, match="broken: layer 1 makes NaN"):
+            paired(big, tmp_path / "broken", text, tmp_path / "out", tokens=TOKENS, ctx_tokens=CTX)
+    finally:
+        torch.set_num_threads(threads)
     assert not (tmp_path / "out").exists()
+    # a layer that fails on one thread leaves none waiting for its turn
+    with open_sides(big, tmp_path / "broken") as sides:
+        step = Step(*(random_states(tmp_path, side) for _, side in sides.named))
+        layers = sides.teacher.loaded(1), sides.student.loaded(1)
+        sums = {"states": PlaceSums(PlaceShape(48, 32, 48, 32))}
+        try:
+            torch.set_num_threads(3)
+            with pytest.raises(BitsmithError, match="broken: layer 1 makes NaN"):
+                list(run_pair(*layers, step, sums))
+        finally:
+            torch.set_num_threads(threads)
+
+
+def random_states(folder: Path, side: Side) -> tuple[States, States]:
+    shape = 32, CTX, side.hidden
+    before, after = (States(folder / f"{side.hidden}.{n}", shape) for n in range(2))
+    after.create()
+    before.create()
+    before.write(0, np.random.default_rng(0).standard_normal(shape, np.float32))
+    return before, after
+
+
+@pytest.mark.slow
+def test_memory_stays_within_what_is_said() -> None:
+    """A layer of each of two published sizes, run in a process of its own."""
+    script = Path(__file__).parents[1] / "benchmarks" / "paired.py"
+    options = ["--teacher", "qwen3-1.7B", "--student", "qwen3-0.6B", "--tokens", "20480"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, check=True, timeout=290)
+    said = json.loads(done.stdout)
+    assert 0.7 * said["memory_bytes"] < said["peak_memory_bytes"] < said["memory_bytes"]
 
 
 def test_damage_is_found(found: dict[str, Paired], tmp_path: Path) -> None:

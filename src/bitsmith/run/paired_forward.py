@@ -162,9 +162,9 @@ def add_states(teacher: States, student: States, sums: PlaceSums) -> None:
 
     def task(number: int) -> int:
         stop = min((number + 1) * batch, chunks)
-        parts = (torch.from_numpy(side.read(number * batch, stop)) for side in (teacher, student))
-        ours, theirs = (part.double().flatten(0, 1) for part in parts)
         with turns.task(number):
+            parts = (torch.from_numpy(side.read(number * batch, stop)) for side in (teacher, student))
+            ours, theirs = (part.double().flatten(0, 1) for part in parts)
             _add(turns, {"states": sums}, {"states": (ours, theirs)})
         return stop - number * batch
 

@@ -110,8 +110,7 @@ class Paired:
         self.path, self.manifest, self.digest = path, manifest, digest
         self.layer_map = tuple(manifest.layer_map)
         self.resumed_steps = 0
-        self._files = {name: _opened(path, name, tensors) for name, tensors in manifest.files.items()}
-        self._check_shapes()
+        self._check_files()
 
     @property
     def size_bytes(self) -> int:
@@ -156,30 +155,28 @@ class Paired:
         return CrossMoments(self.manifest.fit_tokens, **parts)
 
     def _read(self, file: str, name: str) -> NDArray[Any]:
-        if file not in self._files or name not in self._files[file]:
+        if name not in self.manifest.files.get(file, {}):
             raise BitsmithError("is not kept here", path=self.path / file, tensor=name)
-        ref = self._files[file][name]
-        raw = ref.raw()
+        with open_safetensors(self.path / file) as opened:
+            ref = opened[name]
+            raw = ref.raw()
         if hashlib.sha256(raw.data).hexdigest() != self.manifest.files[file][name]:
             raise DamagedFileError(
                 "is damaged: its SHA-256 is not the manifest's", path=self.path / file, tensor=name
             )
         return raw.view(_ITEMS[ref.dtype]).reshape(ref.shape)
 
-    def _check_shapes(self) -> None:
+    def _check_files(self) -> None:
         """Refuse files that are missing, and tensors of another type or shape than the manifest calls for."""
         expected = dict(_expected(self.manifest))
-        for file in sorted(expected.keys() ^ self._files.keys()):
+        for file in sorted(expected.keys() ^ self.manifest.files.keys()):
             wrong = "is missing" if file in expected else "is not called for"
             raise DamagedFileError(wrong, path=self.path / printable(file))
         for file, tensors in expected.items():
-            for name, (dtype, shapes) in tensors.items():
-                ref = self._files[file].get(name)
-                if ref is None or ref.dtype != dtype or not shapes(ref.shape):
-                    found = "missing" if ref is None else f"{ref.dtype} {list(ref.shape)}"
-                    raise DamagedFileError(
-                        f"is {found}, which does not fit {MANIFEST_NAME}", path=self.path / file, tensor=name
-                    )
+            if not (self.path / file).is_file():
+                raise DamagedFileError(f"lacks its file {file}", path=self.path)
+            with open_safetensors(self.path / file) as found:
+                _check_tensors(found, tensors, self.manifest.files[file], self.path / file)
 
 
 def open_paired(path: Path) -> Paired:
@@ -279,13 +276,19 @@ def _place(place: Place, dtype: str, teacher: int, student: int) -> dict[str, tu
     return {f"{place}.{part}": (dtype, shape) for part, shape in shapes.items()}
 
 
-def _opened(path: Path, name: str, tensors: Mapping[str, str]) -> Checkpoint:
-    if Path(name).name != name or not (path / name).is_file():
-        raise DamagedFileError(f"lacks its file {printable(name)}", path=path)
-    file = open_safetensors(path / name)
-    if extra := sorted(file.keys() ^ tensors.keys()):
-        raise DamagedFileError("is in one of file and manifest only", path=path / name, tensor=extra[0])
-    return file
+def _check_tensors(
+    found: Checkpoint, expected: Mapping[str, tuple[str, _Shapes]], said: Mapping[str, str], path: Path
+) -> None:
+    for name in sorted(found.keys() ^ expected.keys() | said.keys() ^ expected.keys()):
+        raise DamagedFileError(f"does not fit {MANIFEST_NAME}", path=path, tensor=name)
+    for name, (dtype, shapes) in expected.items():
+        ref = found[name]
+        if ref.dtype != dtype or not shapes(ref.shape):
+            raise DamagedFileError(
+                f"is {ref.dtype} {list(ref.shape)}, which does not fit {MANIFEST_NAME}",
+                path=path,
+                tensor=name,
+            )
 
 
 def _parsed(raw: bytes, path: Path) -> PairedManifest:
