@@ -1,7 +1,8 @@
-"""A teacher and a student run on the same tokens through plain transformers, and what a merge needs of them."""
+"""A teacher and a student on the same tokens through plain transformers, and what a merge needs of them."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from bitsmith.passes.axes import Layer, layers_of
+from bitsmith.passes.merge_axes import AxisMap
 from bitsmith.passes.merge_ffn import matched_neurons
 from bitsmith.passes.merge_fold import EndsMerge, LayerAlpha, LayerMerge
 from bitsmith.passes.merge_heads import (
@@ -50,8 +52,6 @@ class Seen:
 def seen(checkpoint: Any, tokens: Rows) -> Seen:
     """Run a text model in float32 on tokens (`B T`)."""
     config, tensors = _text_alone(checkpoint)
-    import json
-
     model = _model(json.dumps(config, sort_keys=True), torch.float32)
     _load(model, {name: weight_of(array, torch.float32) for name, array in tensors.items()})
     layers = model.model.layers
@@ -102,6 +102,7 @@ class Pair:
         self.theirs = seen(self.teacher.checkpoint, tokens)
         self.ours = seen(self.student.checkpoint, tokens)
         self.layers = self._layers()
+        self._found = [self._inner(n) for n in range(len(self.layers))]
 
     def _layers(self) -> tuple[int, ...]:
         states, updates = (
@@ -123,18 +124,23 @@ class Pair:
     def pooled(self) -> PairMoments:
         return pooled([self.moments("states", n) for n in range(len(self.layers) + 1)])
 
-    def heads(self, number: int) -> HeadMap | DeltaMap:
+    def heads(self, number: int, *, turn: bool = False) -> HeadMap | DeltaMap:
         theirs, ours = _text(self.teacher)[self.layers[number]], _text(self.student)[number]
         moments = self.moments("mixer", number)
         dim = ours.specs["norm.q" if ours.has("attn.o") else "norm.delta"].shape[0]
         powers = [np.diagonal(head_traces(part, dim)) for part in (moments.tt, moments.ss)]
-        likeness = head_likeness(moments.ts, *powers, dim)
+        likeness = head_likeness(moments.ts, *powers, dim, turn=turn)
         groups = [groups_of(layer, model) for layer, model in zip((theirs, ours), self.models, strict=True)]
         if ours.has("attn.o"):
             gated = ours.specs["attn.q"].axes[0] != "head.q"
             return selected_heads(likeness, *groups, dim, gated=gated)
         key_dim = self.student.arch.number("linear_key_head_dim")
         return selected_delta_heads(likeness, *groups, key_dim, dim)
+
+    def _inner(self, number: int) -> tuple[HeadMap | DeltaMap, AxisMap]:
+        ffn = self.moments("ffn", number)
+        powers = np.diagonal(ffn.tt), np.diagonal(ffn.ss)
+        return self.heads(number), matched_neurons(ffn.ts, *powers)
 
     def merges(
         self, mapping: ResidualMap | None = None, alpha: float = 1.0
@@ -143,14 +149,12 @@ class Pair:
         one = tiered_map(self.pooled()) if mapping is None else mapping
         made = {}
         for n, t in enumerate(self.layers):
-            ffn = self.moments("ffn", n)
             made[n] = LayerMerge(
                 t,
                 one,
                 one,
                 one,
-                self.heads(n),
-                matched_neurons(ffn.ts, np.diagonal(ffn.tt), np.diagonal(ffn.ss)),
+                *self._found[n],
                 (norm_gain(one, self.theirs.states[t]), norm_gain(one, self.theirs.between[t])),
                 LayerAlpha(alpha, alpha),
             )

@@ -179,7 +179,7 @@ class _Build:
         return rows @ self.frame.T / (self.scale * self._gains[norm.name])
 
     def _read(self, spec: TensorSpec) -> Float64:
-        rows = self._model.ref(spec.name).read().astype(np.float64)
+        rows: Float64 = self._model.ref(spec.name).read().astype(np.float64)
         return rows.reshape(len(rows), -1)
 
     def _gain(self, norm: TensorSpec) -> Float64:

@@ -177,6 +177,12 @@ class _LayerPair:
                 f"{ours.instance} of the student and {theirs.instance} of the teacher are of different kinds"
             )
         self._groups = merge.alpha.groups(merge.heads.student.groups)
+        for mapping in (merge.before, merge.between, merge.after):
+            _expect_map(mapping, teacher, student)
+        for role, spec in ours.specs.items():
+            axes = (0, -1) if len(spec.shape) > 1 else (0,)
+            for mixing, axis in zip(self._inner(role), axes, strict=False):
+                _expect_axis(mixing, theirs.specs[role], spec, axis)
 
     def tensors(self) -> dict[str, TensorRef]:
         """Return what changes, by the student's names."""
@@ -218,13 +224,8 @@ class _LayerPair:
                 own = own * _gain(self._student, self._ours.specs[norm])
             if not alpha.any():
                 return own
-            made = self._folded(spec.role)
-            if made.shape != own.shape:
-                raise BitsmithError(
-                    f"the teacher's comes out as {made.shape}, expected {own.shape}", tensor=spec.name
-                )
             share = alpha[:, None] if alpha.ndim == 1 else alpha
-            return share * made + (1 - share) * own
+            return share * self._folded(spec.role) + (1 - share) * own
 
         return compute
 
@@ -237,7 +238,7 @@ class _LayerPair:
         if norm is not None:
             mapping = merge.before if norm == "norm.mixer" else merge.between
             gain = merge.gains[norm == "norm.ffn"] * _gain(self._teacher, self._theirs.specs[norm])
-            return _row_mixed(ref, rows, _expect_in(gain[:, None] * mapping.backward, spec))
+            return _row_mixed(ref, rows, gain[:, None] * mapping.backward)
         if spec.axes[0] == "residual" and len(spec.axes) > 1:
             mapping = merge.between if role != "ffn.down" else merge.after
             return _row_mixed(ref, mapping.forward, columns)
@@ -263,6 +264,8 @@ class _Ends:
         wide, own = teacher.having("embed")[0].shape[0], self._embed.shape[0]
         if wide != own:
             raise BitsmithError(f"the teacher's vocabulary has {wide} tokens, the student's {own}")
+        for mapping in (merge.embedding, merge.final):
+            _expect_map(mapping, teacher, student)
 
     def tensors(self) -> dict[str, TensorRef]:
         """Return what changes, by the student's names."""
@@ -321,9 +324,7 @@ def _row_mixed(ref: TensorRef, rows: Mixing | None, columns: Mixing | None) -> F
     if rows is None:
         return mixed_columns(_matrix(ref.read()), columns)
     if is_selection(rows):
-        _expect_rows(int(rows.max(initial=-1)) < ref.n_rows, ref)
         return _selected(ref, rows, columns)
-    _expect_rows(rows.shape[0] == ref.n_rows, ref)
     total: Any = 0.0
     turned = rows.T if isinstance(rows, np.ndarray) else rows.T.tocsr()
     for start, stop in ref.slices():
@@ -357,12 +358,26 @@ def _constant(stored: TensorRef, value: float) -> TensorRef:
     return MergedTensor(stored, lambda: np.full(stored.shape, value))
 
 
-def _expect_in(columns: Float64, spec: TensorSpec) -> Float64:
-    if spec.shape[1] != len(columns):
-        raise BitsmithError(f"has {spec.shape[1]} columns, the map {len(columns)} rows", tensor=spec.name)
-    return columns
+def _expect_map(mapping: ResidualMap, teacher: Model, student: Model) -> None:
+    expected = teacher.arch.number("hidden_size"), student.arch.number("hidden_size")
+    for part in (mapping.forward, mapping.backward):
+        if part.shape != expected:
+            raise BitsmithError(f"a residual map has shape {part.shape}, the models call for {expected}")
 
 
-def _expect_rows(fits: bool, ref: TensorRef) -> None:
+def _expect_axis(mixing: Mixing | None, theirs: TensorSpec, ours: TensorSpec, axis: int) -> None:
+    """Refuse what does not make the student's rows or columns of the teacher's."""
+    wide, narrow = theirs.shape[axis], ours.shape[axis]
+    if ours.axes[axis] == "residual":
+        return
+    if mixing is None:
+        fits, found = wide == narrow, (wide, wide)
+    elif is_selection(mixing):
+        within = mixing.min(initial=0) >= 0 and mixing.max(initial=-1) < wide
+        fits, found = within and len(mixing) == narrow, (int(mixing.max(initial=-1)) + 1, len(mixing))
+    else:
+        fits, found = mixing.shape == (wide, narrow), mixing.shape
     if not fits:
-        raise BitsmithError(f"has {ref.n_rows} rows, which the maps do not fit", tensor=ref.name)
+        raise BitsmithError(
+            f"{ours.axes[axis]} goes from {wide} to {narrow}, its map {found}", tensor=ours.name
+        )

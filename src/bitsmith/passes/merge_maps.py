@@ -221,8 +221,8 @@ def ridge_map(moments: PairMoments, ridge: float = RIDGE) -> ResidualMap:
 
     `ridge` is λ as a share of the mean variance.
     """
-    forward = np.linalg.solve(_damped(moments.tt, ridge), moments.ts)
-    backward = np.linalg.solve(_damped(moments.ss, ridge), moments.ts.T).T
+    forward: Float64 = np.linalg.solve(_damped(moments.tt, ridge), moments.ts)
+    backward: Float64 = np.linalg.solve(_damped(moments.ss, ridge), moments.ts.T).T
     return ResidualMap(forward, backward, "ridge")
 
 
