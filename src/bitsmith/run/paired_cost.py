@@ -166,19 +166,20 @@ class _Rates:
 def _measured(
     sides: Sides, layers: tuple[int, int], shapes: Mapping[str, PlaceShape], ctx_tokens: int
 ) -> _Rates:
-    """Run one pair of layers on random states, a task for each thread; the first run is to warm up."""
+    """Run one pair of layers on random states, a task for each thread; first runs are to warm up."""
     chunks = site_threads(pair_bytes(sides.teacher, sides.student, ctx_tokens))
     chunks *= max(1, TASK_TOKENS // ctx_tokens)
     ours, t_read = _timed(partial(sides.teacher.loaded, layers[0]))
     theirs, s_read = _timed(partial(sides.student.loaded, layers[1]))
     with tempfile.TemporaryDirectory() as folder:
         step = Step(*(_random(Path(folder) / name, chunks, ctx_tokens, side) for name, side in sides.named))
-        seconds = []
-        for places in ({}, {}, shapes):
-            sums = {place: PlaceSums(shape) for place, shape in places.items()}
-            seconds.append(_timed(partial(_exhaust, run_pair(ours, theirs, step, sums)))[1])
+        sums = {place: PlaceSums(shape) for place, shape in shapes.items()}
+        _, forward, _, both = (
+            _timed(partial(_exhaust, run_pair(ours, theirs, step, places)))[1]
+            for places in ({}, {}, sums, sums)
+        )
     run = chunks * ctx_tokens
-    return _Rates(t_read, s_read, seconds[1] / run, max(0.0, seconds[2] - seconds[1]) / run)
+    return _Rates(t_read, s_read, forward / run, max(0.0, both - forward) / run)
 
 
 def _random(path: Path, chunks: int, ctx_tokens: int, side: Side) -> tuple[States, States]:
