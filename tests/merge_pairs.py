@@ -13,17 +13,9 @@ import torch
 
 from bitsmith.passes.axes import Layer, layers_of
 from bitsmith.passes.merge_axes import AxisMap
-from bitsmith.passes.merge_ffn import matched_neurons
 from bitsmith.passes.merge_fold import EndsMerge, LayerAlpha, LayerMerge
-from bitsmith.passes.merge_heads import (
-    DeltaMap,
-    Groups,
-    HeadMap,
-    head_likeness,
-    head_traces,
-    selected_delta_heads,
-    selected_heads,
-)
+from bitsmith.passes.merge_heads import DeltaMap, HeadMap
+from bitsmith.passes.merge_inner import matched_ffn, matched_mixer
 from bitsmith.passes.merge_layers import cka_matrix, layer_similarity, monotone_layers
 from bitsmith.passes.merge_maps import PairMoments, ResidualMap, norm_gain, pooled, tiered_map
 from bitsmith.passes.transform import Model, model_of
@@ -126,21 +118,11 @@ class Pair:
 
     def heads(self, number: int, *, turn: bool = False) -> HeadMap | DeltaMap:
         theirs, ours = _text(self.teacher)[self.layers[number]], _text(self.student)[number]
-        moments = self.moments("mixer", number)
-        dim = ours.specs["norm.q" if ours.has("attn.o") else "norm.delta"].shape[0]
-        powers = [np.diagonal(head_traces(part, dim)) for part in (moments.tt, moments.ss)]
-        likeness = head_likeness(moments.ts, *powers, dim, turn=turn)
-        groups = [groups_of(layer, model) for layer, model in zip((theirs, ours), self.models, strict=True)]
-        if ours.has("attn.o"):
-            gated = ours.specs["attn.q"].axes[0] != "head.q"
-            return selected_heads(likeness, *groups, dim, gated=gated)
-        key_dim = self.student.arch.number("linear_key_head_dim")
-        return selected_delta_heads(likeness, *groups, key_dim, dim)
+        sides = (theirs, self.teacher.arch), (ours, self.student.arch)
+        return matched_mixer(*sides, self.moments("mixer", number), turn=turn)
 
     def _inner(self, number: int) -> tuple[HeadMap | DeltaMap, AxisMap]:
-        ffn = self.moments("ffn", number)
-        powers = np.diagonal(ffn.tt), np.diagonal(ffn.ss)
-        return self.heads(number), matched_neurons(ffn.ts, *powers)
+        return self.heads(number), matched_ffn(self.moments("ffn", number))
 
     def merges(
         self, mapping: ResidualMap | None = None, alpha: float = 1.0
@@ -159,12 +141,6 @@ class Pair:
                 LayerAlpha(alpha, alpha),
             )
         return made, EndsMerge(one, one, norm_gain(one, self.theirs.states[-1]), alpha, alpha)
-
-
-def groups_of(layer: Layer, model: Model) -> Groups:
-    if layer.has("attn.o"):
-        return Groups(layer.heads.query, layer.heads.shared)
-    return Groups(layer.specs["delta.decay"].shape[0], model.arch.number("linear_num_key_heads"))
 
 
 def _text(model: Model) -> list[Layer]:

@@ -10,14 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bitsmith.errors import BitsmithError
-from bitsmith.passes.merge_axes import AxisMap, best_matches, by_channel, greedy_matches, mixed_columns
+from bitsmith.passes.merge_axes import (
+    AxisMap,
+    best_matches,
+    by_channel,
+    diagonal_of,
+    greedy_matches,
+    mixed_columns,
+)
 from bitsmith.passes.merge_ffn import matched_neurons, strongest_neurons, with_rest_solved, with_rest_tied
 from bitsmith.passes.merge_heads import (
     Groups,
     HeadMap,
     head_importance,
     head_likeness,
+    head_power,
     head_traces,
+    key_cross,
     matched_heads,
     paired_heads,
     pruned_heads,
@@ -372,6 +381,36 @@ def test_importance_is_what_a_head_adds(outputs) -> None:
     np.testing.assert_allclose(found, expected)
 
 
+def test_moments_in_blocks_or_diagonals_serve_as_far_as_they_go(outputs) -> None:
+    _, found, _ = _chosen(outputs)
+    blocks = np.stack([found.tt[at : at + 16, at : at + 16] for at in range(0, 48, 16)])
+    o_proj = np.random.default_rng(6).standard_normal((7, 48))
+    np.testing.assert_allclose(
+        head_importance(o_proj, blocks, 12), head_importance(o_proj, found.tt, 12), rtol=1e-12
+    )
+    whole, inside = head_traces(found.tt, DIM), head_traces(blocks, DIM)
+    np.testing.assert_allclose(inside[4:8, 4:8], whole[4:8, 4:8])
+    assert (inside[:4, 4:] == 0).all()
+    diagonal = np.diagonal(found.tt)
+    for kept in (found.tt, blocks, diagonal):
+        np.testing.assert_allclose(diagonal_of(kept), diagonal)
+        np.testing.assert_allclose(head_power(kept, DIM), np.diagonal(whole))
+        np.testing.assert_allclose(np.diagonal(head_traces(kept, DIM)), np.diagonal(whole))
+    for tie in (with_rest_tied, with_rest_solved):
+        with pytest.raises(BitsmithError, match="needs all of it"):
+            tie(AxisMap.selecting(range(4)), diagonal)
+    with pytest.raises(BitsmithError, match="heads of 5"):
+        head_power(blocks, 5)
+
+
+def test_key_moments_come_from_weights_and_states(rows, moments) -> None:
+    random = np.random.default_rng(14)
+    theirs, ours = random.standard_normal((3 * DIM, WIDE)), random.standard_normal((2 * DIM, NARROW))
+    found = key_cross(theirs, ours, moments.ts, np.array([2, 0]), DIM)
+    keys = (rows[0] @ theirs.T).reshape(TOKENS, 3, DIM)[:, [2, 0]], (rows[1] @ ours.T).reshape(TOKENS, 2, DIM)
+    np.testing.assert_allclose(found, np.einsum("nga,ngb->gab", *keys) / TOKENS)
+
+
 def test_paired_heads_keep_the_dominant_directions(outputs) -> None:
     chosen, found, _ = _chosen(outputs)
     traces, cross = head_traces(found.tt, DIM), head_traces(found.ts, DIM)
@@ -509,6 +548,13 @@ def test_greedy_matching_takes_the_best_pairs_first() -> None:
     score = np.array([[7.0, 9.0, 0.0], [4.0, 8.0, 1.0], [0.0, 0.0, 2.0], [3.0, 0.0, 2.0]])
     assert greedy_matches(score).tolist() == [1, 0, 2]
     assert best_matches(score).tolist() == [0, 1, 2]
+    drawn = np.random.default_rng(2).random((9, 6))
+    left, pairs = drawn.copy(), {}
+    for _ in range(6):
+        row, column = np.unravel_index(left.argmax(), left.shape)
+        pairs[column] = row
+        left[row], left[:, column] = -1, -1
+    assert greedy_matches(drawn).tolist() == [pairs[column] for column in range(6)]
     order = np.random.default_rng(1).permutation(40)[:25]
     shuffled = np.eye(40)[:, order]
     assert greedy_matches(shuffled).tolist() == best_matches(shuffled).tolist() == order.tolist()

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.archs import ARCHITECTURES, Architecture, TensorSpec
+from bitsmith.archs import ARCHITECTURES, TensorSpec
 from bitsmith.archs.tokenizer import TOKENIZER_FILES
 from bitsmith.errors import BitsmithError
 from bitsmith.passes.axes import Layer, layers_of
 from bitsmith.passes.merge_axes import by_channel
-from bitsmith.passes.merge_heads import Groups
+from bitsmith.passes.merge_inner import groups_of
 from bitsmith.passes.transform import Model, model_of
 from bitsmith.store import open_checkpoint
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
@@ -118,10 +118,10 @@ class _Build:
         self.scale = float(np.sqrt(wide / narrow))
         self.taken = tuple(t for t, n in enumerate(self._order) if n is not None)
         self._gains = {s.name: random.lognormal(0, _GAINS, s.shape) for s in self.specs if _is_outer(s)}
-        self._layers = {
-            number: {spec.role: spec for spec in self.specs if spec.layer == number}
-            for number in range(len(self._order))
-        }
+        self._layers = [
+            Layer(f"layers.{t}", {spec.role: spec for spec in self.specs if spec.layer == t})
+            for t in range(len(self._order))
+        ]
         self.places = [self._placed(n) for n in range(len(self._own))]
         self._turns = [self._drawn_turns(layer) if turn_values else None for layer in self._own]
 
@@ -157,7 +157,7 @@ class _Build:
             rows = self._random.standard_normal((spec.shape[0], weights.shape[1])) / np.sqrt(weights.shape[1])
             gained = weights * self._gain(layer.specs[norm])
             rows[self._channels(own, spec.role)] = self._turned(own, spec.role, gained)
-            return self._reading(rows, None, self._layers[number][norm])
+            return self._reading(rows, None, self._layers[number].specs[norm])
         if spec.norm is not None:
             return weights
         rows = _SMALL * self._random.standard_normal((spec.shape[0], weights.shape[1]))
@@ -170,7 +170,8 @@ class _Build:
             return np.zeros(spec.shape)
         if spec.norm is not None:
             return np.full(spec.shape, float(spec.norm == "w"))
-        return self._random.standard_normal(spec.shape) / np.sqrt(max(1, int(np.prod(spec.shape[1:]))))
+        deviation = 1 / float(np.sqrt(max(1, int(np.prod(spec.shape[1:])))))
+        return self._random.normal(0, deviation, spec.shape)
 
     def _reading(self, rows: Float64, own_norm: TensorSpec | None, norm: TensorSpec) -> Float64:
         """Return what reads the teacher's normed state as `rows` (`out D_s`) read the student's."""
@@ -187,9 +188,9 @@ class _Build:
 
     def _placed(self, own: int) -> dict[str, Index]:
         """Return where the teacher's layer has the student's neurons, heads and groups."""
-        theirs, ours = self._layers[self.taken[own]], self._own[own].specs
-        wide, narrow = theirs["ffn.down"].shape[1], ours["ffn.down"].shape[1]
-        teacher, student = _groups(theirs, self._arch), _groups(ours, self._model.arch)
+        theirs, ours = self._layers[self.taken[own]], self._own[own]
+        wide, narrow = (layer.specs["ffn.down"].shape[1] for layer in (theirs, ours))
+        teacher, student = groups_of(theirs, self._arch), groups_of(ours, self._model.arch)
         if wide < narrow or teacher.groups < student.groups or teacher.each < student.each:
             raise BitsmithError(f"layer {own}: the teacher's neurons or heads do not hold the student's")
         groups = self._random.permutation(teacher.groups)[: student.groups].astype(np.intp)
@@ -203,9 +204,9 @@ class _Build:
         if role.startswith("ffn."):
             return places["ffn"]
         if role in ("delta.in_qkv", "delta.conv"):
-            teacher = _groups(self._layers[self.taken[own]], self._arch).groups
+            teacher = groups_of(self._layers[self.taken[own]], self._arch).groups
             value_dim = specs["norm.delta"].shape[0]
-            student = _groups(specs, self._model.arch)
+            student = groups_of(self._own[own], self._model.arch)
             dim = (specs["delta.in_qkv"].shape[0] - student.heads * value_dim) // (2 * student.groups)
             keys = by_channel(places["groups"], dim)
             values = by_channel(places["heads"], value_dim)
@@ -275,14 +276,6 @@ def _nearest(order: Sequence[int | None]) -> list[int]:
         following = following if n is None else n
         found.append(following)
     return found[::-1]
-
-
-def _groups(specs: Mapping[str, TensorSpec], arch: Architecture) -> Groups:
-    """Return a layer's query heads by KV head, or its V heads by K head."""
-    if "attn.o" in specs:
-        dim = specs["norm.q"].shape[0]
-        return Groups(specs["attn.o"].shape[1] // dim, specs["attn.v"].shape[0] // dim)
-    return Groups(specs["delta.decay"].shape[0], arch.number("linear_num_key_heads", 16))
 
 
 def _is_outer(spec: TensorSpec) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,22 +85,21 @@ def best_matches(score: Float64) -> Index:
 
 
 def greedy_matches(score: Float64) -> Index:
-    """Return for each column of `score` (`n_t n_s`) its own row, the best pairs first."""
-    rows, columns = score.shape
-    order = np.full(columns, -1, np.intp)
-    free, left = np.ones(rows, bool), np.arange(columns)
-    while left.size:
-        open_rows = np.flatnonzero(free)
-        part = score[np.ix_(open_rows, left)]
-        wanted = part.argmax(0)
-        value = part[wanted, np.arange(left.size)]
-        first: dict[int, int] = {}
-        for at in np.argsort(-value, kind="stable"):
-            first.setdefault(int(wanted[at]), int(at))
-        for row, at in first.items():
-            order[left[at]] = open_rows[row]
-        free[order[order >= 0]] = False
-        left = np.flatnonzero(order < 0)
+    """Return for each column of `score` (`n_t n_s`) its own row, the best pair of all left each time."""
+    order: Index = np.full(score.shape[1], -1, np.intp)
+    taken = np.zeros(len(score), bool)
+    wanted = score.argmax(0)
+    heap = [(-float(score[row, column]), column) for column, row in enumerate(wanted)]
+    heapq.heapify(heap)
+    while heap:
+        _, column = heap[0]
+        row = int(wanted[column])
+        if taken[row]:
+            wanted[column] = row = int(np.where(taken, -np.inf, score[:, column]).argmax())
+            heapq.heapreplace(heap, (-float(score[row, column]), column))
+            continue
+        heapq.heappop(heap)
+        order[column], taken[row] = row, True
     return order
 
 
@@ -113,7 +113,36 @@ def sparse_mixing(values: Float64, teacher: Index, student: Index, shape: tuple[
     return _SPARSE.csr_array((values, (teacher, student)), shape=shape)
 
 
+def diagonal_of(moment: Float64) -> Float64:
+    """Return the diagonal (`D`) of a second moment kept whole (`D D`), in blocks (`n b b`) or as it is."""
+    if moment.ndim == 1:
+        return moment
+    blocks = moment[None] if moment.ndim == 2 else moment
+    return np.diagonal(blocks, axis1=1, axis2=2).reshape(-1).copy()
+
+
+def head_blocks(moment: Float64, dim: int) -> Float64:
+    """Return the blocks by head (`H dim dim`) of a second moment kept whole, in blocks or as a diagonal.
+
+    Raises BitsmithError where it does not divide into heads.
+    """
+    size = moment.shape[-1]
+    if size % dim:
+        raise BitsmithError(f"a moment of shape {moment.shape} does not divide into heads of {dim}")
+    if moment.ndim == 1:
+        return moment.reshape(-1, dim)[:, :, None] * np.eye(dim)
+    each = size // dim
+    split = moment.reshape(-1, each, dim, each, dim)
+    blocks: Float64 = np.einsum("gaiaj->gaij", split).reshape(-1, dim, dim)
+    return blocks
+
+
 def correlations(cross: Float64, teacher: Float64, student: Float64) -> Float64:
     """Return `cross` (`n_t n_s`) over the root of both powers (`n_t`, `n_s`); 0 where one has no power."""
-    size = np.sqrt(np.maximum(np.outer(teacher, student), 0.0))
-    return np.divide(cross, size, out=np.zeros_like(cross, np.float64), where=size > 0)
+    left, right = (
+        np.divide(1.0, np.sqrt(np.maximum(power, 0.0)), out=np.zeros(len(power)), where=power > 0)
+        for power in (teacher, student)
+    )
+    scaled: Float64 = cross * left[:, None]
+    scaled *= right
+    return scaled

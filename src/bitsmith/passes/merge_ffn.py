@@ -49,9 +49,11 @@ def with_rest_solved(chosen: AxisMap, moment: Float64, ridge: float = RIDGE) -> 
     """Return the selection with the neurons left out folded into down by least squares.
 
     `h_t ≈ h_S Mᵀ`, `M = C[:, S] (C[S, S] + λ)⁻¹` with C the teacher's E[h hᵀ] (`n_t n_t`): down reads
-    `W M`. `ridge` is λ as a share of the mean power. Selected neurons keep their own columns exactly.
+    `W M`. `ridge` is λ as a share of the mean power. Selected neurons keep their own columns exactly. Raises
+    BitsmithError for a moment that is not kept whole.
     """
     kept: Index = chosen.producing
+    _expect_whole(moment)
     inner = moment[np.ix_(kept, kept)]
     unit = float(np.trace(inner)) / len(inner)
     damped = inner + ridge * (unit if unit > 0 else 1.0) * np.eye(len(inner))
@@ -64,8 +66,10 @@ def with_rest_tied(chosen: AxisMap, moment: Float64) -> AxisMap:
     """Return the selection with each neuron left out tied to the kept one that it correlates with most.
 
     Its column of down is added to that neuron's, times `E[h_d h_k] / E[h_k²]`; none where nothing correlates.
+    Raises BitsmithError for a moment that is not kept whole.
     """
     kept: Index = chosen.producing
+    _expect_whole(moment)
     power = np.diagonal(moment)
     dropped = np.setdiff1d(np.arange(len(power)), kept)
     among = np.abs(correlations(moment[np.ix_(dropped, kept)], power[dropped], power[kept]))
@@ -77,3 +81,10 @@ def with_rest_tied(chosen: AxisMap, moment: Float64) -> AxisMap:
     values = np.concatenate([np.ones(len(kept)), factor])
     mixing = sparse_mixing(values, rows, columns, (len(power), len(kept)))
     return AxisMap(kept, mixing, f"{chosen.method}+tie")
+
+
+def _expect_whole(moment: Float64) -> None:
+    if moment.ndim != 2:
+        raise BitsmithError(
+            f"the neurons' second moment is kept as {moment.shape}: what is left out needs all of it"
+        )

@@ -18,7 +18,15 @@ from scipy import linalg
 
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.threads import one_blas_thread
-from bitsmith.passes.merge_axes import Index, Mixing, best_matches, by_channel, correlations, turned_blocks
+from bitsmith.passes.merge_axes import (
+    Index,
+    Mixing,
+    best_matches,
+    by_channel,
+    correlations,
+    head_blocks,
+    turned_blocks,
+)
 
 Float64 = NDArray[np.float64]
 
@@ -154,13 +162,28 @@ class DeltaMap:
 
 
 def head_traces(moment: Float64, dim: int) -> Float64:
-    """Return the traces (`H H'`) of a moment's blocks of head size: E[o_h · o_h']."""
+    """Return the traces (`H H'`) of a moment's blocks of head size: E[o_h · o_h'].
+
+    Of a moment kept in blocks (`n b b`) or as a diagonal, what it does not hold counts as zero. Raises
+    BitsmithError where it does not divide into heads.
+    """
+    if moment.ndim == 3:
+        parts = [head_traces(block, dim) for block in moment]
+        return np.asarray(linalg.block_diag(*parts), np.float64)
+    if moment.ndim == 1:
+        return np.diag(head_power(moment, dim))
     rows, columns = moment.shape
     if rows % dim or columns % dim:
         raise BitsmithError(f"a moment of shape {moment.shape} does not divide into heads of {dim}")
     blocks = moment.reshape(rows // dim, dim, columns // dim, dim)
     traces: Float64 = np.einsum("aibi->ab", blocks)
     return traces
+
+
+def head_power(moment: Float64, dim: int) -> Float64:
+    """Return each head's E|o|² (`H`), of a moment kept whole, in blocks or as a diagonal."""
+    power: Float64 = np.trace(head_blocks(moment, dim), axis1=1, axis2=2)
+    return power
 
 
 @one_blas_thread()
@@ -294,12 +317,26 @@ def with_frozen_kv(chosen: HeadMap, key_cross: Float64, rotary_dim: int) -> Head
 def head_importance(o_proj: NDArray[Any], moment: Float64, heads: int) -> Float64:
     """Return what each head adds to the stream's energy, `tr(O_h E[o oᵀ]_hh O_hᵀ)` (`Q_t`).
 
-    o_proj is `D Q_t·d`, `moment` E[o oᵀ] (`Q_t·d Q_t·d`).
+    o_proj is `D Q_t·d`, `moment` E[o oᵀ] (`Q_t·d Q_t·d`), whole, in blocks or as a diagonal.
     """
     columns = o_proj.astype(np.float64).reshape(o_proj.shape[0], heads, -1)
-    dim = columns.shape[2]
-    blocks = moment.reshape(heads, dim, heads, dim)
-    return np.array([np.vdot(columns[:, h] @ blocks[h, :, h], columns[:, h]) for h in range(heads)])
+    blocks = head_blocks(moment, columns.shape[2])
+    return np.array([np.vdot(columns[:, h] @ blocks[h], columns[:, h]) for h in range(heads)])
+
+
+@one_blas_thread()
+def key_cross(
+    teacher: NDArray[Any], student: NDArray[Any], states: Float64, shared: Index, dim: int
+) -> Float64:
+    """Return E[k_t k_sᵀ] of matched KV heads (`K_s d d`) from E[x_t x_sᵀ] (`states`, `D_t D_s`).
+
+    `teacher` and `student` are k_proj with the gain of the norm in front, `K·d D`. What RMSNorm divides a
+    token by is taken as the same for all tokens.
+    """
+    left = teacher.astype(np.float64).reshape(-1, dim, teacher.shape[1])[shared] @ states
+    right = student.astype(np.float64).reshape(-1, dim, student.shape[1])
+    cross: Float64 = np.einsum("gas,gbs->gab", left, right)
+    return cross
 
 
 def _expect_room(teacher: Groups, student: Groups) -> None:
