@@ -6,6 +6,7 @@ the largest logit, in float32.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -14,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from bitsmith.errors import BitsmithError
 from bitsmith.lab.embedded import Embedding, Sizes, embed_student, spread_layers
@@ -289,6 +292,42 @@ def test_a_teacher_too_small_is_refused(case: Callable[..., Case], tmp_path: Pat
     with pytest.raises(BitsmithError, match="gated"):
         embed_student(case("qwen3.5").folder, tmp_path / "teacher", sizes, turn_values=True)
     assert not (tmp_path / "teacher").exists()
+
+
+def test_eight_bit_floats_are_read_with_their_scales(case: Callable[..., Case], tmp_path: Path) -> None:
+    """A teacher in FP8 with a scale per 32 x 32 block merges as the same values in F32 do."""
+    found = case("qwen3")
+    stored = found.pair.teacher.checkpoint
+    plain: dict[str, torch.Tensor] = {}
+    packed: dict[str, torch.Tensor] = {}
+    for name, array in arrays(stored).items():
+        plain[name] = packed[name] = torch.from_numpy(array)
+        if name.endswith("_proj.weight"):
+            packed |= _eight_bits(name, plain[name])
+            wide = packed[f"{name}_scale_inv"].repeat_interleave(32, 0).repeat_interleave(32, 1)
+            rows, columns = plain[name].shape
+            plain[name] = packed[name].float() * wide[:rows, :columns]
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [32, 32]}
+    configs = stored.config, {**stored.config, "quantization_config": settings}
+    views = []
+    for folder, tensors, config in zip(("plain", "fp8"), (plain, packed), configs, strict=True):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+        (tmp_path / folder / "config.json").write_text(json.dumps(config))
+        teacher = model_of(open_checkpoint(tmp_path / folder))
+        views.append(merged_view(teacher, found.pair.student, *found.pair.merges()))
+    for name in views[0]:
+        np.testing.assert_array_equal(views[0][name].read(), views[1][name].read())
+    assert EXACT < found.error(views[1]) < 0.2
+
+
+def _eight_bits(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    rows, columns = (-(-size // 32) for size in weight.shape)
+    whole = torch.nn.functional.pad(weight, (0, 32 * columns - weight.shape[1], 0, 32 * rows - len(weight)))
+    scales = whole.reshape(rows, 32, columns, 32).abs().amax((1, 3)) / 448
+    wide = scales.clamp(min=1e-12).repeat_interleave(32, 0).repeat_interleave(32, 1)
+    codes = (whole / wide).to(torch.float8_e4m3fn)[: len(weight), : weight.shape[1]]
+    return {name: codes.contiguous(), f"{name}_scale_inv": scales}
 
 
 def _with_vocabulary(tokens: int, folder: Path) -> Model:

@@ -27,6 +27,7 @@ from bitsmith.passes.merge_heads import DeltaMap, HeadMap
 from bitsmith.passes.merge_maps import ResidualMap
 from bitsmith.passes.transform import Model
 from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef, View
+from bitsmith.store.stored import FLOATS
 
 Float64 = NDArray[np.float64]
 
@@ -82,22 +83,30 @@ class EndsMerge:
     head_alpha: float = 1.0
 
 
-class MergedTensor(TensorRef):
-    """A tensor computed whole when it is first read, and let go once its last row was."""
+class _Merged(TensorRef):
+    """A merged tensor of the stored one's name, shape and type; where that is packed, of type BF16."""
 
-    def __init__(self, stored: TensorRef, compute: Callable[[], Float64]) -> None:
-        self.name, self.shape, self.dtype = stored.name, stored.shape, stored.dtype
-        self._compute = compute
-        self._lock = threading.Lock()
-        self._kept: Rows | None = None
+    def __init__(self, stored: TensorRef) -> None:
+        self.name, self.shape = stored.name, stored.shape
+        self.dtype = stored.dtype if stored.dtype in FLOATS else "BF16"
 
     @property
     def nbytes(self) -> int:
         """Bytes as float32: a computed tensor is stored nowhere."""
         return 4 * self.size
 
+
+class MergedTensor(_Merged):
+    """A tensor computed whole when it is first read, and let go once its last row was."""
+
+    def __init__(self, stored: TensorRef, compute: Callable[[], Float64]) -> None:
+        super().__init__(stored)
+        self._compute = compute
+        self._lock = threading.Lock()
+        self._kept: Rows | None = None
+
     def read(self, start: int = 0, stop: int | None = None) -> Rows:
-        """Return rows `[start, stop)` in float32; a scalar whole."""
+        """Return rows `[start, stop)` in float32."""
         stop = self.n_rows if stop is None else stop
         with self._lock:
             if self._kept is None:
@@ -112,17 +121,12 @@ class MergedTensor(TensorRef):
             return self._compute().reshape(self.shape).astype(np.float32)
 
 
-class RowwiseTensor(TensorRef):
+class RowwiseTensor(_Merged):
     """A tensor whose rows are each computed of the same rows of others: a table of the vocabulary."""
 
     def __init__(self, stored: TensorRef, compute: Callable[[int, int], Float64]) -> None:
-        self.name, self.shape, self.dtype = stored.name, stored.shape, stored.dtype
+        super().__init__(stored)
         self._compute = compute
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as float32: a computed tensor is stored nowhere."""
-        return 4 * self.size
 
     def read(self, start: int = 0, stop: int | None = None) -> Rows:
         """Return rows `[start, stop)` in float32."""
