@@ -64,23 +64,25 @@ class Case:
         return merged_view(*self.pair.models, *self.pair.merges(mapping, alpha))
 
 
-def _sizes(tiny: Tiny) -> Sizes:
+def _sizes(tiny: Tiny, scale: float | None) -> Sizes:
     layers = tiny.config.get("text_config", tiny.config)["num_hidden_layers"]
     delta = {"k_heads": 3, "v_heads": 9} if tiny.k_heads else {}
-    return Sizes(96, spread_layers(layers, 2 * layers + 1), ffn=160, heads=9, kv_heads=3, **delta)
+    return Sizes(
+        96, spread_layers(layers, 2 * layers + 1), ffn=160, heads=9, kv_heads=3, scale=scale, **delta
+    )
 
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
-    """Cases by the kind of student and whether value channels are turned, each made once."""
+    """Cases by the kind of student, whether value channels are turned, and scale, each made once."""
 
     @cache
-    def made(kind: str, turned: bool = False) -> Case:
+    def made(kind: str, turned: bool = False, scale: float | None = None) -> Case:
         random = np.random.default_rng(3)
         fit, held = (random.integers(4, VOCAB, shape) for shape in ((16, 32), (2, 16)))
         folder = TINY[kind].write(tmp_path_factory.mktemp("merge") / "student", "F32")
         teacher = folder.parent / "teacher"
-        embedding = embed_student(folder, teacher, _sizes(TINY[kind]), turn_values=turned)
+        embedding = embed_student(folder, teacher, _sizes(TINY[kind], scale), turn_values=turned)
         pair = Pair(teacher, folder, fit)
         return Case(TINY[kind], folder, embedding, pair, held, seen(pair.student.checkpoint, held).logits)
 
@@ -100,6 +102,20 @@ def test_the_embedded_teacher_computes_what_the_student_does(kind: str, case: Ca
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
 def test_the_student_is_recovered(kind: str, alpha: float, case: Callable[..., Case]) -> None:
     assert case(kind).error(case(kind).merged(alpha=alpha)) <= EXACT
+
+
+@pytest.mark.parametrize("kind", ["qwen3", pytest.param("qwen3.5-tied", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_other_scales_and_what_rms_norm_loses(kind: str, scale: float, case: Callable[..., Case]) -> None:
+    """The teacher's states are `scale` as long: the map's scale and the norms' gains make up for it."""
+    found = case(kind, scale=scale)
+    for alpha in (1.0, 0.5):
+        assert found.error(found.merged(alpha=alpha)) <= EXACT
+    layers, ends = found.pair.merges()
+    assert np.linalg.norm(ends.final.forward[:, 0]) == pytest.approx(1 / scale, rel=1e-4)
+    assert [*layers[1].gains, ends.gain] == pytest.approx([np.sqrt(96 / 64) / scale] * 3, rel=1e-4)
+    without = {n: replace(merge, gains=(1.0, 1.0)) for n, merge in layers.items()}
+    assert found.error(merged_view(*found.pair.models, without, ends)) > 1e-2
 
 
 @pytest.mark.parametrize("kind", SOME)

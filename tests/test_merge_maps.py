@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 
 import numpy as np
 import pytest
@@ -47,6 +47,7 @@ from bitsmith.passes.merge_maps import (
     along_axes,
     blended_map,
     cross_map,
+    geodesic_map,
     mean_cosine,
     norm_gain,
     pooled,
@@ -217,11 +218,37 @@ def test_blends_lie_between(moments) -> None:
     middle = blended_map([turned(0.2), turned(1.0)], [3, 3])
     np.testing.assert_allclose(middle.forward, turned(0.6).forward, atol=1e-12)
     np.testing.assert_allclose(middle.backward, turned(0.6).backward, atol=1e-12)
+    quarter = geodesic_map(turned(0.2), turned(1.0), 0.25)
+    np.testing.assert_allclose(quarter.forward, turned(0.4).forward, atol=1e-12)
     one = tiered_map(moments)
     np.testing.assert_allclose(blended_map([one, cross_map(moments)], [1, 0]).forward, one.forward, atol=1e-9)
     for weights in ([1], [-1, 2], [0, 0]):
         with pytest.raises(BitsmithError, match="weights"):
             blended_map([one, one], weights)
+
+
+def test_the_way_between_two_maps_is_even(moments) -> None:
+    random = np.random.default_rng(17)
+    start, scale = tiered_map(moments), 3.0
+    lift = np.linalg.qr(start.frame + 0.1 * random.standard_normal((WIDE, NARROW)))[0]
+    nearer = lift @ np.linalg.qr(lift.T @ start.frame)[0]
+    u, _, wt = np.linalg.svd(nearer.T @ start.frame)
+    near = nearer @ (u @ wt)
+    small = np.linalg.qr(np.eye(NARROW) + 0.1 * random.standard_normal((NARROW, NARROW)))
+    end = ResidualMap(scale * near @ (small[0] * np.sign(np.diagonal(small[1]))), near / scale, "end")
+    first = start.forward
+    for share, expected in ((0.0, first), (1.0, end.forward)):
+        np.testing.assert_allclose(geodesic_map(start, end, share).forward, expected, atol=1e-9)
+    steps = [geodesic_map(start, end, share).frame for share in (0, 0.25, 0.5, 0.75, 1)]
+    lengths = [np.linalg.norm(b - a) for a, b in pairwise(steps)]
+    np.testing.assert_allclose(lengths, lengths[0], rtol=1e-3)
+    np.testing.assert_allclose(steps[1].T @ steps[1], np.eye(NARROW), atol=1e-12)
+    back = geodesic_map(end, start, 0.25).frame
+    np.testing.assert_allclose(back, steps[3], atol=1e-9)
+    mirrored = ResidualMap(first * np.where(np.arange(NARROW), 1, -1), start.backward, "mirrored")
+    for other, share, said in ((mirrored, 0.5, "reflection"), (end, 1.5, "share 1.5")):
+        with pytest.raises(BitsmithError, match=said):
+            geodesic_map(start, other, share)
 
 
 def test_pooled_moments_weigh_layers_alike(rows) -> None:

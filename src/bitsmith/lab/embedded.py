@@ -1,9 +1,9 @@
 """A teacher that computes exactly what a student does, in a wider, deeper and relabelled model.
 
-Residual states are `x_t = s x_s Qᵀ` with Q (`D_t D_s`) of orthonormal columns and `s = √(D_t/D_s)`, which
-keeps the mean square and so RMSNorm's epsilon. Further layers write nothing; further heads and neurons
-compute, but nothing reads them. Heads, KV groups and neurons lie in random order. A merge that finds all of
-it gives the student back.
+Residual states are `x_t = s x_s Qᵀ` with Q (`D_t D_s`) of orthonormal columns. The default, `s = √(D_t/D_s)`,
+keeps the mean square and so RMSNorm's epsilon; with another s the copy is exact up to the epsilon. Further
+layers write nothing; further heads and neurons compute, but nothing reads them. Heads, KV groups and neurons
+lie in random order. A merge that finds all of it gives the student back.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ _SMALL = 0.3
 
 @dataclass(frozen=True)
 class Sizes:
-    """A teacher's sizes; None keeps the student's. `layers` lists each one's student layer, None for idle."""
+    """A teacher's sizes; None keeps the student's.
+
+    `layers` lists each one's student layer, None for an idle one; `scale` is s.
+    """
 
     hidden: int
     layers: Sequence[int | None] | None = None
@@ -44,6 +47,7 @@ class Sizes:
     kv_heads: int | None = None
     k_heads: int | None = None
     v_heads: int | None = None
+    scale: float | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,7 @@ class _Build:
         if wide < narrow:
             raise BitsmithError(f"hidden size {wide} is smaller than the student's {narrow}")
         self.frame: Float64 = np.linalg.qr(random.standard_normal((wide, narrow)))[0]
-        self.scale = float(np.sqrt(wide / narrow))
+        self.scale = float(np.sqrt(wide / narrow)) if sizes.scale is None else sizes.scale
         self.taken = tuple(t for t, n in enumerate(self._order) if n is not None)
         self._gains = {s.name: random.lognormal(0, _GAINS, s.shape) for s in self.specs if _is_outer(s)}
         self._layers = [
@@ -177,7 +181,8 @@ class _Build:
         """Return what reads the teacher's normed state as `rows` (`out D_s`) read the student's."""
         if own_norm is not None:
             rows = rows * self._gain(own_norm)
-        return rows @ self.frame.T / (self.scale * self._gains[norm.name])
+        widened = float(np.sqrt(len(self.frame) / self.frame.shape[1]))  # what RMSNorm makes of n_s Qᵀ
+        return rows @ self.frame.T / (widened * self._gains[norm.name])
 
     def _read(self, spec: TensorSpec) -> Float64:
         rows: Float64 = self._model.ref(spec.name).read().astype(np.float64)

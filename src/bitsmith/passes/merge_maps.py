@@ -26,6 +26,7 @@ RIDGE = 1e-6
 """Added to a moment's diagonal before it is inverted, as a share of the diagonal's mean."""
 _LEAST_RIDGE = 1e-12
 _UNKNOWN = 1e-12
+_HALF_TURN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -282,7 +283,7 @@ def blended_map(maps: Sequence[ResidualMap], weights: Sequence[float]) -> Residu
     """Return the weighted mean of maps: the orthonormal frame nearest to all of theirs, scales geometrically.
 
     `U Wᵀ` of svd(`Σ w V`), the mean in the chordal metric; of two frames with equal weights it is the
-    middle of the shortest way between them. Weights are normalised. Raises BitsmithError for weights that
+    middle of `geodesic_map`. Weights are normalised. Raises BitsmithError for weights that
     are negative, all 0 or not one for each map.
     """
     share = np.asarray(weights, np.float64)
@@ -290,9 +291,45 @@ def blended_map(maps: Sequence[ResidualMap], weights: Sequence[float]) -> Residu
         raise BitsmithError(f"{len(maps)} maps, weights {list(weights)}: expected one for each, not all 0")
     share = share / share.sum()
     frame = _polar(np.sum([w * one.frame for w, one in zip(share, maps, strict=True)], axis=0))
-    sizes = [float(np.sqrt((one.forward**2).sum() / one.forward.shape[1])) for one in maps]
-    scale = float(np.exp(np.dot(share, np.log(sizes))))
+    scale = float(np.exp(np.dot(share, np.log([_size(one) for one in maps]))))
     return ResidualMap(scale * frame, frame / scale, "blended")
+
+
+@one_blas_thread()
+def geodesic_map(first: ResidualMap, second: ResidualMap, share: float) -> ResidualMap:
+    """Return the map that lies `share` (0 … 1) of the way from one orthonormal map to another.
+
+    `V₁ᵀ V₂ = U cos(Θ) Wᵀ`: the subspaces turn by `share · Θ` in the planes of their principal vectors, the
+    coordinates within by that share of the rotation `U Wᵀ`; scales go geometrically. Raises BitsmithError
+    for a share outside 0 … 1 and for maps that differ by a reflection or half a turn: no way is the shortest.
+    """
+    if not 0 <= share <= 1:
+        raise BitsmithError(f"share {share}: expected 0 … 1")
+    start, end = first.frame, second.frame
+    u, cosines, wt = linalg.svd(start.T @ end)
+    angles = np.arccos(np.clip(cosines, -1.0, 1.0))
+    from_axes = start @ u
+    beyond = end @ wt.T - from_axes * cosines
+    size = np.linalg.norm(beyond, axis=0)
+    side = np.divide(beyond, size, out=np.zeros_like(beyond), where=size > _UNKNOWN)
+    axes = from_axes * np.cos(share * angles) + side * np.sin(share * angles)
+    frame = _polar(axes @ u.T @ _part_of_turn(u @ wt, share))
+    scale = _size(first) ** (1 - share) * _size(second) ** share
+    return ResidualMap(scale * frame, frame / scale, "geodesic")
+
+
+def _part_of_turn(turn: Float64, share: float) -> Float64:
+    """Return a rotation to the power `share`."""
+    upper, vectors = linalg.schur(turn, output="complex")
+    phases = np.angle(np.diagonal(upper))
+    if (np.abs(phases) > np.pi - _HALF_TURN).any():
+        raise BitsmithError("the maps differ by a reflection or half a turn: there is no way between them")
+    part: Float64 = ((vectors * np.exp(1j * share * phases)) @ vectors.conj().T).real
+    return part
+
+
+def _size(mapping: ResidualMap) -> float:
+    return float(np.sqrt((mapping.forward**2).sum() / mapping.forward.shape[1]))
 
 
 def _scaled(frame: Float64, moments: PairMoments, method: str) -> ResidualMap:
