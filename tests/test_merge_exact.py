@@ -169,6 +169,62 @@ def test_at_zero_the_student_stays_bit_for_bit(kind: str, case: Callable[..., Ca
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
+def test_every_matrix_takes_its_own_map(kind: str, case: Callable[..., Case]) -> None:
+    """W = 0.3 W' + 0.7 W_s by the formulas, with another map and gain at each place."""
+    found, random = case(kind), np.random.default_rng(21)
+    maps = [ResidualMap(*random.standard_normal((2, 96, 64)), method="drawn") for _ in range(5)]
+    layers, _ = found.pair.merges()
+    n = next(n for n, merge in layers.items() if isinstance(merge.heads, HeadMap))
+    places = dict(zip(("before", "between", "after"), maps, strict=False))
+    merge = replace(layers[n], **places, gains=(2.0, 3.0), alpha=LayerAlpha(0.3, 0.3))
+    ends = EndsMerge(maps[3], maps[4], 5.0, 0.3, 0.3)
+    view = merged_view(*found.pair.models, {n: merge}, ends)
+    plus = float(kind == "qwen3.5")
+    theirs, ours = (arrays(model.checkpoint) for model in found.pair.models)
+    t, s = f"model.layers.{merge.teacher}.", f"model.layers.{n}."
+    heads, dim = merge.heads, 16
+    assert isinstance(heads, HeadMap)
+    wide = dim * (1 + heads.gated)
+    query, kv = (
+        (at[:, None] * size + np.arange(size)).ravel()
+        for at, size in ((heads.query, wide), (heads.shared, dim))
+    )
+    output, ffn = (heads.query[:, None] * dim + np.arange(dim)).ravel(), merge.ffn.producing
+
+    def read(weights: np.ndarray, norm: str, gain: float, place: ResidualMap) -> np.ndarray:
+        return gain * weights * (theirs[norm] + plus) @ place.backward
+
+    mixer, between = (f"{t}{norm}_layernorm.weight" for norm in ("input", "post_attention"))
+    expected = {
+        "self_attn.q_proj": read(theirs[f"{t}self_attn.q_proj.weight"][query], mixer, 2.0, maps[0]),
+        "self_attn.k_proj": read(theirs[f"{t}self_attn.k_proj.weight"][kv], mixer, 2.0, maps[0]),
+        "self_attn.v_proj": read(theirs[f"{t}self_attn.v_proj.weight"][kv], mixer, 2.0, maps[0]),
+        "self_attn.o_proj": maps[1].forward.T @ theirs[f"{t}self_attn.o_proj.weight"][:, output],
+        "mlp.gate_proj": read(theirs[f"{t}mlp.gate_proj.weight"][ffn], between, 3.0, maps[1]),
+        "mlp.up_proj": read(theirs[f"{t}mlp.up_proj.weight"][ffn], between, 3.0, maps[1]),
+        "mlp.down_proj": maps[2].forward.T @ theirs[f"{t}mlp.down_proj.weight"][:, ffn],
+    }
+    for name, made in expected.items():
+        own = ours[f"{s}{name}.weight"]
+        if not name.endswith(("o_proj", "down_proj")):
+            own = own * (
+                ours[s + ("input" if "attn" in name else "post_attention") + "_layernorm.weight"] + plus
+            )
+        np.testing.assert_allclose(
+            view[f"{s}{name}.weight"].read(), 0.3 * made + 0.7 * own, rtol=1e-4, atol=1e-5
+        )
+    for norm in (f"{s}input_layernorm", f"{s}post_attention_layernorm", "model.norm"):
+        np.testing.assert_array_equal(view[f"{norm}.weight"].read() + plus, 1)
+    table = (
+        0.3 * theirs["model.embed_tokens.weight"] @ maps[3].forward + 0.7 * ours["model.embed_tokens.weight"]
+    )
+    np.testing.assert_allclose(view["model.embed_tokens.weight"].read(), table, rtol=1e-4, atol=1e-5)
+    head = 0.3 * read(theirs["lm_head.weight"], "model.norm.weight", 5.0, maps[4])
+    head += 0.7 * ours["lm_head.weight"] * (ours["model.norm.weight"] + plus)
+    np.testing.assert_allclose(view["lm_head.weight"].read(), head, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3.5"])
 def test_a_layer_that_is_left_alone_stays_bit_for_bit(kind: str, case: Callable[..., Case]) -> None:
     found = case(kind)
     layers, ends = found.pair.merges()
