@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bitsmith.archs import ARCHITECTURES, TensorSpec
 from bitsmith.archs.tokenizer import TOKENIZER_FILES
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.axes import Layer, layers_of
 from bitsmith.passes.merge_axes import by_channel
 from bitsmith.passes.merge_inner import groups_of
@@ -78,6 +79,7 @@ def spread_layers(student: int, teacher: int) -> list[int | None]:
     return found
 
 
+@one_blas_thread()
 def embed_student(
     student: Path,
     out: Path,

@@ -68,8 +68,8 @@ def by_channel(mixing: Mixing, size: int) -> Mixing:
 def best_matches(score: Float64) -> Index:
     """Return for each column of `score` (`n_t n_s`) its own row, so that the sum of scores is largest.
 
-    Beyond `LARGEST_ASSIGNMENT` entries pairs are taken greedily, best first. Ties go to the lower row. Raises
-    BitsmithError for fewer rows than columns or scores that are not finite.
+    Beyond `LARGEST_ASSIGNMENT` entries pairs are taken greedily, best first. Raises BitsmithError for
+    fewer rows than columns or scores that are not finite.
     """
     rows, columns = score.shape
     if rows < columns:

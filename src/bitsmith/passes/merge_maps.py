@@ -222,9 +222,9 @@ def ridge_map(moments: PairMoments, ridge: float = RIDGE) -> ResidualMap:
 
     `ridge` is λ as a share of the mean variance.
     """
-    forward: Float64 = np.linalg.solve(_damped(moments.tt, ridge), moments.ts)
-    backward: Float64 = np.linalg.solve(_damped(moments.ss, ridge), moments.ts.T).T
-    return ResidualMap(forward, backward, "ridge")
+    forward = np.linalg.solve(_damped(moments.tt, ridge), moments.ts)
+    backward = np.linalg.solve(_damped(moments.ss, ridge), moments.ts.T).T
+    return ResidualMap(np.asarray(forward, np.float64), np.asarray(backward, np.float64), "ridge")
 
 
 def norm_gain(mapping: ResidualMap, states: NDArray[Any]) -> float:
