@@ -1,11 +1,13 @@
 """Speed of a study with two local workers against one, as JSON.
 
-    python benchmarks/study.py [--model MODEL] [--tasks 8] [--workers 2] [--repeats 3] [--out FILE]
+    python benchmarks/study.py [--model MODEL] [--tasks 8] [--workers 2] [--repeats 5] [--out FILE]
 
 The study is embarrassingly parallel: `--tasks` compressions that need nothing of each other, each
 to another type. Every run starts with an empty store; runs with one and with more workers take turns, each
-task with one thread in all of them, and the ratio is that of the medians. The artifacts of all runs are
-compared: the same keys and the same digests. Read it beside `cores` and `load`: a busy machine gives less.
+task with one thread in all of them. The ratio is that of the sums of wall-clock seconds, its 95 % interval by
+paired bootstrap over the repeats. The artifacts of all runs are compared: the same keys and the same digests.
+Read it beside `cores` and `load`, taken before every run: where others compute, more workers also take more
+of the machine, and the ratio may be too low or too high.
 """
 
 from __future__ import annotations
@@ -13,14 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bitsmith.lab.models import DEMO_MODEL
+from bitsmith.numerics.resampling import ratio_of_sums
 from bitsmith.run.actions import ACTIONS
 from bitsmith.run.audit import AuditLog
 from bitsmith.run.engine import LocalEngine
@@ -63,27 +66,26 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--tasks", type=int, default=len(TYPES))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ.update(dict.fromkeys(THREADS, "1"))
-    load = os.getloadavg()[0]
-    seconds: dict[int, list[float]] = {1: [], args.workers: []}
+    load, seconds = [], {1: [], args.workers: []}
     digests = []
     for _ in range(args.repeats):
         for workers, taken in seconds.items():
+            load.append(round(os.getloadavg()[0], 2))
             found, made = run(args.model, args.tasks, workers)
             taken.append(round(found, 3))
             digests.append(made)
-    medians = {workers: statistics.median(taken) for workers, taken in seconds.items()}
+    ratio = ratio_of_sums(seconds[1], seconds[args.workers])
     result: Json = {
         "model": args.model.name,
         "tasks": args.tasks,
         "cores": os.cpu_count(),
         "load": load,
         "seconds": seconds,
-        "median_seconds": medians,
-        "ratio": round(medians[1] / medians[args.workers], 3),
+        "ratio": None if ratio is None else asdict(ratio),
         "same_artifacts": all(made == digests[0] for made in digests),
     }
     text = json.dumps(result, indent=1)

@@ -16,7 +16,7 @@ def write_bytes(params, inputs, out, progress):
     progress("waiting", 0, 1)
     time.sleep(params.get("seconds", 0))
     seen = {name: (path / "data").read_text() for name, path in inputs.items()}
-    (out / "data").write_text(json.dumps([params["value"], seen], sort_keys=True) * 100)
+    (out / "data").write_text(json.dumps([params["value"], seen], sort_keys=True) * params.get("times", 100))
     return {"value": params["value"], "inputs": sorted(inputs)}
 
 
@@ -76,19 +76,13 @@ def vanish(params, inputs, out, progress):
 
 
 def kill_itself(params, inputs, out, progress):
-    """End as the kernel ends what takes too much memory."""
-    os.kill(os.getpid(), 9)
+    """End as the kernel ends what does wrong or takes too much memory."""
+    os.kill(os.getpid(), params["signal"])
 
 
-def no_json(params, inputs, out, progress):
-    """Return what is no JSON."""
-    return {"value": object()}
-
-
-def link(params, inputs, out, progress):
-    """Leave a link to a file outside."""
-    (out / "link").symlink_to("/etc/hostname")
-    return {}
+def tell_threads(params, inputs, out, progress):
+    """Return what the environment says of threads."""
+    return {name: os.environ.get(name) for name in params["names"]}
 
 
 def _count(params):
@@ -113,7 +107,6 @@ ACTIONS = {
         tick,
         vanish,
         kill_itself,
-        no_json,
-        link,
+        tell_threads,
     )
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,4 +39,16 @@ def refuse(params: Params, inputs: Inputs, out: Path, progress: Progress) -> dic
     raise BitsmithError("is not to be", path=Path("model"), tensor="w")
 
 
-ACTIONS = {"blend": blend, "refuse": refuse}
+def threads(params: Params, inputs: Inputs, out: Path, progress: Progress) -> dict[str, Any]:
+    """Tell how many threads it is to compute with."""
+    return {name: os.environ.get(name) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+
+
+def hog(params: Params, inputs: Inputs, out: Path, progress: Progress) -> dict[str, Any]:
+    """Hold memory until it is ended for it, at most a minute."""
+    held = bytearray(os.urandom(1 << 20) * 400)
+    time.sleep(60)
+    return {"bytes": len(held)}
+
+
+ACTIONS = {"blend": blend, "refuse": refuse, "threads": threads, "hog": hog}

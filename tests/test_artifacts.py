@@ -1,6 +1,8 @@
 """The store of artifacts: whole or not there, and the same bytes when read."""
 
+import hashlib
 import json
+import os
 
 import pytest
 
@@ -10,6 +12,7 @@ from bitsmith.store.artifacts import ArtifactStore, seal
 from bitsmith.store.digests import SourceDigests
 
 KEY = "ab" * 32
+FILE_DIGEST = hashlib.file_digest
 
 
 def _staged(store, key=KEY, files=(("model.gguf", b"weights"), ("sub/x", b"1"))):
@@ -65,6 +68,16 @@ def test_nothing_is_there_before_it_is_sealed_and_put(tmp_path):
         store.put(KEY, staged)
 
 
+def test_what_is_left_of_an_artifact_makes_way_for_it_whole(tmp_path):
+    store = ArtifactStore(tmp_path / "store")
+    _put(store)
+    (tmp_path / "store/objects/ab" / KEY / "manifest.json").unlink()
+    again = ArtifactStore(tmp_path / "store")
+    assert not again.has(KEY)
+    _put(again)
+    assert (ArtifactStore(tmp_path / "store").path(KEY) / "model.gguf").read_bytes() == b"weights"
+
+
 @pytest.mark.parametrize("damage", ["changed", "missing", "added", "result", "manifest"])
 def test_damage_is_found_when_it_is_read(tmp_path, damage):
     store = ArtifactStore(tmp_path / "store")
@@ -84,13 +97,10 @@ def test_damage_is_found_when_it_is_read(tmp_path, damage):
         ArtifactStore(tmp_path / "store").path(KEY)
 
 
-def test_what_no_task_names_is_listed_and_removed_when_told(tmp_path):
+def test_one_artifact_is_removed_when_told(tmp_path):
     store, other = ArtifactStore(tmp_path / "store"), "cd" * 32
     _put(store)
     _put(store, other)
-    (unused,) = store.garbage({KEY})
-    assert unused.key == other
-    assert unused.size_bytes > 8
     store.discard(other)
     assert store.keys() == [KEY]
 
@@ -165,3 +175,41 @@ def test_the_digest_of_a_source_is_of_its_content(tmp_path):
     assert later.of(first) == digests.of(first) != later.of(second)
     with pytest.raises(BitsmithError, match="cannot be read: No such file"):
         digests.of(tmp_path / "none")
+
+
+def test_bytes_changed_under_an_old_date_are_seen_and_known_ones_not_read_again(tmp_path, monkeypatch):
+    path, digests = tmp_path / "model.gguf", SourceDigests(tmp_path / "cache.json")
+    path.write_bytes(b"one")
+    first, stat = digests.of(path), path.stat()
+    read = []
+    monkeypatch.setattr("hashlib.file_digest", lambda *given: read.append(given) or FILE_DIGEST(*given))
+    assert digests.of(path) == first
+    assert not read
+    path.write_bytes(b"two")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second = digests.of(path)
+    path.write_bytes(b"one")
+    os.utime(path, (1, 1))
+    assert digests.of(path) == first != second
+    assert len(read) == 2
+
+
+def test_a_snapshot_of_links_is_its_content(tmp_path):
+    plain, snapshot, blobs = tmp_path / "plain", tmp_path / "snapshots/0123", tmp_path / "blobs"
+    for folder in (plain / "sub", snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, name in enumerate(("config.json", "model.safetensors", "sub/more")):
+        (plain / name).write_text(name)
+        (blobs / str(number)).write_text(name)
+    (snapshot / "config.json").symlink_to("../../blobs/0")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/1")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/more").symlink_to(blobs / "2")
+    (snapshot / "sub").symlink_to(tmp_path / "elsewhere")
+    digests = SourceDigests(tmp_path / "cache.json")
+    whole = digests.of(plain)
+    assert digests.of(snapshot) == whole
+    (snapshot / "circle").symlink_to(snapshot)
+    assert digests.of(snapshot) == whole
+    (blobs / "2").write_text("else")
+    assert digests.of(snapshot) != whole

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from bitsmith.lab.demo import Demo
 from bitsmith.report.assay_figures import ROLE_COLOURS, low_rank_against_int4
 from bitsmith.report.assay_page import write_assay_page
-from bitsmith.report.html import write_demo_report
+from bitsmith.report.demo_report import write_demo_report
 from bitsmith.report.page import Section, script_json, write_page
 from bitsmith.run.assay import assay
 from bitsmith.run.assay_result import Assay, Whitened
@@ -142,19 +142,20 @@ def test_hostile_names_are_shown_and_do_nothing(tmp_path: Path) -> None:
     assert colours_shown(seen)[ROLE_COLOURS[0]] > 50
 
 
-def test_the_demo_report_opens_without_script_or_request(demo_model: Path, tmp_path: Path) -> None:
+def test_the_demo_report_opens_without_error_or_request(demo_model: Path, tmp_path: Path) -> None:
     record = compress(demo_model, tmp_path / "demo.gguf", "Q8_0")
     text = tmp_path / "text.txt"
     text.write_text(Path(json.__file__).read_text(encoding="utf-8")[:3000], encoding="utf-8")
     evaluation = evaluate(demo_model, tmp_path / "demo.gguf", text, ctx_tokens=64, chunks=4)
     sample = '</pre><script>console.error("ran")</script>'
     demo = Demo(tmp_path, record, evaluation, "import <b>", sample, 1.0)
-    seen = visit(write_demo_report(tmp_path / "report.html", demo), tmp_path, size=(1280, 1600))
+    page, _, card = write_demo_report(demo)
+    seen = visit(page, tmp_path, size=(1280, 1600))
     assert seen.console == []
     assert seen.requests == []
-    assert "<script" not in seen.dom
     assert "&lt;/pre&gt;&lt;script&gt;" in seen.dom
-    assert all(row.gguf_name in seen.dom for row in record.plan.rows)
+    assert all(row.hf_name in seen.dom for row in record.plan.rows)
+    assert f"{record.file_bytes:,}" in card.read_text(encoding="utf-8")
     assert len(np.unique(packed(seen.pixels))) > 50
 
 

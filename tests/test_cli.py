@@ -198,8 +198,9 @@ def test_demo_writes_its_files_and_one_table(tmp_path: Path) -> None:
     assert 0 < kld["low"] <= kld["value"] <= kld["high"]
     assert kld["unit"] == "nats"
     assert "mean KLD" in done.stdout
-    page = (tmp_path / "report.html").read_text()
-    assert "http" not in page.replace("http-equiv", "")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["artifacts"][1]["measures"]["mean_kld"]["value"] == kld["value"]
+    assert report["samples"][0]["passages"][0]["text"] in done.stdout
 
 
 def readme_commands() -> list[str]:

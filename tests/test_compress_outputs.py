@@ -29,6 +29,7 @@ from bitsmith.store import open_checkpoint
         ("x", "w4a16", None, "folder"),
         (None, "NF4", None, "folder"),
         ("x", None, "spi", "spi"),
+        ("x", None, "sahc", "sahc"),
     ],
 )
 def test_name_type_and_recipe_say_what_is_written(
@@ -42,6 +43,7 @@ def test_names_of_outputs_follow_the_models(tiny_qwen3: Path) -> None:
     name = tiny_qwen3.name
     assert destination(Job(tiny_qwen3, type_name="nf4"), "folder") == Path(f"{name}-NF4")
     assert destination(Job(tiny_qwen3, recipe="spi"), "spi") == Path(f"{name}-spi")
+    assert destination(Job(tiny_qwen3, recipe="sahc"), "sahc") == Path(f"{name}-sahc")
 
 
 @pytest.mark.parametrize(
@@ -55,6 +57,9 @@ def test_names_of_outputs_follow_the_models(tiny_qwen3: Path) -> None:
         ({"out": Path("x.cellm"), "recipe": "spi"}, "makes a folder"),
         ({"out": Path("x"), "recipe": "spi", "type_name": "NF4"}, "recipe spi is not made with --type"),
         ({"out": Path("x"), "recipe": "spi", "by": "random", "text": Path("t")}, "--text is for --by kld"),
+        ({"out": Path("x.gguf"), "recipe": "sahc"}, "recipe sahc makes a folder"),
+        ({"out": Path("x"), "recipe": "sahc", "fit": "8GiB"}, "recipe sahc is not made with --fit"),
+        ({"out": Path("x.gguf"), "chunks": 3, "ppl_limit": 9.0}, "not made with --chunks, --ppl-limit"),
         ({"out": Path("x.cellm")}, "needs a type: --type f16|i8|i4|i2|q1"),
         ({"out": Path("x.cellm"), "type_name": "i7"}, "unknown kind 'i7'"),
         ({"out": Path("x.cellm"), "type_name": "i4_g7"}, "unknown grid 'int4_g7'"),

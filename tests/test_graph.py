@@ -1,54 +1,20 @@
 """The task graph: order, what is kept, what fails, and what the disk says of it."""
 
 import json
-import time
+import resource
 from itertools import pairwise
 
 import pytest
 
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.progress import silent
 from bitsmith.run.audit import AuditLog, read_audit
-from bitsmith.run.engine import Attempt, Failure
-from bitsmith.run.graph import keys_of, pause_seconds, run_graph
+from bitsmith.run.graph import pause_seconds, run_graph
 from bitsmith.run.task import Limits, Task
 from bitsmith.run.task_state import DECISIONS, Decision, StateFile, Status, load_state
-from bitsmith.run.worker import failure_of, perform
-from bitsmith.store.artifacts import ArtifactStore, locked_folder, sealed_result
+from bitsmith.run.worker import failure_of
+from bitsmith.store.artifacts import ArtifactStore, locked_folder
 from graph_actions import ACTIONS
-
-
-class InlineEngine:
-    """An engine that runs a task where it is, when it is waited for."""
-
-    def __init__(self, kinds=()):
-        self.started, self.stopped, self._kinds, self._attempts = [], False, list(kinds), []
-
-    def has_room(self, task):
-        if task.limits.memory_bytes == 0:
-            raise BitsmithError("never")
-        return not self._attempts
-
-    def start(self, task, action, inputs, out):
-        self.started.append((task.name, time.monotonic()))
-        self._attempts.append((Attempt(task, out), action, inputs))
-        return self._attempts[-1][0]
-
-    def wait(self, timeout_seconds):
-        if not self._attempts:
-            time.sleep(timeout_seconds)
-            return []
-        attempt, action, inputs = self._attempts.pop()
-        try:
-            perform(action, attempt.task.params, inputs, attempt.out, silent)
-            attempt.result = sealed_result(attempt.out)
-        except Exception as error:
-            told = failure_of(error)
-            attempt.failure = Failure(self._kinds.pop(0) if self._kinds else told["kind"], told["message"])
-        return [attempt]
-
-    def stop(self):
-        self.stopped = True
+from graph_run import InlineEngine
 
 
 def _run(folder, tasks, engine=None, **options):
@@ -195,11 +161,6 @@ def test_a_changed_source_makes_its_tasks_anew_and_says_so(tmp_path):
     assert (again["a"].path / "data").read_bytes() == b"two"
     assert (first["a"].path / "data").read_bytes() == b"one"
     assert first["b"].key != again["b"].key
-    store = ArtifactStore(tmp_path / "out/store")
-    assert {unused.key for unused in store.garbage(keys_of(tasks, store).values())} == {
-        first["a"].key,
-        first["b"].key,
-    }
     reasons = [decision.reason for decision in load_state(tmp_path / "out").decisions]
     assert "its artifact is gone, or is of other sources, parameters or another version" in reasons
 
@@ -250,6 +211,32 @@ def test_an_interrupt_is_noted_and_goes_on(tmp_path):
     again, engine = _run(tmp_path / "out", [_write("a"), _write("b")])
     assert [name for name, _ in engine.started] == ["b"]
     assert again["b"].status is Status.COMPLETED
+
+
+@pytest.fixture
+def small_files():
+    """A disk that has no room for files of more than 100 kB, as far as this process goes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_without_room_a_task_fails_in_one_line_and_leaves_nothing(tmp_path, small_files):
+    tasks = [_write("large", times=50_000), _write("x", "large"), _write("small")]
+    outcomes, _ = _run(tmp_path / "out", tasks)
+    statuses = {name: outcome.status.value for name, outcome in outcomes.items()}
+    assert statuses == {"large": "failed", "x": "blocked", "small": "completed"}
+    assert "no room for what it writes: [Errno 27] File too large" in outcomes["large"].reason
+    assert set(failure_of(OSError(28, "No space left on device"))) == {"kind", "message"}
+    assert ArtifactStore(tmp_path / "out/store").keys() == [outcomes["small"].key]
+    assert not list(tmp_path.glob("out/store/staging/*"))
+
+
+def test_a_source_that_the_study_would_change_is_refused(tmp_path):
+    tasks = [Task("a", "read_source", {"source": str(tmp_path)}, sources=("source",))]
+    with pytest.raises(OutputError, match="a source of task 'a'; choose another output"):
+        _run(tmp_path / "out", tasks)
 
 
 def test_an_unknown_action_is_refused_before_anything_runs(tmp_path):

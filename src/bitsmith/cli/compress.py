@@ -22,16 +22,20 @@ def compress(
         typer.Option(
             "--type",
             help="A stock mix by llama.cpp's name, e.g. IQ4_XS (default Q4_K_M); a .cellm's f16, i8, i4, i2 "
-            "or q1; of a folder that transformers and vLLM load: W4A16, W4A16_ASYM, W8A16, NF4 or FP4.",
+            "or q1; of a folder that transformers and vLLM load: W4A16, W4A16_ASYM, W8A16, NF4 or FP4. "
+            "Factors, which bitsmith alone reads: SVD, SVD+INT4, INT4, TT or TT+SVD with options, as "
+            "SVD+INT4:bpw=4.5, SVD:error=0.1:int8, INT4:heads=0.5, TT:r=64 (by --stats with "
+            ":scales), TT+SVD:core=512:r=32.",
         ),
     ] = None,
     recipe: Annotated[
-        Literal["auto", "sbgq-iq4xs", "spi"] | None,
+        Literal["auto", "sbgq-iq4xs", "spi", "sahc"] | None,
         typer.Option(
             "--recipe",
             help="auto: every tensor's type by measurement, within --target or --fit; "
             "sbgq-iq4xs: rotation, gauges, importance (with --stats or --text) and its table of types; "
-            "spi: a folder whose critical linears stay in 16 bits, the others become NF4.",
+            "spi: a folder whose critical linears stay in 16 bits, the others become NF4; "
+            "sahc: a folder by low rank, Tensor-Trains and int4, every row gated on --text and replanned.",
         ),
     ] = None,
     transforms: Annotated[
@@ -49,12 +53,21 @@ def compress(
     fit: Annotated[
         str | None, typer.Option("--fit", help="Memory to fit, weights, KV cache and state together: 8GiB.")
     ] = None,
-    ctx: Annotated[int, typer.Option("--ctx", min=1, help="Tokens of context for --fit.")] = 8192,
+    ctx: Annotated[
+        int | None,
+        typer.Option(
+            "--ctx", min=1, help="Tokens of context for --fit (default 8192), of a chunk for sahc (512)."
+        ),
+    ] = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix (.gguf, .dat).")
     ] = None,
     text: Annotated[
-        Path | None, typer.Option("--text", help="Text to calibrate on where there are no --stats.")
+        Path | None,
+        typer.Option(
+            "--text",
+            help="Text to calibrate on where there are no --stats; for recipe sahc the text it is judged on.",
+        ),
     ] = None,
     rounder: Annotated[
         Literal["nearest", "weighted", "gptq", "auto"],
@@ -122,6 +135,17 @@ def compress(
         ),
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of --by random.")] = 0,
+    chunks: Annotated[
+        int | None,
+        typer.Option("--chunks", min=1, help="Chunks of --text that recipe sahc uses (default all)."),
+    ] = None,
+    ppl_limit: Annotated[
+        float | None,
+        typer.Option(
+            "--ppl-limit",
+            help="Perplexity that recipe sahc must stay below (default 100, if the original does).",
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -159,6 +183,8 @@ def compress(
         critical=critical,
         by=by,
         seed=seed,
+        chunks=chunks,
+        ppl_limit=ppl_limit,
     )
     if dry_run:
         with progress_bars() as progress:
@@ -173,8 +199,11 @@ def compress(
 
 
 def _parsed(rules: list[str]) -> list[tuple[str, str]]:
-    pairs = [rule.rpartition("=") for rule in rules]
-    for rule, (pattern, equals, name) in zip(rules, pairs, strict=True):
-        if not (pattern and equals and name):
+    from bitsmith.run.overrides import split_rule
+
+    pairs = []
+    for rule in rules:
+        if (pair := split_rule(rule)) is None:
             raise BitsmithError(f"--tensor-type {rule!r} is not of the form REGEX=TYPE")
-    return [(pattern, name) for pattern, _, name in pairs]
+        pairs.append(pair)
+    return pairs

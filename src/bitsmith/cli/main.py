@@ -213,13 +213,12 @@ def demo(
 ) -> None:
     """Compress the bundled tiny Qwen3.5, evaluate it against the original, generate a few tokens, report."""
     from bitsmith.lab.demo import demo as run
-    from bitsmith.report.html import write_demo_report
+    from bitsmith.report.demo_report import write_demo_report
     from bitsmith.report.terminal import print_demo
 
     with progress_bars() as progress:
         result = run(out, type_name, progress=progress)
-    report = write_demo_report(out / "report.html", result)
-    print_demo(result, report)
+    print_demo(result, write_demo_report(result)[0])
 
 
 @lab.command("train")

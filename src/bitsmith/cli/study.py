@@ -45,7 +45,8 @@ def study_run(
         str | None, typer.Option("--address", help="Of the Ray cluster; default one started here.")
     ] = None,
     workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Tasks at once; default 1, on Ray what it has.")
+        int | None,
+        typer.Option("--workers", min=1, help="Tasks at once; default one a core, each with one thread."),
     ] = None,
     memory: Annotated[
         str | None,
@@ -109,13 +110,14 @@ def study_claims(
     ),
     text: Annotated[
         Path | None,
-        typer.Option("--text", help="UTF-8 text to measure on; without, claims of weights alone are tested."),
+        typer.Option("--text", help="UTF-8 text to measure on; default the lab's held-out text."),
     ] = None,
     stats: Annotated[
         Path | None, typer.Option("--stats", help="Statistics from calibrate, or an imatrix.")
     ] = None,
     calibration: Annotated[
-        Path | None, typer.Option("--calibration", help="Text to learn from where a claim needs one.")
+        Path | None,
+        typer.Option("--calibration", help="Text to learn from; without --stats too, Python's own sources."),
     ] = None,
     only: Annotated[str | None, typer.Option("--only", metavar="NAME,…", help="Only these claims.")] = None,
     ctx: _Ctx = 512,
@@ -125,20 +127,18 @@ def study_claims(
     json_out: JsonOut = None,
 ) -> None:
     """Check the published claims on MODEL: HELD, NOT HELD or NOT TESTED, each with figure and interval."""
+    from bitsmith.lab.claims import claims_study_of
     from bitsmith.report.claims_table import print_claims, print_cost, write_claims_page
-    from bitsmith.run.study_claims import claims_cost
-    from bitsmith.run.study_claims import study_claims as run
 
-    names = None if only is None else only.split(",")
-    print_cost(claims_cost(model, only=names, text=text, ctx_tokens=ctx, chunks=chunks))
     with progress_bars() as progress:
-        found = run(
+        found = claims_study_of(
             model,
             out,
+            print_cost,
             text=text,
             statistics=stats,
             calibration=calibration,
-            only=names,
+            only=None if only is None else only.split(","),
             ctx_tokens=ctx,
             chunks=chunks,
             seed=seed,

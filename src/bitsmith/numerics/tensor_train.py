@@ -15,8 +15,8 @@ or `8 m_1 m_3 in` bytes where that is more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.threads import one_blas_thread
 
 Float64 = NDArray[np.float64]
 SLAB_BYTES = 64 << 20
@@ -55,16 +56,24 @@ class ArrayRows:
     """An array in memory as a row source."""
 
     def __init__(self, rows: NDArray[Any]) -> None:
-        self.rows = rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(out, in)."""
-        return self.rows.shape
+        self.rows, self.shape = rows, rows.shape
 
     def read(self, start: int = 0, stop: int | None = None) -> NDArray[Any]:
         """Return rows `[start, stop)`."""
         return self.rows[start:stop]
+
+
+class ProjectedRows:
+    """The rows of a source times a matrix (`in r`), computed on read."""
+
+    def __init__(self, source: RowSource, matrix: Float64) -> None:
+        self.source, self.matrix = source, matrix
+        self.shape: tuple[int, ...] = (source.shape[0], matrix.shape[1])
+
+    def read(self, start: int = 0, stop: int | None = None) -> Float64:
+        """Return rows `[start, stop)`."""
+        rows: Float64 = np.asarray(self.source.read(start, stop), dtype=np.float64) @ self.matrix
+        return rows
 
 
 def as_rows(matrix: RowSource | NDArray[Any]) -> RowSource:
@@ -214,12 +223,16 @@ def tt_tensor(cores: Sequence[Float64]) -> Float64:
 
 
 def sweep(
-    matrix: RowSource | NDArray[Any], ranks: Sequence[Sequence[int]] | None = None, modes: Modes | None = None
+    matrix: RowSource | NDArray[Any],
+    ranks: Sequence[Sequence[int]] | None = None,
+    modes: Modes | None = None,
+    coded: Callable[[Float64], Float64] | None = None,
 ) -> tuple[Train, ...]:
     """Return a measured Tensor-Train of three cores for each rank list, reading the matrix three times.
 
     Without `ranks` the seed's seven configurations in proportion to the columns, without `modes` balanced
-    ones.
+    ones. `coded` is what rows of the middle core (`r_1 p_2` rows of `r_2`) decode to; it gets them with
+    columns of one size in each slab.
     Raises BitsmithError for a source that is no matrix, holds values that are not finite, or is larger than
     the modes, and for ranks that are none.
     """
@@ -228,12 +241,12 @@ def sweep(
     asked = scaled_ranks(columns) if ranks is None else tuple(tuple(config) for config in ranks)
     modes = balanced_modes(rows, columns) if modes is None else modes
     slabs = _Slabs(source, modes)
-    fitted = _fit(slabs, asked)
-    scores = [_Score() for _ in fitted]
+    fitted = [replace(train, coded=coded) for train in _fit(slabs, asked)]
+    widest, scores = max(fitted, key=lambda train: train.ranks[1]), [_Score() for _ in fitted]
     for slab in slabs:
         target = slab.rows_of(slab.tensor)
         # one projection serves all: the smaller ranks are its leading rows
-        inside = np.tensordot(_widest(fitted).left.T, slab.tensor.reshape(slab.first, -1), axes=1)
+        inside = np.tensordot(widest.left.T, slab.tensor.reshape(slab.first, -1), axes=1)
         for train, score in zip(fitted, scores, strict=True):
             score.add(target, slab.rows_of(train.approximate(inside, slab.middle)))
     return tuple(
@@ -242,6 +255,7 @@ def sweep(
     )
 
 
+@one_blas_thread()
 def fitted_cores(
     matrix: RowSource | NDArray[Any], ranks: Sequence[int], modes: Modes | None = None
 ) -> list[Float64]:
@@ -283,7 +297,7 @@ def svd_core(
     wide_modes = balanced_modes(rank, columns)
     wide = tt_svd(to_tensor(right.T, wide_modes), asked)
     wide_rows = to_matrix(tt_tensor(wide), wide_modes, (rank, columns))
-    tall = _Projected(source, right)
+    tall = ProjectedRows(source, right)
     modes = balanced_modes(rows, rank)
     slabs = _Slabs(tall, modes)
     (train,) = _fit(slabs, [asked])
@@ -302,18 +316,6 @@ def matrix_shape(source: RowSource) -> tuple[int, int]:
     if len(shape) != 2 or min(shape) < 1:
         raise BitsmithError(f"shape is {shape}, expected a matrix")
     return shape[0], shape[1]
-
-
-class _Projected:
-    """The tall factor `W V` of a source, computed on read."""
-
-    def __init__(self, source: RowSource, right: Float64) -> None:
-        self.source = source
-        self.right = right
-        self.shape = (source.shape[0], right.shape[1])
-
-    def read(self, start: int = 0, stop: int | None = None) -> Float64:
-        return np.asarray(self.source.read(start, stop), dtype=np.float64) @ self.right
 
 
 @dataclass(frozen=True)
@@ -397,14 +399,24 @@ class _Fitted:
     ranks: tuple[int, ...]
     left: Float64
     right: Float64
+    coded: Callable[[Float64], Float64] | None = None
 
     def approximate(self, inside: Float64, middle: int) -> Float64:
         """Return the approximated slab from `Uᵀ` of it, with `U` as wide as this one's or wider."""
         r1, (p3, r2) = self.ranks[1], self.right.shape
         reduced = inside[:r1].reshape(r1 * middle, p3)
-        if r2 < p3:
+        if self.coded is not None:
+            reduced = _level(self.coded, reduced @ self.right) @ self.right.T
+        elif r2 < p3:
             reduced = (reduced @ self.right) @ self.right.T
         return self.left @ reduced.reshape(r1, -1)
+
+
+def _level(coded: Callable[[Float64], Float64], rows: Float64) -> Float64:
+    """Return what rows decode to that were coded with columns of one size."""
+    size = np.sqrt(np.mean(np.square(rows), axis=0))
+    scale = np.where(size > 0, size, 1.0)
+    return coded(rows / scale) * scale
 
 
 def _fit(slabs: _Slabs, asked: Sequence[Sequence[int]]) -> list[_Fitted]:
@@ -441,10 +453,6 @@ def _leading(gram: Float64, count: int) -> Float64:
         raise BitsmithError("values are not finite, or too large to square; a Tensor-Train needs finite ones")
     _, vectors = linalg.eigh(gram, subset_by_index=(gram.shape[0] - count, gram.shape[0] - 1))
     return np.ascontiguousarray(vectors[:, ::-1], dtype=np.float64)
-
-
-def _widest(fitted: Sequence[_Fitted]) -> _Fitted:
-    return max(fitted, key=lambda train: train.ranks[1])
 
 
 class _Score:

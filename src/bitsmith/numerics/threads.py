@@ -44,14 +44,14 @@ class _BlasLimit:
     def __enter__(self) -> None:
         with self._lock:
             if self._held == 0:
-                self._limits = threadpool_limits(1, user_api="blas")
+                self._limits = threadpool_limits(1, user_api="blas")  # type: ignore[no-untyped-call]
             self._held += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._held -= 1
             if self._held == 0 and self._limits is not None:
-                self._limits.restore_original_limits()
+                self._limits.restore_original_limits()  # type: ignore[no-untyped-call]
 
 
 _BLAS = _BlasLimit()

@@ -25,12 +25,13 @@ from bitsmith.formats.format import Float32
 from bitsmith.formats.integer import Coded, GridFormat
 from bitsmith.numerics.input_metric import DAMPING, InputMetric
 from bitsmith.numerics.tensor_train import ArrayRows
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.factors import Factors, Metric
 from bitsmith.passes.grid_feedback import feedback
 
 Float64 = NDArray[np.float64]
 
-ROUNDS = 4
+ROUNDS, REMAINDER_ROUNDS = 4, 8
 """Turns at most; most matrices stop earlier."""
 
 _TOGETHER = 32  # columns that error feedback takes at a time
@@ -143,6 +144,7 @@ class ErrorMetric:
         return Rounded(grid.dequantize(coded), coded)
 
 
+@one_blas_thread()
 def low_rank(matrix: Float32, rank: int, metric: ErrorMetric) -> tuple[Float64, Float64]:
     """Return A (`out r`) and B (`r in`) of the best `rank` of a matrix in the metric, not rounded.
 
@@ -156,6 +158,7 @@ def low_rank(matrix: Float32, rank: int, metric: ErrorMetric) -> tuple[Float64, 
     return left, right
 
 
+@one_blas_thread()
 def factorize(
     matrix: Float32, rank: int, code: FactorCode, metric: ErrorMetric, rounds: int = ROUNDS
 ) -> Factored:
@@ -172,7 +175,7 @@ def _factors(
     best = _turn(matrix, right, code, metric)
     for _ in range(rounds - 1):
         exact = best[0].decoded.astype(np.float64)
-        found = _turn(matrix, _solved(exact.T @ exact, exact.T @ matrix), code, metric)
+        found = _turn(matrix, solved(exact.T @ exact, exact.T @ matrix), code, metric)
         if not found[2] < best[2]:
             break
         best = found
@@ -186,18 +189,19 @@ def _turn(
     b = metric.as_stored(right, code)
     weighed = metric.weighed(b.decoded)
     inner = weighed @ b.decoded.T.astype(np.float64)
-    left = _solved(inner, weighed @ matrix.T.astype(np.float64)).T
+    left = solved(inner, weighed @ matrix.T.astype(np.float64)).T
     a = ErrorMetric(inner, _INNER_DAMPING).as_stored(left, code)
     return a, b, metric.error(matrix - a.decoded @ b.decoded)
 
 
+@one_blas_thread()
 def with_remainder(
     matrix: Float32,
     rank: int,
     code: FactorCode,
     grid: GridFormat,
     metric: ErrorMetric,
-    rounds: int = ROUNDS,
+    rounds: int = REMAINDER_ROUNDS,
 ) -> Factored:
     """Return rank `rank` and the remainder on `grid`: never worse in the metric than the grid alone.
 
@@ -225,7 +229,7 @@ def _in_turns(
     best: Factored | None = None
     rest = start
     for _ in range(max(1, rounds)):
-        left, right = _factors(matrix - rest, rank, code, metric)
+        left, right = _factors(matrix - rest, rank, code, metric, 1)  # more would not lower the end's error
         remainder = metric.rounded(matrix - left.decoded @ right.decoded, grid)
         found = _measured(matrix, left, right, remainder, metric)
         if best is not None and not found.error < best.error:
@@ -244,6 +248,7 @@ def _measured(
     return Factored(left, right, rest, metric.error(matrix - found.decoded))
 
 
+@one_blas_thread()
 def head_energies(output: Float32, heads: int, moment: NDArray[Any] | None = None) -> Float64:
     """Return what each head adds to the output, `tr(O_h H_hh O_hᵀ)`, of an output projection.
 
@@ -263,6 +268,7 @@ def head_energies(output: Float32, heads: int, moment: NDArray[Any] | None = Non
     return found
 
 
+@one_blas_thread()
 def without_columns(
     matrix: Float32, kept: NDArray[np.intp], metric: ErrorMetric
 ) -> tuple[Float32, ErrorMetric]:
@@ -273,7 +279,7 @@ def without_columns(
     if metric.matrix is None:
         return np.ascontiguousarray(matrix[:, kept]), ErrorMetric()
     inside = metric.matrix[np.ix_(kept, kept)]
-    target = _solved(inside, metric.matrix[kept] @ matrix.T.astype(np.float64)).T
+    target = solved(inside, metric.matrix[kept] @ matrix.T.astype(np.float64)).T
     return target.astype(np.float32), ErrorMetric(inside, 0.0, feed=metric.feeds)
 
 
@@ -292,8 +298,8 @@ def _damped(moment: NDArray[Any], damping: float, shrink: float) -> Float64:
     return found
 
 
-def _solved(gram: Float64, right: Float64) -> Float64:
-    """Return `gram⁻¹ right`, a little damped: factors of zeros give zeros."""
+def solved(gram: Float64, right: Float64) -> Float64:
+    """Return `gram⁻¹ right`, a little damped: a Gram matrix of zeros gives zeros."""
     ridge = _RIDGE * float(np.diagonal(gram).mean()) or 1.0
     found = np.linalg.solve(gram + ridge * np.eye(len(gram)), right)
     return found.astype(np.float64)

@@ -100,6 +100,8 @@ def claims_markdown(study: ClaimsStudy) -> str:
             ("found", one.found),
             ("protocol", one.protocol or UNMEASURED),
         ]
+        if one.published:
+            rows.append(("its own numbers", one.published))
         parts += [f"## {plain(one.name)}", markdown_table(("", ""), rows)]
     parts += ["## What it took", markdown_table(*cost_rows(study.cost)), *map(plain, protocol_lines(study))]
     return "\n\n".join(parts) + "\n"

@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bitsmith.errors import printable
-from bitsmith.run.evaluate import Measure
 from bitsmith.store.atomic import atomic_file
+
+if TYPE_CHECKING:  # this loads torch, which printing a plan must not
+    from bitsmith.run.evaluate import Measure
 
 UNMEASURED = "unmeasured"
 
@@ -24,6 +27,13 @@ def plain(text: str) -> str:
 def code(text: str) -> str:
     """Return text as an indented code block."""
     return f"    {printable(text, _CHARACTERS)}"
+
+
+def lines_of(text: str, characters: int = 4000) -> str:
+    """Return text with its line breaks and tabs, other control characters escaped, each line cut."""
+    return "\n".join(
+        "\t".join(printable(part, characters) for part in line.split("\t")) for line in text.split("\n")
+    )
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

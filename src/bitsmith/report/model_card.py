@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from bitsmith.errors import OutputError, printable
+from bitsmith.errors import OutputError
 from bitsmith.report import study_tables as tables
+from bitsmith.report.card_snippets import block, front_matter, snippets
 from bitsmith.report.markdown import UNMEASURED, markdown_table, plain, write_markdown
-from bitsmith.report.study_json import Artifact, Study
+from bitsmith.report.study_json import GateLine, Study
 from bitsmith.report.study_page import summary_of, write_study_page
 from bitsmith.report.study_tables import Table
 from bitsmith.store.journal import write_result
@@ -18,6 +18,8 @@ PAGE_NAME, JSON_NAME, CARD_NAME = "report.html", "report.json", "README.md"
 
 _SAMPLE_CHARACTERS = 600
 _SAMPLES = 12
+_ROWS = 60
+"""Rows of a table in the card; the page has all."""
 
 
 def write_report(out: Path, study: Study) -> tuple[Path, Path, Path]:
@@ -31,70 +33,70 @@ def write_report(out: Path, study: Study) -> tuple[Path, Path, Path]:
         raise OutputError(f"cannot be made: {error.strerror or error}", path=out) from error
     page = write_study_page(out / PAGE_NAME, study)
     write_result(out / JSON_NAME, study.to_json())
-    return page, out / JSON_NAME, write_markdown(out / CARD_NAME, model_card(study))
+    return page, out / JSON_NAME, write_markdown(out / CARD_NAME, model_card(study, out))
 
 
-def model_card(study: Study) -> str:
+def model_card(study: Study, folder: Path | None = None) -> str:
     """Return the study as a Markdown model card; names, samples and texts of files are escaped.
 
-    The first artifact of each kind (GGUF, .cellm, folder) gets the snippets to run it.
+    The front matter says what is known. Of each kind of artifact (GGUF, .cellm, folder by its packing) the
+    one closest to the original gets the snippets to run it, with its path from `folder`, where the card
+    lies; the `config.json` of a folder that is there is quoted.
     """
-    parts = [f"# {plain(study.title)}", *(plain(line) for line in summary_of(study))]
+    parts = [front_matter(study), f"# {plain(study.title)}", *(plain(line) for line in summary_of(study))]
     for title, table in (
         ("Artifacts", tables.artifact_table(study)),
         ("Points of others", tables.peer_table(study)),
         ("Claims", tables.claim_table(study)),
         ("Errors by component", tables.component_table(study)),
-        ("Gate log: what did not pass", _failed(tables.gate_table(study))),
     ):
         if table.rows:
-            parts += [f"## {title}", _markdown(table)]
-    parts += _snippets(study)
+            parts += [f"## {title}", *_markdown(table)]
+        if title == "Artifacts" and table.rows:
+            parts += _measured(study)
+    parts += snippets(study, folder)
+    parts += _not_passed(study)
     parts += _samples(study)
     parts += _repeat(study)
     return "\n\n".join(parts) + "\n"
 
 
-def modelfile(artifact: str, ctx_tokens: int | None = None) -> str:
-    """Return an Ollama Modelfile for a GGUF; the context is the one it was measured at, if any.
-
-    Ollama takes the chat template from the GGUF.
-    """
-    lines = [f"FROM ./{printable(artifact)}"]
-    if ctx_tokens is not None:
-        lines.append(f"PARAMETER num_ctx {ctx_tokens}")
-    return "\n".join(lines) + "\n"
-
-
-def _snippets(study: Study) -> Iterator[str]:
-    rows = [row for row in study.artifacts if not row.is_original and row.path]
-    kinds: dict[str, Artifact] = {}
-    for row in rows:
-        kinds.setdefault(_kind(row), row)
+def _measured(study: Study) -> Iterator[str]:
+    """Yield how the figures of the table were measured."""
+    kinds = dict.fromkeys(
+        figure.interval for row in study.artifacts for figure in row.measures.values() if figure.interval
+    )
     if kinds:
-        yield "## Use"
-    for kind, row in kinds.items():
-        name = printable(Path(row.path).name)
-        word = shlex.quote(name)
-        if kind == "gguf":
-            yield f"llama.cpp and Ollama ({plain(name)}):"
-            yield _block(f"llama-cli -m {word} -p 'Hello'\nollama create NAME -f Modelfile")
-            yield "Modelfile:"
-            yield _block(modelfile(name))
-        elif kind == "cellm":
-            yield f"bitsmith ({plain(name)}):"
-            yield _block(f"bitsmith generate {word} -p 'Hello'")
-        else:
-            yield f"transformers and vLLM ({plain(name)}); config.json names the packing:"
-            yield _block(
-                f"from transformers import AutoModelForCausalLM\n"
-                f"model = AutoModelForCausalLM.from_pretrained({name!r})\n\nvllm serve {word}"
-            )
+        yield plain(f"Intervals in brackets: {'; '.join(kinds)}.")
+    for protocol in study.protocols[:4]:
+        said = ", ".join(f"{name} {value}" for name, value in protocol.settings.items() if value is not None)
+        yield plain(f"Protocol {protocol.name}: {said}.")
+    yield f"The same with plots, every tensor and every gate: {PAGE_NAME}; as data: {JSON_NAME}."
 
 
-def _kind(row: Artifact) -> str:
-    suffix = Path(row.path).suffix.lower()
-    return suffix.lstrip(".") if suffix in (".gguf", ".cellm") else "folder"
+def _not_passed(study: Study) -> Iterator[str]:
+    """Yield what failed or was not measured: gates, a row for each, and tasks."""
+    gates: dict[str, list[GateLine]] = {}
+    for line in study.gates:
+        if line.outcome:
+            gates.setdefault(line.gate or line.what, []).append(line)
+    rows = []
+    for name, lines in gates.items():
+        lost = [line for line in lines if line.outcome != "PASS"]
+        if lost:
+            one = lost[0]
+            said = " ".join((one.artifact, one.tensor, one.what, f"→ {one.decision}" if one.decision else ""))
+            failed = sum(line.outcome == "FAIL" for line in lost)
+            rows.append((name, str(failed), str(len(lost) - failed), str(len(lines)), " ".join(said.split())))
+    tasks = [
+        (task.name, task.status, task.why) for task in study.tasks if task.status in ("failed", "blocked")
+    ]
+    if rows or tasks:
+        yield "## What did not pass"
+    if rows:
+        yield markdown_table(("gate", "FAIL", "UNMEASURED", "of", "the first of them"), rows[:_ROWS])
+    if tasks:
+        yield markdown_table(("task", "status", "why"), tasks[:_ROWS])
 
 
 def _samples(study: Study) -> Iterator[str]:
@@ -103,18 +105,19 @@ def _samples(study: Study) -> Iterator[str]:
         how = first.passages[-1].how if first.passages else ""
         yield "## Samples"
         yield f"After the first prompt, {plain(how)}:"
-        yield _block(printable(first.prompt, _SAMPLE_CHARACTERS))
+        yield block(first.prompt[:_SAMPLE_CHARACTERS])
         for one in [one for one in first.passages if one.how == how][:_SAMPLES]:
             yield f"{plain(one.artifact)}: {plain(one.note)}"
-            yield _block(printable(one.text, _SAMPLE_CHARACTERS))
+            yield block(one.text[:_SAMPLE_CHARACTERS])
 
 
 def _repeat(study: Study) -> Iterator[str]:
     yield "## How to repeat it"
-    commands = list(
-        dict.fromkeys([*study.commands, *(line for row in study.artifacts for line in row.commands)])
-    )
-    yield _block("\n".join(printable(line, 4000) for line in commands) or f"# commands: {UNMEASURED}")
+    own = dict.fromkeys(line for row in study.artifacts for line in row.commands)
+    commands = study.commands or tuple(own)
+    yield block("\n".join(commands) or f"# commands: {UNMEASURED}")
+    if study.commands and own.keys() - set(study.commands):
+        yield f"The commands that make and measure each artifact alone are in {PAGE_NAME}."
     for protocol in study.protocols:
         rows = [(str(name), str(value)) for name, value in protocol.settings.items()]
         yield f"Protocol {plain(protocol.name)}:"
@@ -130,15 +133,7 @@ def _repeat(study: Study) -> Iterator[str]:
         yield "\n".join(f"- {plain(note)}" for note in study.notes)
 
 
-def _failed(table: Table) -> Table:
-    at = table.columns.index("outcome")
-    rows = [row for row in table.rows if row[at].text in ("FAIL", "UNMEASURED")]
-    return Table(table.columns, rows, [None] * len(rows))
-
-
-def _markdown(table: Table) -> str:
-    return markdown_table(table.columns, [[cell.text for cell in row] for row in table.rows])
-
-
-def _block(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.rstrip().split("\n"))
+def _markdown(table: Table) -> Iterator[str]:
+    yield markdown_table(table.columns, [[cell.text for cell in row] for row in table.rows[:_ROWS]])
+    if len(table.rows) > _ROWS:
+        yield f"{len(table.rows) - _ROWS:,} more rows in {PAGE_NAME}."

@@ -18,11 +18,15 @@ from bitsmith.store.atomic import atomic_file
 Figure = Mapping[str, Any]
 """A plotly figure: `data` and `layout` as plotly.js takes them."""
 
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:"
+POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; form-action 'none'; base-uri 'none'"
+)
+TOOLS_LEFT_OUT = ("sendChartToCloud", "select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d")
+"""Buttons of plotly.js that a page leaves out: the first sends the figures away, the others are of no use."""
 STYLE = """\
-:root { --ink: #1c2330; --paper: #fff; --panel: #f3f5f9; --line: #dde2ea; --note: #5a6475; }
-@media (prefers-color-scheme: dark) { :root { --ink: #dfe4ec; --paper: #14181f; --panel: #1f2530;
---line: #323a48; --note: #98a2b3; } }
+:root { color-scheme: light dark; --ink: light-dark(#1c2330, #dfe4ec); --paper: light-dark(#ffffff, #14181f);
+--panel: light-dark(#f3f5f9, #1f2530); --line: light-dark(#dde2ea, #323a48);
+--note: light-dark(#566072, #a3adbd); }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
 color: var(--ink); background: var(--paper); }
 h2 { margin: 2.2rem 0 .4rem; } .lead { font-size: 1.15rem; } .note { color: var(--note); }
@@ -35,8 +39,8 @@ pre { background: var(--panel); padding: .8rem; white-space: pre-wrap; overflow-
 """
 FIGURE_STYLE = """\
 .figure { margin: .4rem 0 1.2rem; }
-.xtick text, .ytick text, .xtitle, .ytitle, .legendtext, .legendtitletext, .annotation-text, .cbaxis text {
-fill: var(--ink) !important; }
+.xtick text, .ytick text, .colorbar text, .xtitle, .ytitle, .legendtext, .legendtitletext, .annotation-text,
+.cbaxis text { fill: var(--ink) !important; }
 .updatemenu-item-text { fill: var(--ink) !important; } .updatemenu-item-rect { fill: var(--panel) !important;
 stroke: var(--line) !important; } .updatemenu-header-arrow { fill: var(--ink) !important; }
 .gridlayer path, .zerolinelayer path { stroke: var(--line) !important; }
@@ -66,7 +70,8 @@ _PAGE = """<!doctype html>
 {% endfor %}<p class="note">bitsmith {{ version }}</p>
 {% if figures %}<script id="figures" type="application/json">{{ figures }}</script>
 <script>for (const [id, figure] of Object.entries(JSON.parse(document.getElementById("figures").textContent)))
-Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false});</script>
+Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false,
+plotlyServerURL: "", modeBarButtonsToRemove: {{ tools }}});</script>
 {% endif %}</body></html>
 """
 
@@ -105,6 +110,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> Path:
         figure_style=FIGURE_STYLE,
         policy=POLICY + ("; script-src 'unsafe-inline'" if figures else ""),
         figures=Markup(script_json(figures)) if figures else "",  # noqa: S704  escaped for a script element
+        tools=Markup(script_json(TOOLS_LEFT_OUT)),  # noqa: S704  our own
         plotly=Markup(plotly_source()) if figures else "",  # noqa: S704  plotly's own source
     )
     with atomic_file(path, overwrite=True) as file:

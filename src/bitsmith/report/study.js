@@ -22,8 +22,40 @@ const depth_axis = (text, traces) => ({...axis(text), tickformat: "d",
 const layout = (x, y, more) => ({height: 430, margin: {l: 60, r: 15, t: 40, b: 50}, paper_bgcolor: "rgba(0,0,0,0)",
   plot_bgcolor: "rgba(0,0,0,0)", font: {family: "system-ui, sans-serif", size: 13, color: GREY}, xaxis: x, yaxis: y,
   showlegend: false, hovermode: "closest", hoverlabel: {namelength: -1}, ...more});
-const draw = (id, traces, where) => Plotly.react(id, traces, where, {responsive: true, displaylogo: false});
+const narrow = () => document.documentElement.clientWidth < 600;
+function draw(id, traces, where, says) {
+  Plotly.react(id, traces, narrow() ? {...where, margin: {...where.margin, l: 40, r: 5}} : where,
+    {responsive: true, displaylogo: false, plotlyServerURL: "", modeBarButtonsToRemove: data.tools});
+  for (const svg of one(id).querySelectorAll("svg.main-svg")) svg.setAttribute("aria-hidden", "true");
+  one(`${id}-says`).textContent = says;
+}
 const indices = () => data.artifacts.map((a, at) => at).filter(shown);
+const short = v => v === 0 ? "0" : Math.abs(v) >= 1e5 || Math.abs(v) < 1e-3 ? v.toExponential(2) : String(Number(v.toPrecision(4)));
+function ends(items, get, name) {
+  const kept = items.filter(i => get(i) !== null && get(i) !== undefined).sort((a, b) => get(a) - get(b));
+  if (!kept.length) return "Nothing to draw.";
+  const [least, most] = [kept[0], kept.at(-1)];
+  return `${kept.length} figures: least ${short(get(least))} (${name(least)}), most ${short(get(most))} (${name(most)}).`;
+}
+const LEGEND = {orientation: "h", y: -0.25};
+function fill(id, heads, lines) {
+  const cell = (tag, text, scope) => {
+    const made = document.createElement(tag);
+    made.textContent = text;
+    if (scope) made.scope = scope;
+    return made;
+  };
+  const table = one(id), head = document.createElement("tr"), top = document.createElement("thead");
+  const body = document.createElement("tbody");
+  head.append(...heads.map(text => cell("th", text, "col")));
+  top.append(head);
+  for (const [first, ...rest] of lines) {
+    const row = document.createElement("tr");
+    row.append(cell("th", first, "row"), ...rest.map(text => cell("td", text)));
+    body.append(row);
+  }
+  table.replaceChildren(table.caption, top, body);
+}
 
 function pareto(at) {
   const measure = data.measures.find(m => m.key === one(`pareto-y-${at}`).value), size = one("pareto-x").value;
@@ -47,15 +79,24 @@ function pareto(at) {
       customdata: ends.map(v => v ? `${v[1].toPrecision(5)} … ${v[2].toPrecision(5)}` : "interval unmeasured"),
       hovertemplate: `<b>%{text}</b><br>%{x:,.5~g} ${size}<br>%{y:.5g} (%{customdata})<extra>${name}</extra>`, ...extra};
   };
-  const span = get => Math.max(...kept.map(get)) - Math.min(...kept.map(get)) || 1;
-  const across = i => Math.log(data.artifacts[i][size]), up = i => {
-    const v = value(data.artifacts[i])[0];
-    return measure.log ? Math.log(v) : v;
+  const span = values => Math.max(...values) - Math.min(...values) || 1;
+  const across = i => Math.log(data.artifacts[i][size]), up = i => raised(value(data.artifacts[i])[0]);
+  const peers = data.peers.filter(good), raised = v => measure.log ? Math.log(Math.max(v, 1e-30)) : v;
+  const xs = [...kept.map(across), ...peers.map(p => Math.log(p[size]))];
+  const ys = [...kept.map(i => data.artifacts[i]), ...peers].flatMap(a => value(a).filter(v => v !== null).map(raised));
+  const wide = span(xs), high = span(ys), left = Math.min(...xs), low = Math.min(...ys);
+  const room = Math.max(120, one(`pareto-${at}`).clientWidth - 110), half = name => Math.min(name.length, 40) * 3.3 + 4;
+  const boxes = [], named = new Map();
+  const place = (key, name, x, y) => {
+    const across = (x - left) / wide * room, centre = Math.max(half(name) - 30, Math.min(room + 30 - half(name), across));
+    const box = [centre, (y - low) / high * 300, half(name)];
+    if (boxes.some(b => Math.abs(b[0] - box[0]) < b[2] + box[2] && Math.abs(b[1] - box[1]) < 15)) return;
+    boxes.push(box);
+    named.set(key, centre > across + 8 ? "top right" : centre < across - 8 ? "top left" : "top center");
   };
-  const wide = span(across), high = span(up), named = new Set();
-  for (const i of [...front, ...(kept.length <= 10 ? kept : [])])
-    if (![...named].some(j => Math.abs(across(i) - across(j)) < wide / 6 && Math.abs(up(i) - up(j)) < high / 14))
-      named.add(i);
+  for (const i of [...front, ...(kept.length <= 12 ? kept.filter(i => !front.includes(i)) : [])])
+    place(i, data.artifacts[i].name, across(i), up(i));
+  if (peers.length <= 8) peers.forEach((p, i) => place(`p${i}`, p.name, Math.log(p[size]), raised(value(p)[0])));
   const traces = [{type: "scatter", mode: "lines", hoverinfo: "skip", name: "Pareto front",
     line: {color: GREY, width: 1, shape: "hv", dash: "dot"}, x: front.map(i => data.artifacts[i][size]),
     y: front.map(i => value(data.artifacts[i])[0])}];
@@ -64,27 +105,32 @@ function pareto(at) {
     if (!ids.length) return;
     traces.push(trace(ids.map(i => data.artifacts[i]), group.name, group.colour,
       data.artifacts[ids[0]].original ? "star" : "circle",
-      {mode: "markers+text", ids: ids.map(String), textposition: "top center", textfont: {size: 11}, cliponaxis: false,
+      {mode: "markers+text", ids: ids.map(String), textposition: ids.map(i => named.get(i) ?? "top center"), textfont: {size: 11}, cliponaxis: false,
         texttemplate: ids.map(i => named.has(i) ? "%{text}" : "")}));
   });
-  const peers = data.peers.filter(good);
-  if (peers.length) traces.push(trace(peers, "peer", GREY, "diamond-open"));
+  if (peers.length) traces.push(trace(peers, "peer", GREY, "diamond-open", {mode: "markers+text",
+    textposition: peers.map((p, i) => named.get(`p${i}`) ?? "top center"), textfont: {size: 11}, cliponaxis: false,
+    texttemplate: peers.map((p, i) => named.has(`p${i}`) ? p.label.split("<br>")[0] : "")}));
   draw(`pareto-${at}`, traces, layout(
     {...axis(size === "bytes" ? "bytes of the weight files" : "bits per weight", true),
-      tickformat: size === "bytes" ? "~s" : "~g", ...(wide > 1.5 || kept.length < 2 ? {dtick: "D2"} : {})},
-    axis(measure.label, measure.log)));
+      tickformat: size === "bytes" ? "~s" : "~g", ...(wide > 1.5 || xs.length < 2 ? {dtick: "D2"} : {})},
+    {...axis(measure.label, measure.log), ...(measure.log && high > 1.5 ? {dtick: "D2"} : {})}), `${measure.label}: ${ends(kept, i => value(data.artifacts[i])[0], i =>
+    data.artifacts[i].name)} On the front, smallest first: ${front.map(i => data.artifacts[i].name).join(", ") || "none"}.${
+    peers.length ? ` Points of others: ${peers.map(p => p.name).join(", ")}.` : ""}`);
   const absent = rows.filter(i => !kept.includes(i)).map(i => data.artifacts[i].name);
   one(`pareto-note-${at}`).textContent = absent.length
     ? `Not drawn, unmeasured or 0 on a logarithmic axis: ${absent.join(", ")}.` : "";
 }
 
+const role_text = role => [...one("layer-role").options].find(o => o.value === role).textContent;
 function layers() {
   const what = one("layer-what").value, role = one("layer-role").value, traces = [];
   for (const at of indices()) for (const line of data.artifacts[at].layers) {
     if (line.what !== what || (line.role !== role && (role !== data.all_roles
         || data.artifacts[at].layers.some(l => l.what === what && l.role === role)))) continue;
     const style = lineOf(at), name = data.artifacts[at].label + (line.role === role ? "" : ` ${line.role}`);
-    traces.push({type: "scatter", mode: "lines+markers", name, x: line.x, y: line.y, line: style,
+    traces.push({type: "scatter", mode: "lines+markers", meta: {at, name: data.artifacts[at].name
+      + (line.role === role ? "" : ` ${role_text(line.role)}`)}, name, x: line.x, y: line.y, line: style,
       marker: {color: style.color, size: 7}, hovertemplate: "layer %{x}: %{y:.4g}",
       ...(line.low.every(v => v !== null) ? {error_y: {type: "data", symmetric: false, thickness: 1, width: 3,
         array: line.high.map((v, i) => v - line.y[i]), arrayminus: line.low.map((v, i) => line.y[i] - v)}} : {})});
@@ -93,19 +139,24 @@ function layers() {
     traces.push({type: "scatter", mode: "lines", name: "no closer than zeros", hovertemplate: "no closer than zeros",
       x: [...new Set(traces.flatMap(t => t.x))].sort((a, b) => a - b), line: {color: "#e45756", dash: "dash", width: 1.5},
       y: [...new Set(traces.flatMap(t => t.x))].map(() => 1)});
-  draw("layers", traces, layout(depth_axis("layer", traces), {...axis(""), rangemode: "tozero"},
-    {showlegend: traces.length > 0, legend: {orientation: "h", y: -0.25}}));
+  const lines = traces.filter(t => t.meta !== undefined), points = lines.flatMap(t => t.x.map((x, i) => [t.meta.name, x, t.y[i]]));
+  draw("layers", traces, layout(depth_axis("layer", traces), {...axis(""), rangemode: lines.some(t => Math.min(...t.y) > 0.5)
+    && what !== data.weights_error ? "normal" : "tozero"}, {showlegend: traces.length > 0, legend: LEGEND}),
+    `${one("layer-what").selectedOptions[0]?.textContent ?? ""}: ${ends(points, p => p[2], p => `${p[0]}, layer ${p[1]}`)}`);
+  fill("layer-table", ["artifact", "layer", "figure"], points.map(p => [p[0], String(p[1]), short(p[2])]));
 }
 
 function components() {
   const traces = indices().filter(at => data.artifacts[at].components.length).map(at => {
     const found = data.artifacts[at].components.filter(c => c[one("component-what").value] !== null);
     const style = lineOf(at);
-    return {type: "bar", name: data.artifacts[at].label, x: found.map(c => c.name), marker: {color: style.color},
+    return {type: "bar", meta: {at, name: data.artifacts[at].name}, name: data.artifacts[at].label, x: found.map(c => c.name), marker: {color: style.color},
       y: found.map(c => c[one("component-what").value]), hovertemplate: "%{x}: %{y:.4g}"};
   });
+  const bars = traces.flatMap(t => t.x.map((x, i) => [t.meta.name, x, t.y[i]]));
   draw("components", traces, layout(axis(""), {...axis("relative error"), rangemode: "tozero"},
-    {barmode: "group", showlegend: traces.length > 0, legend: {orientation: "h", y: -0.25}}));
+    {barmode: "group", showlegend: traces.length > 0, legend: LEGEND}),
+    ends(bars, b => b[2], b => `${b[0]}, ${b[1]}`));
 }
 
 function map() {
@@ -114,34 +165,22 @@ function map() {
   if (choice.selectedOptions[0]?.disabled) choice.value = [...choice.options].find(o => !o.disabled)?.value ?? "";
   const found = choice.value === "" ? null : data.artifacts[Number(choice.value)].cells;
   one("map-none").hidden = found !== null;
-  for (const part of [one("allocation"), one("map").parentElement]) part.hidden = found === null;
+  for (const part of ["allocation", "allocation-says", "map-box"]) one(part).hidden = found === null;
   if (found === null) return;
   const used = data.roles.map((r, c) => c).filter(c => found.bpw.some(line => line[c] !== null));
   const pick = lines => lines.map(line => used.map(c => line[c]));
-  const flat = found.bpw.flat().filter(v => v !== null);
+  const flat = found.bpw.flat().filter(v => v !== null), names = data.role_names;
+  const cells = found.bpw.flatMap((line, r) => used.map(c => [line[c], `${found.layers[r]}, ${names[c]}`]));
+  const fits = one("allocation").clientWidth / Math.max(1, used.length) > 38;
   draw("allocation", [{type: "heatmap", x: used.map(c => data.roles[c]), y: found.layers, z: pick(found.bpw),
     customdata: pick(found.types), colorscale: "Viridis", zmin: 0, zmax: Math.min(16, Math.max(...flat)), xgap: 2, ygap: 2,
-    texttemplate: "%{z:.2f}", colorbar: {title: {text: "bpw"}, thickness: 14}, hoverongaps: false,
+    texttemplate: fits ? "%{z:.2f}" : "", colorbar: {title: {text: "bpw"}, thickness: 14}, hoverongaps: false,
     hovertemplate: "%{y}, %{x}<br>%{z:.3f} bpw<br>%{customdata}<extra></extra>"}],
     layout({...axis(""), showgrid: false}, {...axis(""), autorange: "reversed", showgrid: false, type: "category"},
-      {height: 110 + 24 * Math.max(4, found.layers.length)}));
-  const cell = (tag, text, scope) => {
-    const made = document.createElement(tag);
-    made.textContent = text;
-    if (scope) made.scope = scope;
-    return made;
-  };
-  const table = one("map"), head = document.createElement("tr"), body = document.createElement("tbody");
-  const names = one("roles").content.textContent.split("\n");
-  head.append(cell("th", "layer", "col"), ...used.map(c => cell("th", names[c], "col")));
-  found.bpw.forEach((line, r) => {
-    const row = document.createElement("tr");
-    row.append(cell("th", found.layers[r], "row"), ...used.map(c => cell("td", line[c] === null ? "" : line[c].toFixed(3))));
-    body.append(row);
-  });
-  const top = document.createElement("thead");
-  top.append(head);
-  table.replaceChildren(table.caption, top, body);
+      {height: 150 + 24 * Math.max(4, found.layers.length)}),
+    `${data.artifacts[Number(choice.value)].name}: bits per weight of ${ends(cells, c => c[0], c => c[1])}`);
+  fill("map", ["layer", ...used.map(c => names[c])],
+    found.bpw.map((line, r) => [found.layers[r], ...used.map(c => line[c] === null ? "" : line[c].toFixed(3))]));
 }
 
 function spectra() {
@@ -149,52 +188,114 @@ function spectra() {
   const of_role = data.spectra.map((s, at) => ({...s, at})).filter(s => role === data.all_roles || s.role === role);
   const roles = [...new Set(data.spectra.map(s => s.role))];
   const tone = s => data.palette[roles.indexOf(s.role) % data.palette.length];
-  let traces, where;
+  let traces, where, says;
   if (what === "sigma") {
     const drawn = of_role.filter(s => s.x.length), last = Math.max(1, ...drawn.map(s => s.layer ?? 0));
     const middle = roles.map(r => drawn.filter(s => s.role === r)).filter(l => l.length).map(l => l[l.length >> 1]);
     const depth = s => `hsl(${265 - 215 * (s.layer ?? 0) / last},62%,55%)`;
     traces = (role === data.all_roles ? middle : drawn).map(s => ({type: "scatter", mode: "lines", x: s.x, y: s.y,
-      name: role === data.all_roles ? s.role : s.label, line: {width: 2, color: role === data.all_roles ? tone(s) : depth(s)},
+      meta: {at: s.at}, name: role === data.all_roles ? s.role : s.label, line: {width: 2, color: role === data.all_roles ? tone(s) : depth(s)},
       hovertemplate: `${s.label}<br>%{x:.3f}: %{y:.4g}<extra></extra>`}));
     where = layout(axis("index i / full rank"), axis("σ<sub>i</sub> / σ<sub>1</sub>", true));
+    const fallen = s => s.y.find((y, i) => s.x[i] >= 0.5) ?? null;
+    says = `${role === data.all_roles ? "One matrix per role, from the middle layer" : "All of this role"}. Singular value at half of full `
+      + `rank over the largest, ${ends(drawn, fallen, s => s.name)}`;
   } else {
     const values = data.spectral.find(f => f.name === what).values;
     traces = roles.map(r => of_role.filter(s => s.role === r && values[s.at] !== null)).filter(l => l.length).map(l => ({
       type: "scatter", mode: l.length > 1 ? "lines+markers" : "markers", name: l[0].role, line: {color: tone(l[0]), width: 1.5},
-      x: l.map(s => s.layer ?? -1), y: l.map(s => values[s.at]), text: l.map(s => s.label), marker: {size: 7, color: tone(l[0])},
+      ids: l.map(s => `s${s.at}`), x: l.map(s => s.layer ?? -1), y: l.map(s => values[s.at]), text: l.map(s => s.label), marker: {size: 7, color: tone(l[0])},
       hovertemplate: "%{text}<br>%{y:.4g}<extra></extra>"}));
     where = layout(depth_axis("layer (-1: outside the layers)", traces), axis(what));
+    says = `${what}: ${ends(of_role, s => values[s.at], s => s.name)}`;
   }
-  draw("spectra", traces, {...where, showlegend: true, height: 480});
+  draw("spectra", traces, {...where, showlegend: true, height: 480, ...(narrow() ? {legend: LEGEND, height: 620} : {})}, says);
 }
 
-function rows() {
-  for (const row of all("[data-artifact], [data-how]")) {
-    const at = row.dataset.artifact, table = row.closest("table");
-    let hide = at !== undefined && !shown(Number(at));
-    if (row.dataset.how !== undefined) hide ||= row.dataset.how !== one("sample-how").value;
-    row.hidden = hide;
-    if (table) row.dataset.off = hide ? "1" : "";
+const marks = new Set(data.marks);
+class View {
+  constructor(table) {
+    const stored = data.tables[table.id];
+    Object.assign(this, {table, body: table.tBodies[0], page: 0, by: -1, up: true, picks: "picks" in table.dataset});
+    this.rows = stored ? stored.rows.map((cells, i) => ({cells, artifact: stored.artifacts[i]}))
+      : [...this.body.rows].map(tr => ({tr, artifact: tr.dataset.artifact === undefined ? null : Number(tr.dataset.artifact),
+        cells: [...tr.cells].map(c => c.dataset.value === undefined ? c.textContent : [c.textContent, Number(c.dataset.value)])}));
+    this.controls = all(`[data-filters="${table.id}"]`);
+    for (const box of this.controls) box.addEventListener("input", () => { this.page = 0; this.refresh(); });
+    for (const turn of all(`#${table.id}-pager [data-turns]`)) turn.addEventListener("click", () => {
+      this.page += Number(turn.dataset.turns); this.refresh(); this.table.parentElement.scrollTop = 0; });
+    for (const head of table.tHead.rows[0].cells) head.firstChild.addEventListener("click", () => {
+      this.up = this.by !== head.cellIndex || !this.up;
+      this.by = head.cellIndex;
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", this.up ? "ascending" : "descending");
+      this.sort();
+      this.refresh();
+    });
+    if (this.picks) this.body.addEventListener("click", event => {
+      const row = event.target.closest("tr[data-row]");
+      if (row && !String(getSelection())) toggle(chosen.rows, Number(row.dataset.row)); });
   }
-  for (const box of all("[data-filters]")) {
-    const table = one(box.dataset.filters);
-    const controls = all(`[data-filters="${box.dataset.filters}"]`);
-    let left = 0;
-    for (const row of table.tBodies[0].rows) {
-      row.hidden = row.dataset.off === "1" || controls.some(c => c.value && (c.tagName === "SELECT"
-        ? ![...row.cells].some(td => td.textContent === c.value)
-        : !row.textContent.toLowerCase().includes(c.value.toLowerCase())));
-      left += row.hidden ? 0 : 1;
+  sort() {
+    const key = row => { const c = row.cells[this.by]; return typeof c === "string" ? c : c[1]; };
+    const order = (a, b) => a < b ? -1 : a > b ? 1 : 0, way = this.up ? 1 : -1;
+    this.rows.sort((x, y) => { const a = key(x), b = key(y);
+      return typeof a === typeof b ? way * order(a, b) : typeof a === "number" ? -1 : 1; });
+  }
+  says(row) { return row.says ??= row.cells.map(c => typeof c === "string" ? c : c[0]).join("\n").toLowerCase(); }
+  keeps(row, search, equal) {
+    return (this.picks || row.artifact === null || shown(row.artifact)) && (!search || this.says(row).includes(search))
+      && equal.every(([at, text]) => (typeof row.cells[at] === "string" ? row.cells[at] : row.cells[at][0]) === text);
+  }
+  made(row) {
+    if (row.tr) return row.tr;
+    const tr = row.tr = document.createElement("tr");
+    if (row.artifact !== null) tr.dataset.artifact = row.artifact;
+    row.cells.forEach((given, at) => {
+      const cell = document.createElement(at ? "td" : "th"), [text, value] = typeof given === "string" ? [given] : given;
+      if (!at) cell.scope = "row";
+      if (!at && this.picks) {
+        const pick = document.createElement("button");
+        Object.assign(pick, {type: "button", className: "pick", textContent: text});
+        tr.dataset.row = row.artifact;
+        cell.append(pick);
+      } else cell.textContent = text;
+      if (value !== undefined) { cell.dataset.value = value; cell.className = "number"; }
+      else if (marks.has(text)) cell.className = text.replaceAll(" ", "-");
+      else if (text.length > 40) cell.className = "words";
+      tr.append(cell);
+    });
+    return tr;
+  }
+  refresh() {
+    const search = this.controls.find(c => c.type === "search")?.value.toLowerCase() ?? "";
+    const equal = this.controls.filter(c => c.tagName === "SELECT" && c.value).map(c => [Number(c.dataset.column), c.value]);
+    const kept = this.rows.filter(row => this.keeps(row, search, equal)), size = data.page_rows;
+    this.page = Math.max(0, Math.min(this.page, Math.ceil(kept.length / size) - 1));
+    const first = this.page * size, drawn = kept.slice(first, first + size);
+    this.body.replaceChildren(...drawn.map(row => this.made(row)));
+    if (this.picks) for (const row of drawn) {
+      const on = chosen.rows.has(row.artifact);
+      row.tr.classList.toggle("out", !shown(row.artifact));
+      row.tr.classList.toggle("chosen", on);
+      row.tr.querySelector("button").setAttribute("aria-pressed", on);
     }
-    one(`${table.id}-count`).textContent = `${left} of ${table.tBodies[0].rows.length} lines`;
+    const [count, lines] = [one(`${this.table.id}-count`), one(`${this.table.id}-lines`)];
+    if (count) count.textContent = `${kept.length} of ${this.rows.length} lines`;
+    if (lines) lines.textContent = `lines ${kept.length ? first + 1 : 0} to ${first + drawn.length} of ${kept.length}`;
+    for (const turn of all(`#${this.table.id}-pager [data-turns]`))
+      turn.disabled = turn.dataset.turns === "1" ? first + size >= kept.length : !this.page;
   }
-  for (const row of all("tr[data-row]")) {
-    const at = Number(row.dataset.row), on = chosen.rows.has(at);
-    row.classList.toggle("out", !shown(at));
-    row.classList.toggle("chosen", on);
-    row.querySelector("button").setAttribute("aria-pressed", on);
+  filter(column, text) {
+    for (const c of this.controls) if (c.tagName === "SELECT" && (column === undefined
+        || this.table.tHead.rows[0].cells[c.dataset.column].textContent === column)) c.value = text;
   }
+}
+const views = new Map(all("table:not(.drawn)").map(table => [table.id, new View(table)]));
+function samples() {
+  for (const card of all("article[data-how]"))
+    card.hidden = card.dataset.how !== one("sample-how").value
+      || (card.dataset.artifact !== undefined && !shown(Number(card.dataset.artifact)));
   for (const box of all(".sample")) box.hidden = box.dataset.prompt !== one("sample-prompt").value;
 }
 
@@ -202,30 +303,65 @@ const PLOTS = {"pareto-0": () => pareto(0), "pareto-1": () => pareto(1), layers,
 const OF_ARTIFACTS = ["pareto-0", "pareto-1", "layers", "components", "allocation"];
 function refresh(names) {
   for (const button of all(".group")) button.setAttribute("aria-pressed", chosen.groups.has(Number(button.dataset.group)));
-  one("status").textContent = `${indices().length} of ${data.artifacts.length} artifacts shown`;
-  one("everything").disabled = free();
-  rows();
+  if (one("status")) {
+    one("status").textContent = `${indices().length} of ${data.artifacts.length} artifacts shown`;
+    one("everything").disabled = free();
+  }
+  for (const view of views.values()) view.refresh();
+  samples();
   for (const name of names) if (one(name)) PLOTS[name]();
 }
 const toggle = (set, value) => { set.has(value) ? set.delete(value) : set.add(value); refresh(OF_ARTIFACTS); };
 for (const button of all(".group")) button.addEventListener("click", () => toggle(chosen.groups, Number(button.dataset.group)));
-for (const row of all("tr[data-row]")) row.addEventListener("click", () => {
-  if (!String(getSelection())) toggle(chosen.rows, Number(row.dataset.row)); });
-one("everything").addEventListener("click", () => { chosen.groups.clear(); chosen.rows.clear(); refresh(OF_ARTIFACTS);
-  one("everything").disabled || one("everything").focus(); });
+one("everything")?.addEventListener("click", () => { chosen.groups.clear(); chosen.rows.clear(); refresh(OF_ARTIFACTS);
+  document.querySelector(".group").focus(); });
 for (const select of all("select[data-redraws]")) select.addEventListener("change", () => {
   for (const name of select.dataset.redraws.split(" ")) PLOTS[name](); });
-for (const box of all("[data-filters], #sample-prompt, #sample-how")) box.addEventListener("input", rows);
-for (const button of all("th button")) button.addEventListener("click", () => {
-  const head = button.closest("th"), body = head.closest("table").tBodies[0], at = head.cellIndex;
-  const up = head.getAttribute("aria-sort") !== "ascending";
-  for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
-  head.setAttribute("aria-sort", up ? "ascending" : "descending");
-  const key = row => row.cells[at].dataset.value === undefined ? row.cells[at].textContent : Number(row.cells[at].dataset.value);
-  const order = (a, b) => typeof a === typeof b ? (a < b ? -1 : a > b ? 1 : 0) : typeof a === "number" ? -1 : 1;
-  body.append(...[...body.rows].sort((a, b) => (typeof key(a) === typeof key(b) && !up ? -1 : 1) * order(key(a), key(b))));
-});
+for (const box of all("#sample-prompt, #sample-how")) box.addEventListener("input", samples);
+
+function open(id) { one(`${id}-box`).open = true; views.get(id).refresh(); one(`${id}-box`).scrollIntoView({block: "nearest"}); }
 refresh(Object.keys(PLOTS));
-for (const name of ["pareto-0", "pareto-1"]) one(name)?.on("plotly_click", event => {
-  const id = event.points[0].id;
-  if (id !== undefined) toggle(chosen.rows, Number(id)); });
+for (const name of ["pareto-0", "pareto-1", "layers", "components"]) one(name)?.on("plotly_click", event => {
+  const point = event.points[0], at = point.id ?? point.data.meta?.at;
+  if (at !== undefined) toggle(chosen.rows, Number(at)); });
+one("allocation")?.on("plotly_click", event => {
+  const tensors = views.get("tensors"), names = data.role_names;
+  const role = names[data.roles.indexOf(event.points[0].x)];
+  tensors.filter(undefined, "");
+  tensors.filter("artifact", data.artifacts[Number(one("map-artifact").value)].name);
+  tensors.filter("role", role);
+  tensors.filter("layer", String(event.points[0].y).replace(/^layer /, "").replace(/^outside$/, ""));
+  open("tensors"); });
+one("spectra")?.on("plotly_click", event => {
+  const point = event.points[0], at = point.data.meta?.at ?? Number(String(point.id).slice(1)), view = views.get("spectrum-table");
+  view.controls.find(c => c.type === "search").value = data.spectra[at].name;
+  view.filter(undefined, "");
+  open("spectrum-table"); });
+
+const system = matchMedia("(prefers-color-scheme: dark)"), theme = one("theme");
+const is_dark = () => (document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
+const tell_theme = () => theme.setAttribute("aria-pressed", is_dark());
+theme.addEventListener("click", () => { document.documentElement.dataset.theme = is_dark() ? "light" : "dark"; tell_theme(); });
+system.addEventListener("change", tell_theme);
+tell_theme();
+
+async function copy(text) {
+  try { await navigator.clipboard.writeText(text); return true; } catch {
+    const box = document.createElement("textarea");
+    box.value = text;
+    document.body.append(box);
+    box.select();
+    const done = document.execCommand("copy");
+    box.remove();
+    return done;
+  }
+}
+for (const button of all(".copy")) button.addEventListener("click", async () => {
+  const lines = button.id === "copy-all" ? [...button.previousElementSibling.querySelectorAll("pre")] : [button.previousElementSibling];
+  const done = await copy(lines.map(pre => pre.textContent).join("\n"));
+  one("copied").textContent = done ? `Copied: ${lines.length} ${lines.length > 1 ? "commands" : "command"}`
+    : "This browser does not let the page copy; select the text instead";
+  button.focus(); });
+const closed = [];
+addEventListener("beforeprint", () => { for (const box of all("details:not([open])")) { box.open = true; closed.push(box); } });
+addEventListener("afterprint", () => { while (closed.length) closed.pop().open = false; });

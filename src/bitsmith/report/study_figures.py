@@ -10,7 +10,7 @@ from typing import Any
 
 from bitsmith.errors import printable
 from bitsmith.report.assay_figures import ROLE_COLOURS, label
-from bitsmith.report.study_json import Artifact, Figure, Peer, Spectrum, Study, Tensor
+from bitsmith.report.study_json import Artifact, Spectrum, Study, Tensor
 from bitsmith.report.study_tables import (
     OUTPUTS_ERROR,
     WEIGHTS_ERROR,
@@ -20,6 +20,7 @@ from bitsmith.report.study_tables import (
     measures_of,
     weights,
 )
+from bitsmith.run.study_peers import Figure, Peer
 
 ALL_ROLES = "all roles"
 _OUTSIDE = "outside"
@@ -47,6 +48,7 @@ def plot_data(study: Study) -> Data:
             for key, shown in measures_of(study).items()
         ],
         "roles": [label(role) for role in roles],
+        "role_names": [printable(role) for role in roles],
         "spectra": [_spectrum(one) for one in study.spectra],
         "spectral": [one for one in _spectral(study) if any(value is not None for value in one["values"])],
     }
@@ -93,6 +95,7 @@ def _artifact(row: Artifact, groups: Mapping[str, str], roles: Sequence[str]) ->
 def _peer(peer: Peer) -> Data:
     same = "" if peer.same_protocol else "<br>measured by another protocol"
     return {
+        "name": printable(peer.name),
         "label": label(peer.name) + same,
         "bytes": peer.file_bytes,
         "bpw": peer.bpw,
@@ -171,7 +174,8 @@ def _spectrum(one: Spectrum) -> Data:
     pairs = () if first is None else zip(one.index, one.sigma, strict=True)
     points = [(float(f"{x / full:.5g}"), float(f"{y / (first or 1):.5g}")) for x, y in pairs if y > 0]
     return {
-        "label": label(one.name),
+        "name": printable(one.name),
+        "label": label(f"{one.model}: {one.name}" if one.model else one.name),
         "role": label(one.role),
         "layer": one.layer,
         "x": [x for x, _ in points],

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.run.study_peers import Figure, Peer
 
 SCHEMA = 1
 """Version of the JSON; grows when a field changes its meaning."""
@@ -27,19 +28,6 @@ Held = Literal["HELD", "NOT HELD", "NOT TESTED"]
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class Figure(_Part):
-    """A measured value; `low` and `high` are None where the interval is unmeasured, `interval` is its kind.
-
-    The fields are those of `bitsmith.run.evaluate.Measure`.
-    """
-
-    value: float
-    unit: str
-    low: float | None = None
-    high: float | None = None
-    interval: str | None = None
 
 
 class Tensor(_Part):
@@ -76,7 +64,8 @@ class LayerFigure(_Part):
 class Artifact(_Part):
     """One row of the study: what was made, and its figures.
 
-    `bpw` = 8 file_bytes / weights. `group` is what the legend filters by (a family, a recipe), `is_original`
+    `bpw` = 8 × bytes of stored tensors / weights, as `evaluate` has it; rows of `study formats` and of
+    `study spi` count whole files. `group` is what the legend filters by (a family, a recipe), `is_original`
     marks the yardstick. `measures` are by `evaluate`'s names (`mean_kld`, `ppl_cand`, `kld_99_9`, …), others
     may be added. `protocol` names one of the study's protocols. `verdict` is one word on what was found,
     `unmeasured` why a figure is missing; `tensors` and `layers` may be empty.
@@ -103,25 +92,11 @@ class Artifact(_Part):
     commands: tuple[str, ...] = ()
 
 
-class Peer(_Part):
-    """A point that others published or that was measured of their file; `source` says where it is from.
-
-    `same_protocol` is whether its figures were measured on the text and positions of this study's; where
-    not, its place beside ours means little, and the report says so.
-    """
-
-    name: str
-    source: str
-    same_protocol: bool
-    file_bytes: int | None = None
-    bpw: float | None = None
-    measures: Mapping[str, Figure] = Field(default_factory=dict)
-
-
 class GateLine(_Part):
     """One line of the audit log: who judged what, the value against its limit, and what was decided.
 
-    `artifact` and `tensor` say where, empty for the whole; `evidence` is any JSON; `when` is ISO 8601, UTC.
+    `artifact` and `tensor` say where, empty for the whole; `gate` by which gate, `direction` on which side of
+    the limit it passes (`below`, `at most`, `at least`). `evidence` is any JSON, `when` ISO 8601, UTC.
     """
 
     when: str
@@ -137,13 +112,16 @@ class GateLine(_Part):
     decision: str = ""
     artifact: str = ""
     tensor: str = ""
+    gate: str = ""
+    direction: str = ""
 
 
 class Spectrum(_Part):
     """Singular values of one matrix at `index` (1-based), for plots: at most some hundred points.
 
     `alpha` is the exponent of the power law of λ = σ², `r90` the smallest k with Σ_{i≤k} σ ≥ 0.9 Σσ, both as
-    `bitsmith.run.assay_result` has them; `effective_rank` exp(entropy of σ²/Σσ²).
+    `bitsmith.run.assay_result` has them; `effective_rank` exp(entropy of σ²/Σσ²). `model` is for studies of
+    several.
     """
 
     name: str
@@ -156,6 +134,7 @@ class Spectrum(_Part):
     effective_rank: float | None = None
     stable_rank: float | None = None
     r90: int | None = None
+    model: str = ""
 
 
 class Passage(_Part):

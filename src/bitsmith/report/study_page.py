@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,14 +15,22 @@ from markupsafe import Markup
 from bitsmith.errors import printable
 from bitsmith.report import study_tables as tables
 from bitsmith.report.assay_figures import ROLE_COLOURS, label
-from bitsmith.report.page import FIGURE_STYLE, POLICY, STYLE, plotly_source, script_json
+from bitsmith.report.markdown import lines_of
+from bitsmith.report.page import FIGURE_STYLE, POLICY, STYLE, TOOLS_LEFT_OUT, plotly_source, script_json
 from bitsmith.report.study_figures import ALL_ROLES, groups_of, layer_choices, plot_data
 from bitsmith.report.study_json import Study
 from bitsmith.report.study_tables import OUTPUTS_ERROR, WEIGHTS_ERROR, Table
 from bitsmith.store.atomic import atomic_file
 
+PAGE_ROWS = 100
+"""Rows of a table in the page; the script turns to the others."""
+
 _TEXT_CHARACTERS = 4000
+_MOST_CHOICES = 200
 _FIRST_MEASURES = (("mean_kld", "kld_99_9"), ("ppl_cand", "ppl_ratio"))
+
+_IDS = {"components": "component-table", "spectra": "spectrum-table"}
+"""What a table is called in the page where that differs from the part's name."""
 
 _MARKS = frozenset(
     ("PASS", "FAIL", "UNMEASURED", "HELD", "NOT HELD", "NOT TESTED", "done", "failed", "blocked")
@@ -48,9 +56,17 @@ def write_study_page(path: Path, study: Study) -> Path:
         "weights_error": WEIGHTS_ERROR,
         "palette": ROLE_COLOURS,
     }
+    parts = _parts(study, data)
+    data |= {
+        "page_rows": PAGE_ROWS,
+        "tools": TOOLS_LEFT_OUT,
+        "marks": sorted(_MARKS),
+        "tables": _long_tables(parts),
+    }
     page = Environment(autoescape=True, keep_trailing_newline=True).from_string(_part("study.html.jinja"))
     text = page.render(
-        **_parts(study, data),
+        **parts,
+        page_rows=PAGE_ROWS,
         marks=_MARKS,
         choices_of=_choices_of,
         title=printable(study.title),
@@ -112,7 +128,8 @@ def _parts(study: Study, data: dict[str, Any]) -> dict[str, Any]:
         **_spectral(study, data),
         **_measures(study),
         **_samples(study),
-        "commands": "\n".join(printable(line, _TEXT_CHARACTERS) for line in study.commands),
+        "commands": [lines_of(line) for line in study.commands],
+        "own_commands": _own_commands(study),
         "facts": _facts(study),
         "notes": [printable(note, _TEXT_CHARACTERS) for note in study.notes],
     }
@@ -141,9 +158,14 @@ def _choices(labels: Sequence[str]) -> list[tuple[str, str]]:
     return [(one, html.unescape(one)) for one in labels]
 
 
-def _choices_of(table: Table, column: str) -> list[str]:
-    at = table.columns.index(column)
-    return list(dict.fromkeys(row[at].text for row in table.rows))
+def _choices_of(table: Table, columns: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the columns that a table has and their values, to choose rows by."""
+    for column in columns:
+        if column in table.columns:
+            at = table.columns.index(column)
+            values = list(dict.fromkeys(row[at].text for row in table.rows))
+            if len(values) <= _MOST_CHOICES:
+                yield column, values
 
 
 def _measures(study: Study) -> dict[str, Any]:
@@ -166,7 +188,6 @@ def _spectral(study: Study, data: dict[str, Any]) -> dict[str, Any]:
     return {
         "spectral": ([("sigma", "singular values")] if curves else []) + [(name, name) for name in figures],
         "spectrum_roles": [(ALL_ROLES, ALL_ROLES), *((label(role), printable(role)) for role in roles)],
-        "role_names": "\n".join(html.unescape(role) for role in data["roles"]),
     }
 
 
@@ -178,14 +199,14 @@ def _samples(study: Study) -> dict[str, Any]:
         "ways": [(printable(how), printable(how)) for how in ways],
         "samples": [
             (
-                _text(sample.prompt),
+                lines_of(sample.prompt[:_TEXT_CHARACTERS]),
                 [
                     _Card(
                         names.get(one.artifact),
                         printable(one.artifact),
                         printable(one.how),
                         printable(one.note, 500),
-                        _text(one.text),
+                        lines_of(one.text[:_TEXT_CHARACTERS]),
                     )
                     for one in sample.passages
                 ],
@@ -195,15 +216,9 @@ def _samples(study: Study) -> dict[str, Any]:
     }
 
 
-def _text(text: str) -> str:
-    """Return text with its line breaks, other control characters escaped."""
-    return "\n".join(printable(line, _TEXT_CHARACTERS) for line in text[:_TEXT_CHARACTERS].split("\n"))
-
-
 def _facts(study: Study) -> list[tuple[str, Table]]:
     said = {one.sha256 for one in study.digests}
     digests = [row for row in study.artifacts if row.sha256 and row.sha256 not in said]
-    own = [(r.name, line) for r in study.artifacts for line in r.commands if line not in study.commands]
     return [
         ("Environment", _pairs(("what", "value"), list(study.environment.items()))),
         *(
@@ -217,11 +232,29 @@ def _facts(study: Study) -> list[tuple[str, Table]]:
                 [*((one.what, one.sha256) for one in study.digests), *((r.name, r.sha256) for r in digests)],
             ),
         ),
-        (
-            "Commands of single artifacts",
-            _pairs(("artifact", "command"), own),
-        ),
     ]
+
+
+def _own_commands(study: Study) -> list[tuple[str, list[str]]]:
+    """Return the commands of each artifact that are not among the study's."""
+    own = [
+        (row.name, [line for line in row.commands if line not in study.commands]) for row in study.artifacts
+    ]
+    return [(printable(name), [lines_of(line) for line in lines]) for name, lines in own if lines]
+
+
+def _long_tables(parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the rows of tables that are longer than a page: a cell is its text, or text and number."""
+    ids = {_IDS.get(name, name): found for name, found in parts.items() if isinstance(found, Table)}
+    ids |= {f"facts-{at}": found for at, (_, found) in enumerate(parts["facts"])}
+    return {
+        name: {
+            "rows": [[cell.text if cell.value is None else cell for cell in row] for row in found.rows],
+            "artifacts": list(found.artifacts),
+        }
+        for name, found in ids.items()
+        if len(found.rows) > PAGE_ROWS
+    }
 
 
 def _pairs(columns: tuple[str, str], pairs: Sequence[tuple[str, Any]]) -> Table:

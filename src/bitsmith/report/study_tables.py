@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from math import prod, sqrt
 from typing import NamedTuple
 
 from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED, measure_text
-from bitsmith.report.study_json import Artifact, Figure, GateLine, Peer, Spectrum, Study, Tensor
+from bitsmith.report.study_json import Artifact, GateLine, Spectrum, Study, Tensor
 from bitsmith.run.evaluate import Measure
-from bitsmith.run.inspect import _COMPONENTS
+from bitsmith.run.inspect import COMPONENTS
+from bitsmith.run.study_peers import Figure, Peer
 
 WEIGHTS_ERROR = "relative error of the weights"
 OUTPUTS_ERROR = "relative error of the outputs, held-out inputs"
@@ -37,6 +39,8 @@ MEASURES = {
     "top1_agreement": Shown("top-1 agreement", "{:.2%}", falling=False, log=False),
 }
 _TABLE = ("mean_kld", "ppl_cand", "ppl_ratio", "kld_99_9", "top1_agreement")
+_ITSELF = {"ppl_ratio": 1.0, "top1_agreement": 1.0}
+"""Measures of the original against itself that are not 0."""
 _SKIPPED = ("ppl_ref", "ppl_difference")
 
 
@@ -139,24 +143,26 @@ def gate_table(study: Study) -> Table:
     names = {row.name: at for at, row in enumerate(study.artifacts)}
     rows = [
         (
-            Cell(printable(line.when)),
+            Cell(printable(_time(line.when))),
             Cell(printable(line.who)),
             Cell(line.outcome or "decision"),
-            Cell(printable(line.what, 500)),
+            Cell(printable(line.gate)),
+            Cell(printable(_judged(line), 500)),
+            _gate_value(line),
+            _gate_limit(line),
+            Cell(printable(line.decision, 1000)),
             Cell(printable(line.artifact)),
             Cell(printable(line.tensor)),
-            _gate_value(line),
-            Cell("" if line.limit is None else _plain(line.limit)),
-            Cell(printable(line.decision, 1000)),
             Cell(_evidence(line)),
         )
         for line in study.gates
     ]
     columns = (
-        "when", "who", "outcome", "what", "artifact", "tensor", "value", "limit", "decision", "evidence",
+        "when (UTC)", "who", "outcome", "gate", "what", "value", "limit", "decision", "artifact", "tensor",
+        "evidence",
     )  # fmt: skip
     table = Table(columns, rows, [names.get(line.artifact) for line in study.gates])
-    return _without_empty(table, {"artifact", "tensor"})
+    return _without_empty(table, {"gate", "artifact", "tensor", "evidence"})
 
 
 def task_table(study: Study) -> Table:
@@ -250,6 +256,7 @@ def spectrum_table(study: Study) -> Table:
     rows = [
         (
             Cell(printable(one.name)),
+            Cell(printable(one.model)),
             Cell(printable(one.role)),
             Cell("" if one.layer is None else str(one.layer), one.layer),
             Cell(" × ".join(map(str, one.shape)), prod(one.shape)),
@@ -260,8 +267,8 @@ def spectrum_table(study: Study) -> Table:
         )
         for one in study.spectra
     ]
-    columns = ("matrix", "role", "layer", "shape", "α", "effective rank", "stable rank", "r90")
-    return Table(columns, rows, [None] * len(rows))
+    columns = ("matrix", "model", "role", "layer", "shape", "α", "effective rank", "stable rank", "r90")
+    return _without_empty(Table(columns, rows, [None] * len(rows)), {"model"})
 
 
 def by_component(artifact: Artifact) -> dict[str, list[Tensor]]:
@@ -269,7 +276,7 @@ def by_component(artifact: Artifact) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = {}
     for tensor in artifact.tensors:
         head = tensor.role.split(".")[0]
-        found.setdefault(_COMPONENTS.get(head, "other"), []).append(tensor)
+        found.setdefault(COMPONENTS.get(head, "other"), []).append(tensor)
     return found
 
 
@@ -303,6 +310,16 @@ def error_of(tensors: Sequence[Tensor], *, held: bool) -> float | None:
 
 def _measure(row: Artifact | Peer, key: str, shown: Shown) -> Cell:
     figure = row.measures.get(key)
+    name = key.split(" @ ", maxsplit=1)[0]
+    if (
+        figure is None
+        and isinstance(row, Artifact)
+        and row.is_original
+        and name in MEASURES
+        and name != "ppl_cand"
+    ):
+        itself = _ITSELF.get(name, 0.0)
+        return Cell(f"{shown.style.format(itself)} (itself)", itself)
     return Cell(figure_text(figure, shown.style), None if figure is None else figure.value)
 
 
@@ -315,10 +332,30 @@ def _gate_value(line: GateLine) -> Cell:
     return Cell(f"{text} {printable(line.unit)}".strip(), None if isinstance(line.value, str) else line.value)
 
 
+def _judged(line: GateLine) -> str:
+    """Return what was judged, less the tensor and the gate, which have columns of their own."""
+    what = line.what.removeprefix(f"{line.tensor}: ") if line.tensor else line.what
+    return what.removesuffix(f": {line.gate}") if line.gate else what
+
+
+def _gate_limit(line: GateLine) -> Cell:
+    return Cell("" if line.limit is None else f"{printable(line.direction)} {_plain(line.limit)}".strip())
+
+
 def _evidence(line: GateLine) -> str:
     if line.evidence is None or isinstance(line.evidence, str):
         return printable(line.evidence or "", 1000)
     return printable(json.dumps(line.evidence, ensure_ascii=False), 1000)
+
+
+def _time(when: str) -> str:
+    """Return a time in UTC to the second; what is none as it is.
+
+    >>> _time("2026-01-02T03:04:05.678+00:00"), _time("noon")
+    ('2026-01-02 03:04:05', 'noon')
+    """
+    found = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d:\d\d)(?:\.\d+)?(?:Z|\+00:00)", when)
+    return f"{found[1]} {found[2]}" if found else when
 
 
 def _claimed(figure: Figure | None) -> str:

@@ -30,7 +30,8 @@ def print_study_status(status: StudyStatus) -> None:
     """Print how many tasks are in each status, those that are not simply done, and the latest decision."""
     console = Console()
     said = ", ".join(f"{count} {name}" for name, count in status.counts.items())
-    console.print(f"{len(status.tasks)} tasks: {said}", highlight=False)
+    runs = "a run works on it" if status.is_running else "no run works on it"
+    console.print(f"{len(status.tasks)} tasks: {said}; {runs}", highlight=False)
     if reasons := status.reasons():
         console.print(table(("task", "status", "why"), reasons))
     if status.decisions:

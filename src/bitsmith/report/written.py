@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bitsmith.errors import printable
+from bitsmith.report.sahc_table import print_sahc, print_sahc_plan
 from bitsmith.report.terminal import bytes_text, print_plan, print_record, table
 from bitsmith.run.cellm import CellmPlan, CellmRecord
 from bitsmith.run.compress import Planned, Written
@@ -17,6 +18,7 @@ from bitsmith.run.critical import Selection
 from bitsmith.run.execute import Record
 from bitsmith.run.folder import FolderPlan, FolderRecord, FolderRow
 from bitsmith.run.plan import Plan
+from bitsmith.run.sahc_planned import SahcPlan
 from bitsmith.run.spi import SpiPlan, SpiRecord
 
 
@@ -34,6 +36,9 @@ def print_planned(plan: Planned) -> None:
     if isinstance(plan, Plan):
         print_plan(plan)
         return
+    if isinstance(plan, SahcPlan):
+        print_sahc_plan(plan)
+        return
     console = Console()
     if isinstance(plan, SpiPlan):
         _print_selection(console, plan.selection)
@@ -45,9 +50,12 @@ def print_planned(plan: Planned) -> None:
 
 
 def print_written(record: Written) -> None:
-    """Print what was written: bytes and error by type, rounders, notes."""
+    """Print what was written: bytes and error by type, rounders, notes; of recipe `sahc` its components."""
     if isinstance(record, Record):
         print_record(record)
+        return
+    if not isinstance(record, CellmRecord | FolderRecord | SpiRecord):
+        print_sahc(record)
         return
     console = Console()
     if isinstance(record, SpiRecord):

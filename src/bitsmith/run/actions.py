@@ -7,6 +7,7 @@ or places: the same inputs give the same files and the same facts.
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 from bitsmith.archs import architecture_of, import_view
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.progress import Progress
+from bitsmith.run.audit import read_audit
+from bitsmith.run.study_lines import layer_cosines, row_cosines
 from bitsmith.run.task import Action
 from bitsmith.store import open_checkpoint
 from bitsmith.store.journal import write_result
@@ -25,15 +28,20 @@ SAMPLES = "samples.json"
 EVALUATION = "evaluation.json"
 RECORD = "record.json"
 INSPECTION = "inspection.json"
-SAHC = "sahc.json"
+ASSAY = "assay.json"
+SAHC = "model.sahc"
+"""The folder of a `sahc`'s own files, which is there without a model too."""
 GATE_LOG = "audit.jsonl"
 """Beside an artifact's files, and no part of them: what the gates of its recipe said, and when."""
 MODEL_NAMES = ("model.gguf", "model.cellm", "model")
 """What a compressed model is called in its artifact; a folder has no suffix."""
 
-_UNSETTLED = {"seconds", "estimated_seconds", "prompt_seconds", "peak_memory_bytes", "resumed_tensors", "out"}
+_UNSETTLED = {
+    *("seconds", "estimated_seconds", "prompt_seconds", "peak_memory_bytes"),
+    *("resumed", "resumed_tensors", "out"),
+}
 
-_SOURCES = ("model", "text", "candidate", "statistics", "plan_file")
+_SOURCES = ("model", "text", "candidate", "statistics", "plan_file", "calibration")
 
 Params = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -55,9 +63,11 @@ def inspect(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Fa
     """Describe `model`: components, types, sizes in every stock mix."""
     from bitsmith.run.inspect import inspect as run  # noqa: PLC0415 (what an action loads is its own)
 
-    found = _settled(run(_model(params, inputs)).to_json(), params, inputs)
+    model = _model(params, inputs)
+    found = _settled(run(model).to_json(), params, inputs)
     write_result(out / INSPECTION, found)
-    return {name: found[name] for name in ("architecture", "parameters", "stored_bytes", "components")}
+    names = ("architecture", "parameters", "stored_bytes", "components")
+    return {**{name: found[name] for name in names}, **_size(model)}
 
 
 def assay(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
@@ -96,28 +106,23 @@ def calibrate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> 
 def compress(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
     """Write `model` as the other params say, the fields of `Job` and the `output`'s name in the artifact."""
     from bitsmith.run.compress import compress as run  # noqa: PLC0415
-    from bitsmith.run.job import Job  # noqa: PLC0415
+    from bitsmith.run.study_recipe import job_of  # noqa: PLC0415
 
-    fields = dict(params)
-    name = str(fields.pop("output", MODEL_NAMES[0]))
+    fields = {key: value for key, value in params.items() if key not in ("model", "output", "statistics")}
+    model, name = _model(params, inputs), str(params.get("output", MODEL_NAMES[0]))
     if name not in MODEL_NAMES:
         raise BitsmithError(f"output is {printable(name)!r}, expected one of {', '.join(MODEL_NAMES)}")
-    for listed in ("tensor_types", "ignore"):
-        if listed in fields:
-            fields[listed] = tuple(tuple(one) if isinstance(one, list) else one for one in fields[listed])
-    fields |= {
-        "model": _model(params, inputs),
-        "statistics": _input(params, inputs, "statistics", STATISTICS),
-    }
-    fields |= {key: Path(fields[key]) for key in ("text", "plan_file") if key in fields}
+    statistics = _input(params, inputs, "statistics", STATISTICS)
+    if statistics is not None:
+        fields["statistics"] = statistics
     written = out / name
-    record = _settled(run(Job(**fields, out=written, overwrite=True), progress).to_json(), params, inputs)
+    record = _settled(run(job_of(model, written, fields), progress).to_json(), params, inputs)
     write_result(out / RECORD, record)
     return {
         **_size(written),
         "path": name,
-        "sha256": _manifest_digest(written),
-        "tensors": _tensors(record, fields["model"]),
+        "sha256": digest_of(written),
+        "tensors": _tensors(record, model),
         "measured": record.get("measured", {}),
     }
 
@@ -128,21 +133,59 @@ def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts
     The recipe's audit log tells times, so it goes beside the artifact's files.
     """
     from bitsmith.run.sahc import sahc as run  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.sahc_work import RESULT_NAME  # noqa: PLC0415
 
     model, written, audit = _model(params, inputs), out / "model", out.parent / GATE_LOG
-    statistics = _input(params, inputs, "statistics", STATISTICS)
-    options = {**_window(params), "statistics": statistics, "progress": progress}
-    result = run(model, _text(params), written, work=out, audit=audit, overwrite=True, **options)
+    options = {name: params[name] for name in ("ctx_tokens", "chunks", "ppl_limit") if name in params}
+    result = run(
+        model,
+        _text(params),
+        written,
+        work=out / SAHC,
+        statistics=_input(params, inputs, "statistics", STATISTICS),
+        audit=audit,
+        overwrite=True,
+        progress=progress,
+        **options,
+    )
     record = _settled(result.to_json(), params, inputs)
-    write_result(out / SAHC, record)
-    made = {**_size(written), "path": written.name, "sha256": result.sahc.sha256} if written.exists() else {}
+    write_result(out / SAHC / RESULT_NAME, record)
+    made = written.exists()
+    facts = {**_size(written), "path": written.name, "sha256": digest_of(written)} if made else {}
     names = ("gates_passed", "gates_failed", "gates_unmeasured", "replans", "same_as_int4", "bytes_over_int4")
     return {
-        **made,
+        **facts,
         **{name: record[name] for name in names},
+        "ratio": record["sahc"]["ratio"],
         "ppl_over_int4": record["ppl_over_int4"],
         "tensors": [_sahc_tensor(row) for row in record["rows"]] if made else [],
+        "layers": [*layer_cosines(read_audit(audit)), *row_cosines(record["rows"])],
     }
+
+
+def claims(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Test the seeds' claims, or `only` some, on `model`; what they rest on is not kept."""
+    from bitsmith.run.study_claims import RESULT_NAME  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.study_claims import study_claims as run  # noqa: PLC0415
+
+    options = {name: params[name] for name in ("only", "ctx_tokens", "chunks", "seed") if name in params}
+    found = run(
+        _model(params, inputs),
+        out,
+        text=_input(params, inputs, "text"),
+        statistics=_input(params, inputs, "statistics", STATISTICS),
+        calibration=_input(params, inputs, "calibration"),
+        overwrite=True,
+        progress=progress,
+        **options,
+    )
+    for left in out.iterdir():
+        if left.is_dir():
+            shutil.rmtree(left)
+    record = _settled(found.to_json(), params, inputs)
+    write_result(out / RESULT_NAME, record)
+    names = ("name", "words", "seed", "outcome", "found", "protocol", "measure")
+    return {"claims": [{name: one[name] for name in names} for one in record["claims"]]}
 
 
 def reference(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
@@ -201,7 +244,7 @@ def generate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
 
 ACTIONS: dict[str, Action] = {
     action.__name__: action
-    for action in (inspect, assay, calibrate, compress, sahc, reference, evaluate, generate)
+    for action in (inspect, assay, calibrate, compress, sahc, claims, reference, evaluate, generate)
 }
 """Every action by its name in a task."""
 
@@ -264,10 +307,21 @@ def _size(path: Path) -> dict[str, Any]:
     return {"file_bytes": file_bytes, "weights": weights, "bpw": 8 * stored_bytes / max(1, weights)}
 
 
-def _manifest_digest(path: Path) -> str:
-    """Return the digest that `write_manifest` gave a file or a folder."""
-    listed = path.with_name(path.name + ".sha256").read_bytes()
-    return listed.split()[0].decode() if path.is_file() else hashlib.sha256(listed).hexdigest()
+def digest_of(path: Path) -> str:
+    """Return the SHA-256 of a file, or of what `sha256sum` lists of a folder's files, sorted by name.
+
+    In the folder: `LC_ALL=C sha256sum * | sha256sum`.
+    """
+    if not path.is_dir():
+        return _sha256(path)
+    files = sorted(one.relative_to(path).as_posix() for one in path.rglob("*") if one.is_file())
+    lines = "".join(f"{_sha256(path / name)}  {name}\n" for name in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb", buffering=0) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _tensors(record: Mapping[str, Any], model: Path) -> list[dict[str, Any]]:

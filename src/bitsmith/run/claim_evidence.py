@@ -7,23 +7,30 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 from pydantic import TypeAdapter
 
 from bitsmith import __version__
-from bitsmith.archs import claim, import_view
+from bitsmith.archs import TensorSpec, claim, import_view
 from bitsmith.errors import BitsmithError
-from bitsmith.numerics.tensor_train import balanced_modes, matrix_shape, sweep
+from bitsmith.numerics.tensor_train import RowSource
 from bitsmith.passes.transform import model_of
 from bitsmith.progress import Progress
 from bitsmith.run.assay import assay
-from bitsmith.run.assay_result import Assay
+from bitsmith.run.assay_result import Assay, MatrixAssay, Rival
 from bitsmith.run.calibrate import calibrate
-from bitsmith.run.evaluate import Measure, Protocol, Reference, text_chunks
+from bitsmith.run.evaluate import (
+    Measure,
+    Protocol,
+    Reference,
+    open_model,
+    text_chunks,
+    tokenizer_keys,
+)
 from bitsmith.run.execute import compress
 from bitsmith.run.format_rows import FormatsStudy
 from bitsmith.run.sbgq import SBGQ_TRANSFORMS, sbgq_types
@@ -33,10 +40,12 @@ from bitsmith.run.studied_formats import STUDIED
 from bitsmith.run.study_formats import study_formats
 from bitsmith.run.study_spi import study_spi
 from bitsmith.run.tiers import TierRow, measure_tiers
+from bitsmith.run.train_search import TrainPoint, search_trains
 from bitsmith.run.transforms import asked_for
+from bitsmith.run.whole_factors import WholeFactors, whole_factors
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import remove
-from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.store.checkpoint import Checkpoint, ComputedTensor
 from bitsmith.store.journal import Journal, content_key
 from bitsmith.store.statistics import open_statistics
 
@@ -49,8 +58,9 @@ FORMATS = ("int2", "1-bit")
 RANDOM_SEEDS = (0, 1)
 
 _PLAIN = "drop-mtp,untie"  # what both sides of a comparison need to hold the same tensors
-_STEPS = 16
 _STATISTICS = "statistics"
+CALIBRATION_CHUNKS = 200
+"""Of the calibration text at most, where statistics are collected on it."""
 
 
 @dataclass(frozen=True)
@@ -64,17 +74,6 @@ class Setting:
     ctx_tokens: int
     chunks: int
     seed: int
-
-
-@dataclass(frozen=True)
-class TrainPoint:
-    """A Tensor-Train of one matrix: parameters of the matrix over its own, and the mean row cosine."""
-
-    name: str
-    parameters: int
-    ranks: tuple[int, ...]
-    ratio: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,14 @@ class Evidence:
             _STATISTICS,
             str,
             lambda: (
-                calibrate(self.setting.model, text, path, overwrite=True, progress=self.progress).text_sha256
+                calibrate(
+                    self.setting.model,
+                    text,
+                    path,
+                    chunks=CALIBRATION_CHUNKS,
+                    overwrite=True,
+                    progress=self.progress,
+                ).text_sha256
             ),
         )
         return path
@@ -186,27 +192,48 @@ class Evidence:
 
     @cached_property
     def trains(self) -> tuple[TrainPoint, ...]:
-        """A finer sweep of Tensor-Trains than the write-up's, over embedding and head."""
-        names = [matrix.name for matrix in self.assay.matrices if matrix.tensor_train is not None]
-        if not names:
+        """Where Tensor-Trains of embedding and head pass the gate."""
+        matrices = [matrix for matrix in self.assay.matrices if matrix.tensor_train is not None]
+        if not matrices:
             raise LackingError("the model has no embedding or head to sweep")
-        found: tuple[TrainPoint, ...] = self._once(
-            "trains", tuple[TrainPoint, ...], lambda: tuple(p for name in names for p in self._swept(name))
-        )
+
+        def make() -> tuple[TrainPoint, ...]:
+            points: list[TrainPoint] = []
+            for done, one in enumerate(matrices):
+                self.progress("trains", done, len(matrices))
+                points += search_trains(one.name, self._folded(one.name), 16 / row_int4(one).bpw)
+            self.progress("trains", len(matrices), len(matrices))
+            return tuple(points)
+
+        found: tuple[TrainPoint, ...] = self._once("trains", tuple[TrainPoint, ...], make)
         return found
 
-    def _swept(self, name: str) -> list[TrainPoint]:
+    @cached_property
+    def whole_factors(self) -> tuple[WholeFactors, ...]:
+        """The FFN's matrices at the write-up's rank, 4-bit factors with one scale each."""
+
+        def make() -> tuple[WholeFactors, ...]:
+            names = [one.name for one in self.assay.matrices if one.component == "C1"]
+            found = []
+            for done, name in enumerate(names):
+                self.progress("factors", done, len(names))
+                found.append(whole_factors(name, self._folded(name)))
+            self.progress("factors", len(names), len(names))
+            return tuple(one for one in found if one is not None)
+
+        rows: tuple[WholeFactors, ...] = self._once("factors", tuple[WholeFactors, ...], make)
+        return rows
+
+    def _folded(self, name: str) -> RowSource:
+        """Return a matrix that the assay found, by its name."""
         ref = self.checkpoint.get(name) or import_view(self.checkpoint)[name]
-        sizes = balanced_modes(*matrix_shape(ref)).sizes
-        ranks = [
-            (1, max(1, sizes[0] * step // _STEPS), max(1, sizes[2] * step // _STEPS), 1)
-            for step in range(1, _STEPS + 1)
-        ]
-        return [
-            TrainPoint(name, prod(ref.shape), one.ranks, one.ratio, one.mean_row_cosine)
-            for one in sweep(ref, ranks)
-            if one.mean_row_cosine is not None
-        ]
+        rows, columns = ref.shape[0], ref.size // ref.shape[0]
+        return ComputedTensor(
+            name,
+            (rows, columns),
+            ref.dtype,
+            lambda start, stop: np.asarray(ref.read(start, stop)).reshape(-1, columns),
+        )
 
     @cached_property
     def spi(self) -> SpiStudy:
@@ -350,14 +377,50 @@ class Evidence:
         return TypeAdapter(kind).validate_python(self.journal.entries[name])
 
 
+def row_int4(one: MatrixAssay) -> Rival:
+    """Return int4 of a matrix with a scale per row, as measured."""
+    return next(rival for rival in one.rivals if rival.method == "int4 row")
+
+
+def check_setting(setting: Setting) -> None:
+    """Refuse, before anything is written, what no claim could be judged by.
+
+    Texts are tokenized where the model can be; one whose forward is not known is no error here, its claims
+    say so. Raises BitsmithError for a model that cannot be opened, statistics that are not its own, and texts
+    that cannot be read, are not UTF-8 or shorter than a chunk.
+    """
+    with open_checkpoint(setting.model) as checkpoint:
+        _facts(setting, checkpoint)
+    try:
+        model = open_model(setting.model)
+    except BitsmithError:
+        return
+    with model:
+        try:
+            tokenizer_keys(model)
+        except BitsmithError:
+            return
+        for text in (setting.text, setting.calibration):
+            if text is not None:
+                text_chunks(model, text, setting.ctx_tokens, setting.chunks)
+
+
 def _facts(setting: Setting, checkpoint: Checkpoint) -> list[Any]:
     """Return what the pieces depend on beside the model."""
     digest = None
     if setting.statistics is not None:
-        digest = open_statistics(setting.statistics, [spec for spec, _ in claim(checkpoint)]).digest
+        digest = open_statistics(setting.statistics, _specs(checkpoint)).digest
     texts = [sha256_of(path) for path in (setting.text, setting.calibration)]
     options = {**asdict(setting), "model": None, "text": None, "calibration": None, "statistics": None}
     return [__version__, *texts, digest, options]
+
+
+def _specs(checkpoint: Checkpoint) -> list[TensorSpec]:
+    """Return what the tensors are, nothing where that is not known."""
+    try:
+        return [spec for spec, _ in claim(checkpoint if checkpoint.config else import_view(checkpoint))]
+    except BitsmithError:
+        return []
 
 
 def sha256_of(path: Path | None) -> str | None:

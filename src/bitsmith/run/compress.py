@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
@@ -13,34 +13,46 @@ from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_
 from bitsmith.run.execute import Record, write_manifest
 from bitsmith.run.folder import SCHEMES, FolderPlan, FolderRecord, plan_folder, write_folder
 from bitsmith.run.folder_layout import takes
-from bitsmith.run.job import SPI, Job
+from bitsmith.run.job import SAHC, SPI, Job
 from bitsmith.run.plan import Plan
+from bitsmith.run.sahc_planned import SahcPlan, plan_sahc
 from bitsmith.run.spi import SpiPlan, SpiRecord, plan_spi, write_spi
 
-Output = Literal["gguf", "cellm", "folder", "spi"]
-Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord
-Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan
+if TYPE_CHECKING:  # this loads torch, which a plain compression must not
+    from bitsmith.run.sahc_rows import SahcRecord
+
+Output = Literal["gguf", "cellm", "folder", "spi", "sahc"]
+Written: TypeAlias = "Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord"
+Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan | SahcPlan
 
 _ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite"}
 _KNOWN: dict[Output, set[str]] = {
     "cellm": _ALL | {"tensor_types", "group", "like_seed", "selection"},
     "folder": _ALL | {"tensor_types", "group", "ignore"},
     "spi": _ALL - {"type_name"} | {"text", "recipe", "critical", "by", "seed"},
+    "sahc": _ALL - {"type_name", "rounder"} | {"text", "recipe", "ctx_tokens", "chunks", "ppl_limit"},
 }
-_PACKED_ONLY = {"group", "like_seed", "selection", "ignore", "critical", "by", "seed"}
-_FLAGS = {"statistics": "stats", "plan_file": "plan", "tensor_types": "tensor-type", "selection": "select"}
+_PACKED_ONLY = {
+    "group", "like_seed", "selection", "ignore", "critical", "by", "seed", "chunks", "ppl_limit",
+}  # fmt: skip
+_FLAGS = {
+    "statistics": "stats", "plan_file": "plan", "tensor_types": "tensor-type", "selection": "select",
+    "type_name": "type", "ctx_tokens": "ctx",
+}  # fmt: skip
 
 
 def compress(job: Job, progress: Progress = silent) -> Written:
     """Compress as the job says, to the kind of file that `output_of` finds; `OUT.sha256` goes with it.
 
-    Raises as `run.job.run`, `write_cellm`, `write_folder` and `write_spi` do, and BitsmithError for options
-    that the kind does not know.
+    Raises as `run.job.run`, `write_cellm`, `write_folder`, `write_spi` and `sahc` do, BitsmithError for
+    options that the kind does not know, and for a recipe `sahc` whose last gates do not pass.
     """
     output = output_of(job)
     if output == "gguf":
         return gguf.run(job, progress)
     out = destination(job, output)
+    if output == "sahc":
+        return _sahc(job, out, progress)
     common: dict[str, Any] = {
         "statistics": job.statistics,
         "overwrite": job.overwrite,
@@ -65,6 +77,8 @@ def plan(job: Job, progress: Progress = silent) -> Planned:
         return plan_cellm(job.model, **_cellm(job))
     if output == "folder":
         return plan_folder(job.model, **_folder(job), statistics=job.statistics, rounder=job.rounder)
+    if output == "sahc":
+        return plan_sahc(job.model, statistics=job.statistics)
     if output == "spi":
         return plan_spi(job.model, **_spi(job), statistics=job.statistics, progress=progress)
     return gguf.run_dry(job, progress)
@@ -78,8 +92,8 @@ def output_of(job: Job) -> Output:
     suffix = None if job.out is None else job.out.suffix
     scheme = (job.type_name or "").upper()
     output: Output = "gguf"
-    if job.recipe == SPI:
-        output = "spi"
+    if job.recipe in (SPI, SAHC):
+        output = "spi" if job.recipe == SPI else "sahc"
     elif suffix == ".cellm":
         output = "cellm"
     elif takes(scheme) and (suffix != ".gguf" or scheme not in ("BF16", "F16")):
@@ -87,11 +101,11 @@ def output_of(job: Job) -> Output:
     if output == "gguf" and suffix not in (None, ".gguf"):
         raise OutputError(
             "cannot tell what to write: a GGUF's name must end in .gguf, a .cellm file's in .cellm, "
-            f"and a folder takes --type {'|'.join(SCHEMES)} or --recipe spi",
+            f"and a folder takes --type {'|'.join(SCHEMES)} or --recipe spi|sahc",
             path=job.out,
         )
-    if output in ("folder", "spi") and suffix in (".gguf", ".cellm"):
-        what = "recipe spi" if output == "spi" else scheme
+    if output in ("folder", "spi", "sahc") and suffix in (".gguf", ".cellm"):
+        what = scheme if output == "folder" else f"recipe {output}"
         raise OutputError(f"{what} makes a folder, whose name has no such suffix", path=job.out)
     _refuse_unknown(job, output)
     return output
@@ -102,7 +116,7 @@ def destination(job: Job, output: Output) -> Path:
     if job.out is not None or output == "gguf":
         return job.destination
     model = job.model.resolve()
-    what = SPI if output == "spi" else (job.type_name or "").upper()
+    what = output if output in (SPI, SAHC) else (job.type_name or "").upper()
     return Path(f"{model.name if model.is_dir() else model.stem}-{what}")
 
 
@@ -111,8 +125,8 @@ def _refuse_unknown(job: Job, output: Output) -> None:
     unknown = given & _PACKED_ONLY if output == "gguf" else given - _KNOWN[output]
     if unknown:
         names = ", ".join(sorted(f"--{_FLAGS.get(name, name.replace('_', '-'))}" for name in unknown))
-        what = {"gguf": "a GGUF", "cellm": "a .cellm file", "folder": "a packed folder", "spi": "recipe spi"}
-        raise BitsmithError(f"{what[output]} is not made with {names}")
+        what = {"gguf": "a GGUF", "cellm": "a .cellm file", "folder": "a packed folder"}
+        raise BitsmithError(f"{what.get(output, f'recipe {output}')} is not made with {names}")
 
 
 def _cellm(job: Job) -> dict[str, Any]:
@@ -146,3 +160,29 @@ def _spi(job: Job) -> dict[str, Any]:
         "text": job.text,
         "rounder": "nearest" if job.statistics is None else job.rounder,
     }
+
+
+def _sahc(job: Job, out: Path, progress: Progress) -> SahcRecord:
+    """Run the recipe; raises BitsmithError without a text, and as `SahcRecord.refuse_failed` does."""
+    if job.text is None:
+        raise BitsmithError(
+            "recipe sahc is judged on a text: --text FILE, which the model was not trained on"
+        )
+    from bitsmith.run.sahc import CTX_TOKENS, sahc  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.sahc_rows import SahcRecord  # noqa: PLC0415
+    from bitsmith.run.sahc_work import AUDIT_NAME, work_folder  # noqa: PLC0415
+
+    result = sahc(
+        job.model,
+        job.text,
+        out,
+        statistics=job.statistics,
+        ctx_tokens=job.ctx_tokens or CTX_TOKENS,
+        chunks=job.chunks,
+        ppl_limit=job.ppl_limit,
+        overwrite=job.overwrite,
+        progress=progress,
+    )
+    record = SahcRecord(out, work_folder(out), work_folder(out) / AUDIT_NAME, result)
+    record.refuse_failed()
+    return record

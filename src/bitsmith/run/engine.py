@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
-from bitsmith.errors import BitsmithError, printable
-from bitsmith.run.machine import Usage, available_bytes, usage_of_sessions
+from bitsmith.errors import BitsmithError
+from bitsmith.run.machine import Usage, available_bytes, usable_cores, usage_of_sessions
 from bitsmith.run.task import Action, Task
 from bitsmith.run.worker import reference_of
-from bitsmith.store.artifacts import folder_bytes, sealed_result
+from bitsmith.store.artifacts import FILES, folder_bytes, sealed_result
 
 LOG_BYTES = 4000
+THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 FailureKind = Literal["error", "killed", "memory", "time", "stuck"]
 RESOURCE_KINDS: frozenset[str] = frozenset({"killed", "memory", "time", "stuck"})
 
@@ -51,7 +52,7 @@ class Engine(Protocol):
     """Starts tasks and tells which have ended; knows nothing of their order."""
 
     def has_room(self, task: Task) -> bool:
-        """Whether `task` can be started now. Raises BitsmithError if it never can."""
+        """Whether `task` can be started now. Raises BitsmithError if it never can, which fails the task."""
 
     def start(self, task: Task, action: Action, inputs: Mapping[str, Path], out: Path) -> Attempt:
         """Begin one attempt, which leaves a sealed artifact at `out` (see `bitsmith.run.worker.perform`)."""
@@ -73,41 +74,54 @@ class Stops(NamedTuple):
 STOPS = Stops()
 
 
-class LocalEngine:
-    """Runs each task in a process of its own on this machine, at most `workers` at once.
+def thread_settings() -> dict[str, str]:
+    """Return the variables that say how many threads a task computes with: as set here, else one.
 
-    Tasks start while what they declare, or use if that is more, fits into `memory_bytes` together (None: nine
-    tenths of what is free now). Beyond a limit, its own or the common one, an attempt is killed with all its
-    children; so it is when it is stuck. Used memory leaves out the pages of mapped files. `start` and `wait`
-    belong to one thread.
+    They are the same for any number of workers and on every node: the last bits of sums depend on them.
+    """
+    common = os.environ.get(THREADS[0]) or "1"
+    return {name: os.environ.get(name) or common for name in THREADS}
+
+
+class LocalEngine:
+    """Runs each task in a process of its own on this machine, at most `workers` (None: as cores) at once.
+
+    A task starts beside others when what all of them need fits into `memory_bytes` (None: nine tenths of what
+    is free now). It needs what its limit allows, or, if that is more, what it was seen to use, or its action
+    on the same sources was. One that needs more than there is runs alone. Beyond a limit, its own or the
+    common one, an attempt is killed with all its children; if it was the common one, it runs alone the next
+    time. So it is when it is stuck. Used memory leaves out the pages of mapped files. `threads` are variables
+    of the processes' environment. `start` and `wait` belong to one thread.
     """
 
-    def __init__(self, workers: int = 1, memory_bytes: int | None = None, stops: Stops = STOPS) -> None:
-        if workers < 1:
+    def __init__(
+        self,
+        workers: int | None = None,
+        memory_bytes: int | None = None,
+        stops: Stops = STOPS,
+        threads: Mapping[str, str] | None = None,
+    ) -> None:
+        if workers is not None and workers < 1:
             raise BitsmithError(f"an engine needs at least one worker, {workers} are asked for")
-        self.workers = workers
+        self.workers = workers or usable_cores()
         self.memory_bytes = available_bytes() * 9 // 10 if memory_bytes is None else memory_bytes
         self._stops = stops
+        self._threads = thread_settings() if threads is None else dict(threads)
         self._running: list[_Process] = []
         self._peaks: dict[str, int] = {}
 
     def has_room(self, task: Task) -> bool:
-        """Whether `task` can be started now. Raises BitsmithError if it declares more than there is."""
-        declared = task.limits.memory_bytes or 0
-        if declared > self.memory_bytes:
-            raise BitsmithError(
-                f"task {printable(task.name)!r} may use {declared} bytes, "
-                f"all tasks together have {self.memory_bytes}"
-            )
+        """Whether `task` can be started now: beside others only if there is memory for all."""
         if not self._running:
             return True
         held = sum(process.need_bytes for process in self._running)
-        need = max(declared, self._peaks.get(task.name, 0))
-        return len(self._running) < self.workers and held + need <= self.memory_bytes
+        return len(self._running) < self.workers and held + self._need_bytes(task) <= self.memory_bytes
 
     def start(self, task: Task, action: Action, inputs: Mapping[str, Path], out: Path) -> Attempt:
         """Begin one attempt in a new process, whose prints go to `out` with the suffix `.log`."""
-        process = _Process(Attempt(task, out), action, inputs, self._environment())
+        paths = os.pathsep.join(path or os.curdir for path in sys.path)
+        environment = {**os.environ, **self._threads, "PYTHONPATH": paths}
+        process = _Process(Attempt(task, out), action, inputs, environment, self._need_bytes(task))
         self._running.append(process)
         return process.attempt
 
@@ -119,7 +133,8 @@ class LocalEngine:
             ended = [process for process in self._running if process.attempt.seconds]
             if ended:
                 self._running = [process for process in self._running if process not in ended]
-                self._peaks |= {process.attempt.task.name: process.attempt.peak_bytes for process in ended}
+                for process in ended:
+                    self._learn(process.attempt)
                 return [process.attempt for process in ended]
             left = deadline - time.monotonic()
             if left <= 0:
@@ -135,11 +150,15 @@ class LocalEngine:
             process.close()
         self._running = []
 
-    def _environment(self) -> dict[str, str]:
-        share = str(max(1, (os.cpu_count() or 1) // self.workers))
-        threads = {name: os.environ.get(name, share) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-        paths = os.pathsep.join(path or os.curdir for path in sys.path)
-        return {**os.environ, **threads, "PYTHONPATH": paths}
+    def _need_bytes(self, task: Task) -> int:
+        """Return the memory to count on for a task that is to start."""
+        seen = self._peaks.get(_of_task(task), self._peaks.get(_of_action(task), 0))
+        return max(task.limits.memory_bytes or 0, seen)
+
+    def _learn(self, attempt: Attempt) -> None:
+        """Remember what an attempt used: if it comes again, and for the same action on the same sources."""
+        for name in (_of_task(attempt.task), _of_action(attempt.task)):
+            self._peaks[name] = max(self._peaks.get(name, 0), attempt.peak_bytes)
 
     def _look_after(self) -> None:
         used = usage_of_sessions([process.pid for process in self._running])
@@ -149,6 +168,7 @@ class LocalEngine:
         held = sum(process.used.memory_bytes for process in alive)
         if held > self.memory_bytes:
             greediest = max(alive, key=lambda process: process.beyond_declared_bytes)
+            self._peaks[_of_task(greediest.attempt.task)] = self.memory_bytes + 1  # next time alone
             greediest.end(
                 Failure(
                     "memory",
@@ -158,14 +178,28 @@ class LocalEngine:
             )
 
 
+def _of_task(task: Task) -> str:
+    return f"task {task.name}"
+
+
+def _of_action(task: Task) -> str:
+    return json.dumps([task.action, *(task.params[name] for name in task.sources)])
+
+
 class _Process:
     """One attempt's process, which leads a session of its own, so that its children are found and killed."""
 
     def __init__(
-        self, attempt: Attempt, action: Action, inputs: Mapping[str, Path], environment: dict[str, str]
+        self,
+        attempt: Attempt,
+        action: Action,
+        inputs: Mapping[str, Path],
+        environment: dict[str, str],
+        expected_bytes: int,
     ) -> None:
         self.attempt = attempt
         self.used = Usage()
+        self._expected_bytes = expected_bytes
         self._log = attempt.out.with_name(attempt.out.name + ".log")
         self._told: dict[str, Any] = {}
         self._rest = b""
@@ -183,7 +217,7 @@ class _Process:
     @property
     def need_bytes(self) -> int:
         """The memory to count on for it."""
-        return max(self.attempt.task.limits.memory_bytes or 0, self.used.memory_bytes)
+        return max(self._expected_bytes, self.used.memory_bytes)
 
     @property
     def beyond_declared_bytes(self) -> int:
@@ -251,9 +285,10 @@ class _Process:
             return None
         told, code = self._told.get("failure"), self._popen.returncode
         if told is not None:
-            return Failure(told["kind"], told["message"], {"trace": told["trace"]} if "trace" in told else {})
+            message = told["message"].replace(f"{self.attempt.out / FILES}/", "")
+            return Failure(told["kind"], message, {"trace": told["trace"]} if "trace" in told else {})
         if code < 0:
-            return Failure("killed", f"its process was killed by signal {-code}", {"signal": -code})
+            return Failure("killed", f"its process was killed by {_signal_name(-code)}", {"signal": -code})
         return Failure("error", f"its process ended with exit code {code} and no result", {"exit_code": code})
 
     def _beyond(self) -> Failure | None:
@@ -268,6 +303,8 @@ class _Process:
         return None
 
     def _stuck(self, told: bool, stuck_seconds: float) -> Failure | None:
+        if self.attempt.task.limits.stuck_seconds is not None:
+            stuck_seconds = self.attempt.task.limits.stuck_seconds
         still = self._alive.still_seconds(told, self.used.cpu_seconds, (self.attempt.out, self._log))
         if still < stuck_seconds:
             return None
@@ -282,6 +319,13 @@ class _Process:
             tail = self._log.read_bytes()[-LOG_BYTES:].decode(errors="replace")
             traces |= {"log": tail} if tail else {}
         return traces
+
+
+def _signal_name(number: int) -> str:
+    with suppress(ValueError):  # a real-time signal
+        name = signal.Signals(number).name
+        return f"{name}, as the system ends what takes too much memory" if number == signal.SIGKILL else name
+    return f"signal {number}"
 
 
 class _Alive:

@@ -1,15 +1,16 @@
 """The engine on a Ray cluster: each task runs on some node as it would here, and leaves the same bytes.
 
-A node that sees the study's folder (a marker file in it tells) works there. To any other the inputs and
-sources go through Ray's object store, and the artifact comes back that way. The task itself runs in a process
-of the node's own `LocalEngine`, so limits, kinds of failure and environment are those of a local run. Every
-node needs bitsmith in this version.
+A node that sees the study's folder (a marker file in it tells) and the task's sources works there. To any
+other the inputs and sources go through Ray's object store, and the artifact comes back that way. The task
+itself runs in a process of the node's own `LocalEngine`, so limits, kinds of failure and numbers of threads
+are those of a local run. Every node needs bitsmith in this version.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import socket
 import tempfile
 import time
 import uuid
@@ -22,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
-from bitsmith.run.engine import Attempt, Failure, LocalEngine
+from bitsmith.run.engine import Attempt, Failure, LocalEngine, thread_settings
 from bitsmith.run.task import Action, Task
 from bitsmith.run.worker import action_at, reference_of
 from bitsmith.store.artifacts import remove_folder, sealed_result, verify_sealed
@@ -30,6 +31,7 @@ from bitsmith.store.artifacts import remove_folder, sealed_result, verify_sealed
 Storage = Literal["auto", "shared", "push"]
 CHUNK_BYTES = 64 << 20
 POLL_SECONDS = 0.2
+CONNECT_SECONDS = 10.0
 LOST_TIMES = 3
 """How often a task starts again because its node died; that is no failure of the task."""
 
@@ -43,7 +45,10 @@ class Packed(NamedTuple):
 
 
 class Order(NamedTuple):
-    """All that a node needs for one attempt; `marker` is a file and what it says, to know the storage by."""
+    """All that a node needs for one attempt; `marker` is a file and what it says, to know the storage by.
+
+    `threads` are the variables that say how many threads it computes with.
+    """
 
     task: Task
     action: str
@@ -52,6 +57,7 @@ class Order(NamedTuple):
     version: str
     marker: tuple[str, str]
     may_share: bool
+    threads: dict[str, str]
 
 
 class Pushed(NamedTuple):
@@ -62,13 +68,16 @@ class Pushed(NamedTuple):
 
 
 class RayEngine:
-    """Runs tasks on the Ray cluster at `address` (None: one started on this machine), `cpus` each.
+    """Runs tasks on the Ray cluster at `address`, `cpus` each.
 
-    At most `workers` run at once, by default as many as the cluster's CPUs allow. `storage` says whether
-    nodes see this machine's files: `auto` asks each, `push` sends everything. A task whose node dies starts
-    again elsewhere. `start` and `wait` belong to one thread.
+    Without an address that is the cluster which RAY_ADDRESS names, else one that is started on this machine
+    and ends with `stop`. At most `workers` tasks run at once, by default as many as the cluster's CPUs allow.
+    `storage` says whether nodes see this machine's files: `auto` asks each, with `shared` one that does not
+    is an error, `push` sends everything. A task whose node dies starts again elsewhere. `start` and `wait`
+    belong to one thread.
 
-    Raises UnsupportedError without the `ray` extra, BitsmithError if the cluster cannot be reached.
+    Raises UnsupportedError without the `ray` extra, BitsmithError if the cluster cannot be reached, and for a
+    process that is connected to another one.
     """
 
     def __init__(
@@ -111,6 +120,7 @@ class RayEngine:
             __version__,
             self._mark(out.parent),
             self._storage != "push",
+            thread_settings(),
         )
         run = _Run(Attempt(task, out), order)
         self._submit(run)
@@ -172,7 +182,10 @@ class RayEngine:
         except (errors.RayError, StopIteration) as error:
             self._lost(run, _first_line(error) or "it ended without a word")
         else:
-            if message[0] == "push":
+            if message[0] == "push" and self._storage == "shared":
+                said = f"node {run.node} does not see {run.attempt.out.parent} or the task's sources"
+                run.end(Failure("error", said))
+            elif message[0] == "push":
                 self._pushes = True
                 self._submit(run)
             else:
@@ -253,23 +266,40 @@ class _Run:
 def _ray() -> Any:
     if find_spec("ray") is None:
         raise UnsupportedError("the Ray engine needs Ray: install bitsmith[ray]")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it would tell Ray's makers of the cluster
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     return import_module("ray")
 
 
 def _connect(ray: Any, address: str | None) -> bool:
     """Connect to the cluster, unless this process is; return whether it was done here."""
+    wanted = address or os.environ.get("RAY_ADDRESS") or "local"
     if ray.is_initialized():
+        found = ray.get_runtime_context().gcs_address
+        if wanted not in ("local", "auto", found):
+            raise BitsmithError(f"this process is connected to the Ray cluster at {printable(found)} already")
         return False
-    where = {"include_dashboard": False} if address is None else {"address": address}
+    where: dict[str, Any] = {"address": wanted}
+    if wanted == "local":
+        where["include_dashboard"] = False
     try:
+        _refuse_deaf(wanted)
         ray.init(log_to_driver=False, logging_level="ERROR", **where)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise BitsmithError(
-            f"no Ray cluster at {printable(address or 'this machine')}: {_first_line(error)}"
-        ) from (error)
+    except (ConnectionError, RuntimeError, ValueError, OSError, ImportError) as error:
+        raise BitsmithError(f"no Ray cluster at {printable(wanted)}: {_first_line(error)}") from error
     return True
+
+
+def _refuse_deaf(address: str) -> None:
+    """Raise OSError or ValueError for a `host:port` where nobody listens: Ray would try for minutes."""
+    if address in ("local", "auto"):
+        return
+    if "://" in address:
+        raise ValueError("expected host:port, as `ray start --head` says it")
+    host, colon, port = address.rpartition(":")
+    if not (host and colon and port.isascii() and port.isdecimal() and 0 < int(port) < 1 << 16):
+        raise ValueError("expected host:port")
+    socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
 
 
 def _on_node(order: Order, pushed: Pushed | None) -> Iterator[tuple[Any, ...]]:
@@ -279,7 +309,7 @@ def _on_node(order: Order, pushed: Pushed | None) -> Iterator[tuple[Any, ...]]:
         said = f"node {platform.node()} has bitsmith {__version__}, the study {order.version}"
         yield "end", Failure("error", said), 0.0, 0
         return
-    if order.may_share and _sees(order.marker):
+    if order.may_share and _sees(order):
         yield from _performed(order)
         return
     if pushed is None:
@@ -290,7 +320,7 @@ def _on_node(order: Order, pushed: Pushed | None) -> Iterator[tuple[Any, ...]]:
 
 
 def _performed(order: Order, *, send: bool = False) -> Iterator[tuple[Any, ...]]:
-    engine, out = LocalEngine(1), Path(order.out)
+    engine, out = LocalEngine(1, threads=order.threads), Path(order.out)
     inputs = {name: Path(path) for name, path in order.inputs.items()}
     try:
         attempt = engine.start(order.task, action_at(order.action), inputs, out)
@@ -358,9 +388,12 @@ def _unpacked(ray: Any, order: Order, pushed: Pushed, scratch: Path) -> Order:
     )
 
 
-def _sees(marker: tuple[str, str]) -> bool:
+def _sees(order: Order) -> bool:
+    """Whether the driver's files are here: its marker, and all that the task reads."""
+    path, said = order.marker
     try:
-        return Path(marker[0]).read_text() == marker[1]
+        sources = [Path(order.task.params[name]) for name in order.task.sources]
+        return Path(path).read_text() == said and all(source.exists() for source in sources)
     except OSError:
         return False
 

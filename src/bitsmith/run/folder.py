@@ -20,7 +20,7 @@ from bitsmith.errors import UnsupportedError
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, check_rounder
 from bitsmith.run.folder_layout import KEPT, SCHEMES, FolderRow, Layout, Piece, lay_out
-from bitsmith.run.guide import Guide
+from bitsmith.run.guide import Guide, rounding_key
 from bitsmith.run.packer import Encoding, Matrix, Outcome
 from bitsmith.store import CellmCheckpoint, Checkpoint, GgufCheckpoint, open_checkpoint, write_safetensors
 from bitsmith.store.atomic import Chunk, refuse_taken
@@ -127,7 +127,8 @@ def write_folder(
     match wins; `ignore` names modules that stay as they are, or `re:` patterns that their names match.
     Everything else keeps its dtype: embeddings, norms, convolutions, vision, MTP. A matrix whose width no
     group divides keeps it too (`note`). With `statistics` the codes are found as `rounder` says
-    (`choose_grid`), without by the search; a killed run then goes on with the matrices it had finished.
+    (`choose_grid`), without by the search; a killed run then goes on with the matrices it had finished,
+    as one with factors does.
     Tokenizer, templates and generation settings are copied.
 
     Raises BitsmithError for an unknown scheme, group or rounder, for schemes of two packings, for an `ignore`
@@ -137,7 +138,7 @@ def write_folder(
     """
     started = time.monotonic()
     with _opened(model) as checkpoint:
-        layout = lay_out(checkpoint, scheme, group, tensor_types, ignore)
+        layout = lay_out(checkpoint, scheme, group, tensor_types, ignore, statistics)
         job = _Job(checkpoint, layout, statistics, rounder, progress)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
         refuse_taken(out, overwrite, sources, folder=True)
@@ -173,7 +174,7 @@ def plan_folder(
 ) -> FolderPlan:
     """Return what `write_folder` would write, with exact bytes. Raises as it does."""
     with _opened(model) as checkpoint:
-        layout = lay_out(checkpoint, scheme, group, tensor_types, ignore)
+        layout = lay_out(checkpoint, scheme, group, tensor_types, ignore, statistics)
         _Job(checkpoint, layout, statistics, rounder, silent)
         size = safetensors_size_bytes(layout.data(), shard_bytes=shard_bytes)
         return FolderPlan(scheme, layout.rows, size, sum(ref.size for ref in checkpoint.values()))
@@ -203,8 +204,8 @@ class _Job:
 
     @contextmanager
     def prepared(self, out: Path) -> Iterator[None]:
-        """Round what statistics guide beforehand, into parts that outlive a killed run."""
-        if self._guide is None:
+        """Round what takes long beforehand, into parts that outlive a killed run."""
+        if self._guide is None and not self._layout.packer.costly:
             yield
             return
 
@@ -215,8 +216,10 @@ class _Job:
             outcome = self._encodings.pop(name).outcome()
             return [_file(name, suffix) for suffix in suffixes], asdict(outcome)
 
-        names = self._guide.ordered(self._layout.packed)
-        key = self._guide.key(self._checkpoint, [asdict(row) for row in self._layout.rows])
+        names, layout = list(self._layout.packed), [asdict(row) for row in self._layout.rows]
+        key = rounding_key(self._checkpoint, layout, None, self._rounder)
+        if self._guide is not None:
+            names, key = self._guide.ordered(names), self._guide.key(self._checkpoint, layout)
         with finished_parts(out, key, names, make, self._progress) as self._parts:
             self.resumed = self._parts.resumed
             self._outcomes = {name: Outcome(**self._parts.note(name)) for name in names}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from bitsmith.archs import TensorSpec, architecture_of, claim
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.run.factored_choice import decided
 from bitsmith.run.overrides import Override, first_match
 from bitsmith.run.pack_bitsandbytes import BitsandbytesPacker
 from bitsmith.run.pack_compressed import CompressedTensorsPacker
@@ -79,7 +80,12 @@ def takes(scheme: str) -> bool:
 
 
 def lay_out(
-    checkpoint: Checkpoint, scheme: str, group: int | None, tensor_types: Rules, ignore: Sequence[str]
+    checkpoint: Checkpoint,
+    scheme: str,
+    group: int | None,
+    tensor_types: Rules,
+    ignore: Sequence[str],
+    statistics: Path | None = None,
 ) -> Layout:
     """Return what `run.folder.write_folder` makes of each tensor; options and errors are its own."""
     packer = _packer([scheme, *(named for _, named in tensor_types)])
@@ -88,6 +94,7 @@ def lay_out(
     if architecture_of(checkpoint).tied:
         linears.append("lm_head")
     asked = _asked(packer, specs, scheme, tensor_types, _ignored(ignore, linears))
+    asked = decided(checkpoint, asked, statistics)
     rows = []
     packed: dict[str, Assigned] = {}
     pieces: list[Piece] = []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import current_thread, main_thread
+from types import FrameType
 from typing import Any
 
 from bitsmith.errors import BitsmithError, OutputError, printable
@@ -18,7 +21,7 @@ from bitsmith.run.task_state import StateFile, Status, TaskState, load_state
 from bitsmith.store.artifacts import ArtifactStore, locked_folder, remove_folder
 from bitsmith.store.digests import SourceDigests
 
-LOCK = ".study.lock"
+LOCK, SOURCES = ".study.lock", "sources.json"
 LONGEST_PAUSE_SECONDS = 60.0
 WAIT_SECONDS = 1.0
 _AGAIN = {
@@ -66,11 +69,12 @@ def run_graph(
     An artifact that the store has is never made again, whoever made it. The n-th failure of a task is
     followed by a pause of `backoff_seconds · 2^(n−1)` (at most a minute) and another attempt, `Task.retries`
     times, once after a resource kill in any case; then the task is FAILED and those that need it BLOCKED.
-    `folder` holds `state.json`, written at every change, and the lock. On an interrupt what runs is killed
-    and the interrupt goes on; the next call goes on with the rest.
+    `folder` holds `state.json`, written at every change, and the lock. On an interrupt (in the main thread
+    also SIGTERM and SIGHUP, which then raise SystemExit) what runs is killed and the interrupt goes on; the
+    next call goes on with the rest.
 
-    Raises BitsmithError for a circle, an unknown need, action or source, OutputError if another run holds
-    the folder or the store.
+    Raises BitsmithError for a circle, an unknown need, action or source and for a source that holds `folder`
+    or the store, OutputError if another run holds the folder or the store, or either cannot be written.
     """
     ordered = in_order(tasks)
     for task in ordered:
@@ -79,27 +83,80 @@ def run_graph(
             raise BitsmithError(
                 f"task {printable(task.name)!r}: no action {printable(task.action)!r}; there are: {known}"
             )
+    _refuse_own_sources(ordered, (folder, store.root))
     folder.mkdir(parents=True, exist_ok=True)
-    with locked_folder(folder, LOCK), store.writing():
-        keys = keys_of(ordered, store)
-        run = _Run(ordered, keys, store, engine, audit, progress, actions, folder, backoff_seconds)
+    ending = _Ending()
+    with ending.caught(), locked_folder(folder, LOCK), store.writing():
+        digests = SourceDigests(store.root / SOURCES)
+        keys = _keys_of(ordered, digests, progress)
+        run = _Run(ordered, keys, digests, store, engine, audit, progress, actions, folder, backoff_seconds)
         try:
-            run.go()
+            run.go(ending)
         finally:
             engine.stop()
-            run.leave()
+            with suppress(OutputError):  # where it cannot be noted, that is what ended the run
+                run.leave()
         return {task.name: run.outcome(task) for task in tasks}
 
 
-def keys_of(tasks: Sequence[Task], store: ArtifactStore) -> dict[str, str]:
-    """Return every task's key by name; digests of sources are kept beside the artifacts."""
-    digests = SourceDigests(store.root / "sources.json")
+def _keys_of(ordered: Sequence[Task], digests: SourceDigests, progress: Progress) -> dict[str, str]:
     keys: dict[str, str] = {}
-    for task in in_order(tasks):
-        keys[task.name] = _key(task, keys, digests)
-    store.root.mkdir(parents=True, exist_ok=True)
-    digests.save()
+    try:
+        for done, task in enumerate(ordered):
+            if task.sources:
+                progress("sources", done, len(ordered))
+            keys[task.name] = _key(task, keys, digests)
+    finally:
+        digests.save()
     return keys
+
+
+def _refuse_own_sources(tasks: Sequence[Task], places: Sequence[Path]) -> None:
+    """Refuse a source that what the run writes would change."""
+    for task in tasks:
+        for source in (Path(task.params[name]) for name in task.sources):
+            for place in places:
+                if place.resolve().is_relative_to(source.resolve()):
+                    said = f"lies in {printable(str(source))}, a source of task {printable(task.name)!r}"
+                    raise OutputError(f"{said}; choose another output", path=place)
+
+
+class _Ending:
+    """Ends a run at a signal as an exception does: between two of its steps, or at once at a second signal.
+
+    An exception raised anywhere, while a process is being started or an object deleted, may be lost.
+    """
+
+    def __init__(self) -> None:
+        self._is_stepping = False
+        self._number = 0
+
+    @contextmanager
+    def caught(self) -> Iterator[None]:
+        """Catch SIGINT, SIGTERM and SIGHUP within the block, where nobody else does."""
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if current_thread() is main_thread() else ()
+        usual = {number: signal.getsignal(number) for number in numbers}
+        ours = [number for number in numbers if usual[number] in (signal.SIG_DFL, signal.default_int_handler)]
+        try:
+            for number in ours:
+                signal.signal(number, self._note)
+            yield
+        finally:
+            for number in ours:
+                signal.signal(number, usual[number])
+
+    def step(self) -> None:
+        """Begin a step: raise KeyboardInterrupt or SystemExit for a signal that came; the next is put off."""
+        self._is_stepping = True
+        if self._number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._number:
+            raise SystemExit(128 + self._number)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        again, self._number = bool(self._number), number
+        if again or not self._is_stepping:
+            self.step()
 
 
 def _key(task: Task, keys: Mapping[str, str], digests: SourceDigests) -> str:
@@ -113,6 +170,7 @@ class _Run:
         self,
         tasks: Sequence[Task],
         keys: Mapping[str, str],
+        digests: SourceDigests,
         store: ArtifactStore,
         engine: Engine,
         audit: AuditLog,
@@ -122,17 +180,19 @@ class _Run:
         backoff_seconds: float,
     ) -> None:
         self._tasks = {task.name: task for task in tasks}
-        self._keys, self._store, self._engine, self._audit = keys, store, engine, audit
+        self._keys, self._digests = keys, digests
+        self._store, self._engine, self._audit = store, engine, audit
         self._progress, self._actions, self._backoff_seconds = progress, actions, backoff_seconds
         self._running: dict[str, Attempt] = {}
         self._not_before: dict[str, float] = {}
         self._states = _earlier(folder, self._tasks, keys)
         self._begin_again()
 
-    def go(self) -> None:
+    def go(self, ending: _Ending) -> None:
         """Run until every task has ended."""
         self._report()
         while True:
+            ending.step()
             for task in self._tasks.values():
                 if self._is_ready(task):
                     self._take_or_start(task)
@@ -247,7 +307,7 @@ class _Run:
         """Put what an attempt made into the store; return why that cannot be, None if it is there."""
         task, key = attempt.task, self._keys[attempt.task.name]
         try:
-            if _key(task, self._keys, SourceDigests(self._store.root / "sources.json")) != key:
+            if _key(task, self._keys, self._digests) != key:
                 return Failure("error", "what it reads changed since the study began; run the study again")
             cost = {"seconds": attempt.seconds, "peak_bytes": attempt.peak_bytes}
             self._store.put(key, attempt.out, cost)
@@ -268,7 +328,7 @@ class _Run:
     def _failed(self, task: Task, state: TaskState, failure: Failure) -> None:
         """Decide what follows a failed attempt: a pause and another one, or the end."""
         resource = failure.kind in RESOURCE_KINDS
-        allowed = 1 + max(task.retries, 1 if resource and state.attempts == 1 else 0)
+        allowed = max(state.attempts, 1 + task.retries, 2 if resource else 1)
         reason = f"{failure.kind}: {failure.message}"
         evidence = {
             "kind": failure.kind,

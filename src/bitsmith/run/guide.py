@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec, claim
@@ -25,6 +26,11 @@ from bitsmith.run.encode import Rounder, check_rounder
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.statistics import SiteStatistics, Statistics, open_statistics
 
+Int64 = NDArray[np.int64]
+
+VOCABULARY = ("embed", "head")
+"""Roles of matrices that have a row for each token."""
+
 
 class Guide:
     """Statistics of what each tensor reads, what they make of it, and the metrics of one site."""
@@ -38,9 +44,7 @@ class Guide:
 
     def key(self, checkpoint: Checkpoint, layout: Any) -> str:
         """Return a digest of what the codes of a checkpoint depend on, under a `layout` of plain values."""
-        source, statistics = checkpoint.source_digest, self._statistics.digest
-        facts = [__version__, np.__version__, source, layout, statistics, self.rounder]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        return rounding_key(checkpoint, layout, self._statistics.digest, self.rounder)
 
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Return `names` with the tensors of a site side by side, so that its metrics are made once."""
@@ -51,6 +55,16 @@ class Guide:
         """Return what a tensor's inputs are like, None where nobody knows."""
         spec = self._specs.get(name)
         return None if spec is None else self._statistics.hugging_face(spec)
+
+    def token_counts(self, name: str) -> Int64 | None:
+        """Return how often each token occurred in calibration, of a matrix with a row per token.
+
+        None for other matrices, and where tokens are not known.
+        """
+        spec, tokens = self._specs.get(name), self._statistics.tokens()
+        if spec is None or spec.role not in VOCABULARY or tokens is None:
+            return None
+        return np.bincount(tokens[0].reshape(-1), minlength=spec.shape[0])
 
     def choice(self, ref: TensorRef, grid: GridFormat) -> Choice:
         """Return how a tensor is rounded, by a sample of its rows."""
@@ -83,6 +97,12 @@ class Guide:
         if key not in self._metrics:
             self._metrics[key] = InputMetric(inputs.moment, damping, shrink=shrink)
         return self._metrics[key]
+
+
+def rounding_key(checkpoint: Checkpoint, layout: Any, statistics: str | None, rounder: str) -> str:
+    """Return a digest of what codes depend on: versions, source, layout, statistics' digest, rounder."""
+    facts = [__version__, np.__version__, checkpoint.source_digest, layout, statistics, rounder]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 class Total:
@@ -123,6 +143,22 @@ def finite_rows(ref: TensorRef, start: int, stop: int, path: Path) -> Float32:
             f"is {rows[place]} in row {start + place[0]}, expected finite weights", path=path, tensor=ref.name
         )
     return rows
+
+
+class FiniteRows:
+    """A tensor's rows as float32, refused as `finite_rows` does where they are not finite."""
+
+    def __init__(self, ref: TensorRef, path: Path) -> None:
+        self._ref, self._path = ref, path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(out, in)."""
+        return self._ref.shape
+
+    def read(self, start: int = 0, stop: int | None = None) -> Float32:
+        """Return rows `[start, stop)`."""
+        return finite_rows(self._ref, start, self._ref.shape[0] if stop is None else stop, self._path)
 
 
 def _squares(values: Float32) -> float:

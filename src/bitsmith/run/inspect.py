@@ -15,7 +15,7 @@ from bitsmith.run.plan import open_source, plan_source
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 
-_COMPONENTS = {
+COMPONENTS = {
     "embed": "embedding",
     "head": "head",
     "ffn": "FFN",
@@ -25,6 +25,8 @@ _COMPONENTS = {
     "mtp": "MTP",
     "vision": "vision",
 }
+"""What a role belongs to, by the part of its name before the dot."""
+
 _Pair = tuple[str, TensorRef]
 
 
@@ -110,7 +112,7 @@ def _inspection(
         architecture=arch,
         parameters=sum(ref.size for _, ref in named),
         stored_bytes=sum(ref.nbytes for _, ref in named),
-        components=_shares(named, lambda role, _: _COMPONENTS.get(role.split(".")[0], "other"))
+        components=_shares(named, lambda role, _: COMPONENTS.get(role.split(".")[0], "other"))
         if arch
         else [],
         roles=_shares(named, lambda role, _: role),

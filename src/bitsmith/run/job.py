@@ -58,7 +58,7 @@ class Made(Record):
         }
 
 
-SPI = "spi"
+SPI, SAHC = "spi", "sahc"
 SEQUENTIAL_WORK = 6e12
 """Weights times tokens up to which sequential statistics are the default: about 15 minutes on two cores."""
 
@@ -70,7 +70,8 @@ _SEARCHED = "transforms are searched for when the file is written; its header wi
 class Job:
     """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each.
 
-    Those after `overwrite` are for outputs other than GGUF: see `write_cellm`, `write_folder`, `write_spi`.
+    Those after `overwrite` are for outputs other than GGUF: see `write_cellm`, `write_folder`, `write_spi`
+    and `sahc`. `ctx_tokens` are those that `fit` makes room for, or of a chunk of recipe `sahc`.
     """
 
     model: Path
@@ -80,7 +81,7 @@ class Job:
     transforms: str | None = None
     target: str | None = None
     fit: str | None = None
-    ctx_tokens: int = DEFAULT_CTX_TOKENS
+    ctx_tokens: int | None = None
     statistics: Path | None = None
     text: Path | None = None
     rounder: str = "auto"
@@ -100,6 +101,8 @@ class Job:
     critical: str | None = None
     by: str | None = None
     seed: int = 0
+    chunks: int | None = None
+    ppl_limit: float | None = None
 
     def goal(self) -> Target | None:
         """Return the size to allocate, None where types are given.
@@ -111,7 +114,7 @@ class Job:
         if self.target is not None:
             return parse_target(self.target)
         if self.fit is not None:
-            return parse_fit(self.fit, self.ctx_tokens)
+            return parse_fit(self.fit, self.ctx_tokens or DEFAULT_CTX_TOKENS)
         if self.recipe == "auto" and not (self.type_name or self.plan_file):
             raise BitsmithError("recipe auto needs a size: --target 4.66bpw, --target 4.86GiB or --fit 8GiB")
         return None

@@ -33,6 +33,13 @@ def available_bytes() -> int:
     return found
 
 
+def usable_cores() -> int:
+    """Return how many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1  # macOS and Windows
+
+
 def usage_of_sessions(sessions: Collection[int]) -> dict[int, Usage]:
     """Return what the processes of each session use together; nothing where none is left, or is not known."""
     total = dict.fromkeys(sessions, Usage())

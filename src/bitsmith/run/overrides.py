@@ -7,6 +7,16 @@ from collections.abc import Iterable
 
 from bitsmith.errors import BitsmithError, printable
 
+_RULE = re.compile(r"(.+?)=([A-Za-z][\w+]*(?::[\w=.+:-]*)?)")
+"""A type's options may hold equals signs of their own, as `SVD:r=64` does; a regex may, too."""
+
+
+def split_rule(rule: str) -> tuple[str, str] | None:
+    """Return the regex and the type of `REGEX=TYPE`, None for what is no such rule."""
+    found = _RULE.fullmatch(rule)
+    pattern, wanted = found.groups() if found else rule.rpartition("=")[::2]
+    return (pattern, wanted) if pattern and wanted else None
+
 
 class Override:
     """A regex, searched in names regardless of case, and the type it asks for, with what became of it.

@@ -44,7 +44,7 @@ class BitsandbytesPacker:
     """bitsandbytes' 4-bit weights, scales double-quantized; values have the dtype of the source."""
 
     schemes = tuple(_BOOKS)
-    tables = False
+    tables = costly = False
 
     def takes(self, scheme: str) -> bool:
         """Tell whether a scheme is one of `schemes`."""

@@ -45,7 +45,7 @@ class CompressedTensorsPacker:
     """`pack-quantized` of compressed-tensors, in grids whose scales have the dtype of the source."""
 
     schemes = tuple(_GRIDS)
-    tables = False
+    tables = costly = False
 
     def takes(self, scheme: str) -> bool:
         """Tell whether a scheme is one of `schemes`."""

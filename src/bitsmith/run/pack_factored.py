@@ -13,22 +13,21 @@ import numpy as np
 
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats.format import Bytes, Float32
-from bitsmith.numerics.tensor_train import fitted_cores
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.factorize import (
     ErrorMetric,
-    FactorCode,
     Factored,
     Rounded,
     factorize,
     with_remainder,
     without_columns,
 )
-from bitsmith.run.factored_scheme import GROUPS, KINDS, form_of, parse_scheme
-from bitsmith.run.guide import Total
+from bitsmith.passes.trains import divisors, factor_code, rounded_train, rounded_trains
+from bitsmith.run.factored_scheme import GROUPS, KINDS, form_of, is_factored, parse_scheme
+from bitsmith.run.guide import FiniteRows, Total
 from bitsmith.run.packer import Assigned, Matrix, Outcome, Part
 from bitsmith.store.compressed_tensors import pack_words
 from bitsmith.store.factored import (
-    CORES,
     FLOAT_CODES,
     LEFT,
     METHOD,
@@ -36,24 +35,28 @@ from bitsmith.store.factored import (
     RIGHT,
     SCALE,
     VERSION,
+    WHOLE,
     FactoredForm,
     Form,
     TrainForm,
+    TrainsForm,
     code_grid,
-    train_rows,
 )
 from bitsmith.store.statistics import SiteStatistics, dense_moment
+
+_OFTEN = 0.25
+"""Power of how often a token occurs that weighs its row; 1 leaves rare ones too wrong for the sum."""
 
 
 class FactoredPacker:
     """Low rank, remainders, pruned blocks and Tensor-Trains, with F16 scales; embeddings too, where asked."""
 
     schemes = KINDS
-    tables = True
+    tables = costly = True
 
     def takes(self, scheme: str) -> bool:
         """Tell whether a scheme's kind is one of `schemes`."""
-        return scheme.upper().split(":")[0] in KINDS
+        return is_factored(scheme)
 
     def group(self, scheme: str, asked: int | None, shape: tuple[int, ...]) -> int | None:
         """Return `asked` (default 128): the last group of a row may be shorter.
@@ -98,15 +101,26 @@ class _Encoding:
     def chunks(self, suffix: str) -> Iterator[Bytes]:
         """Yield a part's bytes."""
         if self._waiting is None:
-            form = self._form
-            self._waiting = self._train(form) if isinstance(form, TrainForm) else self._factored(form)
+            self._waiting = self._made()
         yield self._waiting.pop(suffix)
 
     def outcome(self) -> Outcome:
         """Return how codes were found, and their errors."""
         return self._outcome
 
-    def _factored(self, form: FactoredForm) -> dict[str, Bytes]:
+    @one_blas_thread()
+    def _made(self) -> dict[str, Bytes]:
+        """Return the bytes of all parts."""
+        form, total = self._form, Total(self._inputs)
+        if isinstance(form, FactoredForm):
+            rounder, parts = self._factored(form, total)
+        else:
+            rounder, parts = self._trains(form, total)
+        self._outcome = Outcome(rounder, *total.errors())
+        return _stored(parts, form)
+
+    def _factored(self, form: FactoredForm, total: Total) -> tuple[str, dict[str, Rounded]]:
+        """Return the rounder and the parts of low rank and codes; errors go to `total`."""
         whole = np.concatenate(list(self._matrix.slices()))
         rounder, metric = error_metric(self._matrix, form)
         rows = np.arange(len(whole)) if form.rows is None else form.rows.index
@@ -117,24 +131,38 @@ class _Encoding:
         found = _found(form, kept, inner)
         decoded = np.zeros_like(whole)
         decoded[rows[:, None], columns] = _decoded(form, found)
-        total = Total(self._inputs)
         total.add(whole, decoded)
-        self._outcome = Outcome(rounder, *total.errors())
         parts = {LEFT: found.left, RIGHT: found.right, REST: found.rest}
-        return _stored({suffix: part for suffix, part in parts.items() if part is not None}, form)
+        return rounder, {suffix: part for suffix, part in parts.items() if part is not None}
 
-    def _train(self, form: TrainForm) -> dict[str, Bytes]:
-        cores = fitted_cores(self._matrix.ref, form.ranks)
-        code, plain = _factor_code(form.cores), ErrorMetric()
-        shaped = zip(CORES, cores, form.core_shapes, strict=True)
-        found = {suffix: plain.as_stored(core.reshape(shape), code) for suffix, core, shape in shaped}
-        decoded = [part.decoded for part in found.values()]
-        total, start = Total(self._inputs), 0
+    def _trains(self, form: TrainForm | TrainsForm, total: Total) -> tuple[str, dict[str, Rounded]]:
+        """Return the rounder and the parts of Tensor-Trains; errors go to `total`."""
+        source = FiniteRows(self._matrix.ref, self._matrix.path)
+        rounder, right = "nearest", None
+        if isinstance(form, TrainsForm):
+            rounder, metric = error_metric(self._matrix, form)
+            trains = rounded_trains(source, form, metric)
+            right = trains[RIGHT].rows()
+        elif form.scales:
+            rounder, trains = "weighted", {WHOLE: rounded_train(source, form, self._divisors(form.shape))}
+        else:
+            trains = {WHOLE: rounded_train(source, form)}
+        [first, *_], start = trains.values(), 0
         for rows in self._matrix.slices():
-            total.add(rows, train_rows(form, decoded, start, start + len(rows)))
+            found = first.rows(start, start + len(rows))
+            total.add(rows, found if right is None else found @ right)
             start += len(rows)
-        self._outcome = Outcome("nearest", *total.errors())
-        return _stored(found, form)
+        return rounder, {
+            begin + suffix: part for begin, train in trains.items() for suffix, part in train.parts.items()
+        }
+
+    def _divisors(self, shape: tuple[int, int]) -> tuple[Float32, Float32]:
+        """Return what rows and columns are divided by: by how often tokens occur, and by E[x²]."""
+        guide, inputs = self._matrix.guide, self._inputs
+        counts = None if guide is None else guide.token_counts(self._row.name)
+        often = None if counts is None else (counts + 0.5) ** _OFTEN
+        importance = None if inputs is None else inputs.importance
+        return divisors(often, shape[0]), divisors(importance, shape[1])
 
     @property
     def _inputs(self) -> SiteStatistics | None:
@@ -142,7 +170,7 @@ class _Encoding:
         return None if guide is None else guide.inputs(self._row.name)
 
 
-def error_metric(matrix: Matrix, form: FactoredForm) -> tuple[str, ErrorMetric]:
+def error_metric(matrix: Matrix, form: Form) -> tuple[str, ErrorMetric]:
     """Return the rounder and how errors are weighed, as statistics and the rounder asked for say.
 
     Damping and shrinkage are those that suit the grid of the codes on held-out inputs.
@@ -153,7 +181,8 @@ def error_metric(matrix: Matrix, form: FactoredForm) -> tuple[str, ErrorMetric]:
         return "nearest", ErrorMetric()
     if inputs.moment is None:
         return "weighted", ErrorMetric(importance=inputs.importance)
-    grid, moment = code_grid(form.rest or form.factors or "f32"), dense_moment(inputs.moment)
+    moment = dense_moment(inputs.moment)
+    grid = code_grid(form.rest or form.factors or "f32") if isinstance(form, FactoredForm) else None
     if grid is None:
         return "weighted", ErrorMetric(moment)
     choice = guide.choice(matrix.ref, grid)
@@ -166,22 +195,18 @@ def _form(row: Assigned) -> Form:
     return form_of(parse_scheme(row.scheme), row.shape, row.group)
 
 
-def _factor_code(code: str) -> FactorCode:
-    return FactorCode(code_grid(code), FLOAT_CODES.get(code, "F32"))
-
-
 def _found(form: FactoredForm, kept: Float32, metric: ErrorMetric) -> Factored:
     """Return the parts of a matrix's kept rows and columns."""
     grid = None if form.rest is None else code_grid(form.rest)
     if form.factors is None or grid is None:
         if form.factors is not None:
-            return factorize(kept, form.rank, _factor_code(form.factors), metric)
+            return factorize(kept, form.rank, factor_code(form.factors), metric)
         if grid is None:
             raise BitsmithError(f"nothing is stored of a matrix as {form.name}")
         return Factored(None, None, metric.rounded(kept, grid), 0.0)
     if form.kernel is None:
-        return with_remainder(kept, form.rank, _factor_code(form.factors), grid, metric)
-    found = factorize(kept[: form.kernel], form.rank, _factor_code(form.factors), metric)
+        return with_remainder(kept, form.rank, factor_code(form.factors), grid, metric)
+    found = factorize(kept[: form.kernel], form.rank, factor_code(form.factors), metric)
     return Factored(found.left, found.right, metric.rounded(kept[form.kernel :], grid), 0.0)
 
 
@@ -191,7 +216,7 @@ def _decoded(form: FactoredForm, found: Factored) -> Float32:
     return np.concatenate([found.left.decoded @ found.right.decoded, found.rest.decoded])
 
 
-def _stored(parts: Mapping[str, Rounded], form: FactoredForm | TrainForm) -> dict[str, Bytes]:
+def _stored(parts: Mapping[str, Rounded], form: Form) -> dict[str, Bytes]:
     """Return the bytes of codes and scales, or of floats, by suffix."""
     found = {}
     for suffix, part in parts.items():

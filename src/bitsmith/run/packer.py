@@ -97,6 +97,10 @@ class Packer(Protocol):
     def tables(self) -> bool:
         """Whether embeddings can be packed, where they are asked for by name."""
 
+    @property
+    def costly(self) -> bool:
+        """Whether matrices take long enough to be kept for the run after a killed one."""
+
     def takes(self, scheme: str) -> bool:
         """Tell whether a scheme is one of its own, options included."""
 

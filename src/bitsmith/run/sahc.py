@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -20,13 +19,13 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import Protocol, Reference, open_model, text_chunks
 from bitsmith.run.folder import KEPT as STORED_SCHEME
 from bitsmith.run.folder import plan_folder, write_folder
-from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Gate, all_pass, first_failure
+from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Judged, all_pass
 from bitsmith.run.guide import Guide, finite_rows
 from bitsmith.run.packer import Matrix
-from bitsmith.run.sahc_artifact import artifact_gates, digest
+from bitsmith.run.sahc_artifact import Gates, artifact_gates, digest
 from bitsmith.run.sahc_layer import Cosine, LayerProbe, lowest
-from bitsmith.run.sahc_methods import ROW_GROUP, Weights
-from bitsmith.run.sahc_plan import INT4, STORED, PlanRow, plan_rows, prunings
+from bitsmith.run.sahc_methods import ROUNDER, ROW_GROUP, Weights
+from bitsmith.run.sahc_plan import STORED, PlanRow, int4_types, only, plan_rows, prunings
 from bitsmith.run.sahc_result import compared, component_rows, counted, quantizer_faults
 from bitsmith.run.sahc_rows import SahcResult, SahcRow, Written
 from bitsmith.run.sahc_trial import Forward, Pick, Trials, row_of
@@ -44,7 +43,6 @@ from bitsmith.store.journal import content_key, write_result
 MODEL_NAME = "model"
 CTX_TOKENS = 512
 PROBE_CHUNKS = 8
-ROUNDER = "auto"
 _WORST_SHARE = 0.25  # of the rows that are replanned at once where perplexity fails
 
 
@@ -59,7 +57,7 @@ def sahc(
     ctx_tokens: int = CTX_TOKENS,
     chunks: int | None = None,
     probe_chunks: int = PROBE_CHUNKS,
-    ppl_limit: float = PPL.limit,
+    ppl_limit: float | None = None,
     ppl_ratio_limit: float = PPL_RATIO.limit,
     cosine_limit: float = FORWARD_COSINE.limit,
     keep_int4: bool = False,
@@ -76,6 +74,7 @@ def sahc(
     (default: the text itself; its first `probe_chunks` chunks), alone and with its whole layer. The artifact
     is then read back: shapes, finite values, layers, perplexity; where that fails, the rows with the lowest
     cosines are replanned and it is written again. Row-int4 alone is written and measured the same way.
+    `ppl_limit` is 100 by default, or none where the original itself is not below that: then the ratio judges.
     With `statistics` low rank and integers are found in the metric of the inputs, in the plan and in row-int4
     alone; gates stay as they are, on the weights.
 
@@ -84,17 +83,15 @@ def sahc(
     `keep_int4`. A killed run goes on behind the last finished part, and ends with the same bytes. Where the
     artifact's gates do not pass nothing becomes `out`, and there is no ratio.
 
-    Raises BitsmithError as `evaluate` and `write_folder` do, UnsupportedError for a packed source,
-    DamagedFileError for a weight that is not finite, OutputError where `out` or a result is there without
-    `overwrite` or cannot be written.
+    Raises BitsmithError as `evaluate` and `write_folder` do, and for a `ppl_limit` that the original itself
+    does not pass, UnsupportedError for a packed source, DamagedFileError for a weight that is not finite,
+    OutputError where `out` or a result is there without `overwrite` or cannot be written.
     """
     started = time.monotonic()
     work = work_folder(out) if work is None else work
     plan_folder(model, STORED_SCHEME, statistics=statistics)  # refuse what cannot be written
-    gates = (
-        replace(FORWARD_COSINE, limit=cosine_limit),
-        replace(PPL, limit=ppl_limit),
-        replace(PPL_RATIO, limit=ppl_ratio_limit),
+    gates = Gates(
+        replace(FORWARD_COSINE, limit=cosine_limit), ppl_limit, replace(PPL_RATIO, limit=ppl_ratio_limit)
     )
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
         checkpoint = reference.model.checkpoint
@@ -107,7 +104,7 @@ def sahc(
             __version__,
             asdict(reference.protocol),
             asdict(protocol),
-            [asdict(gate) for gate in gates],
+            asdict(gates),
             None if guide is None else guide.key(checkpoint, []),
         ]
         with Workplace(out, work, content_key(checkpoint, options), overwrite, sources, audit) as place:
@@ -144,7 +141,7 @@ class _Run:
         self,
         reference: Reference,
         tokens: Any,
-        gates: tuple[Gate, Gate, Gate],
+        gates: Gates,
         guide: Guide | None,
         statistics: Path | None,
         place: Workplace,
@@ -154,18 +151,17 @@ class _Run:
         self._checkpoint: Checkpoint = reference.model.checkpoint
         self._guide, self._statistics = guide, statistics
         self._tokens, self._place, self._journal, self._log = tokens, place, place.journal, place.log
-        self._cosine_gate, self._ppl_gates = gates[0], gates[1:]
+        self._gates, self._cosine_gate = gates, gates.cosine
         self._progress = progress
         self._trials = Trials(place.log, self._cosine_gate)
         self._plan = plan_rows(claim(self._checkpoint))
 
     def result(self, probe: Protocol, keep_int4: bool) -> SahcResult:
         """Return what was found; the output is in its place if every gate has passed."""
-        rows = self._rows()
-        int4 = self._written(BASELINE_NAME, self._int4_types(), None, keep_int4)
+        int4 = self._written(BASELINE_NAME, int4_types(self._plan), keep=keep_int4)
         if not keep_int4:
             self._place.drop(BASELINE_NAME)
-        rows, rounds, written = self._passing(rows)
+        rows, rounds, written = self._passing(self._rows())
         if written.ratio is not None:
             self._place.place(written.sha256)
         else:
@@ -188,7 +184,7 @@ class _Run:
             gates_failed=failed,
             gates_unmeasured=unmeasured,
             replans=sum(row.replans for row in rows),
-            same_as_int4=_types(rows) == self._int4_types(),
+            same_as_int4=_types(rows) == int4_types(self._plan),
         )
 
     def _rows(self) -> list[SahcRow]:
@@ -234,7 +230,7 @@ class _Run:
             picks[plan.name] = self._trials.choose(plan, weights, self._forward(probe, plan))
         if layer is not None:
             self._together(probe, layer, picks)
-        return [row_of(pick, self._checkpoint[pick.plan.name].nbytes) for pick in picks.values()]
+        return [row_of(pick) for pick in picks.values()]
 
     def _together(self, probe: LayerProbe, layer: int, picks: dict[str, Pick]) -> None:
         """Replan the row with the lowest cosine alone until the layer passes as a whole."""
@@ -281,7 +277,7 @@ class _Run:
         while True:
             rounds += 1
             planned = sum(row.stored_bytes for row in rows)
-            written = self._written(CANDIDATE_NAME, _types(rows), planned, True)
+            written = self._written(CANDIDATE_NAME, _types(rows), planned, keep=True)
             failed = [gate for gate in written.gates if gate["outcome"] != "PASS"]
             ppl = [gate for gate in failed if gate["name"] in (PPL.name, PPL_RATIO.name)]
             if failed and ppl == failed and (more := self._replanned(rows, rounds)) is not None:
@@ -321,16 +317,17 @@ class _Run:
             before = (*row.attempts[:-1], replace(row.attempts[-1], decision=decision))
             weights = self._weights(plan, {})
             pick = self._trials.choose(plan, weights, self._forward(probe, plan), at, before)
-            moved.append(row_of(pick, self._checkpoint[row.name].nbytes))
+            moved.append(row_of(pick))
         return moved
 
     def _written(
-        self, name: str, types: Sequence[tuple[str, str]], planned: int | None, needed: bool
+        self, name: str, types: Sequence[tuple[str, str]], planned: int | None = None, keep: bool = False
     ) -> Written:
-        """Return an artifact as written and measured, once; where it is `needed` it is there."""
+        """Return an artifact as written and measured, once; to `keep` it, it is there if it has passed."""
         entry = f"{name} {hashlib.sha256(repr(types).encode()).hexdigest()}"
         known = self._journal.entries.get(entry)
-        if known is None or (needed and not self._place.has(name, known["sha256"])):
+        gone = known is not None and keep and not self._place.has(name, known["sha256"])
+        if known is None or (gone and known["ratio"] is not None):
             self._journal.add(entry, asdict(self._made(name, types, planned)))
         return TypeAdapter(Written).validate_python(self._journal.entries[entry])
 
@@ -347,36 +344,32 @@ class _Run:
             overwrite=True,
             progress=self._progress,
         )
-        found, scores = self._reference.measure(path)
         with open_model(path) as candidate:
             probe = LayerProbe(self._model, self._tokens)
             judged = artifact_gates(self._checkpoint, candidate.checkpoint, probe, planned, self._cosine_gate)
-        for gate, measure in zip(self._ppl_gates, (found.ppl_cand, found.ppl_ratio), strict=True):
-            judged.append(gate.judge(measure.value, low=measure.low, high=measure.high))
-        failed = first_failure(judged)
-        for one in judged:
-            said = "passed" if one.passed else "the artifact does not pass"
-            self._log.judged("sahc artifact", label, one, said)
+        self._tell(label, judged)
+        found, scores = self._reference.measure(path)
+        of_perplexity = self._gates.of_perplexity(found)
+        self._tell(label, of_perplexity)
+        judged += of_perplexity
         ratio = self._reference.artifact.file_bytes / found.candidate.file_bytes
         return Written(
             artifact=replace(found.candidate, path=label),
-            ratio=ratio if failed is None and all_pass(judged) else None,
+            ratio=ratio if all_pass(judged) else None,
             measures=found.measures,
             chunk_nll_nats=tuple(scores.nll_cand.mean(axis=1).tolist()),
             gates=tuple(one.to_json() for one in judged),
             sha256=digest(path),
         )
 
-    def _int4_types(self) -> list[tuple[str, str]]:
-        return [(_exactly(plan.name), "INT4") for plan in self._plan if plan.place and INT4 in plan.chain]
+    def _tell(self, label: str, judged: Sequence[Judged]) -> None:
+        for one in judged:
+            said = "passed" if one.passed else "the artifact does not pass"
+            self._log.judged("sahc artifact", label, one, said)
 
 
 def _types(rows: Sequence[SahcRow]) -> list[tuple[str, str]]:
-    return [(_exactly(row.name), row.scheme) for row in rows if row.method != STORED.name]
-
-
-def _exactly(name: str) -> str:
-    return f"^{re.escape(name)}$"
+    return [only(row.name, row.scheme) for row in rows if row.method != STORED.name]
 
 
 def _cosine_of(row: SahcRow) -> float:

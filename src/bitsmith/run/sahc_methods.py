@@ -12,22 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from bitsmith.errors import BitsmithError
 from bitsmith.formats.integer import GridFormat, grid_named
-from bitsmith.numerics.tensor_train import (
-    ArrayRows,
-    balanced_modes,
-    fitted_cores,
-    possible_ranks,
-    to_matrix,
-    tt_tensor,
-)
+from bitsmith.numerics.tensor_train import ArrayRows
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.factorize import ErrorMetric, FactorCode, factorize, without_columns
 from bitsmith.passes.factors import Factors, Metric
 from bitsmith.passes.low_rank import claimed_error
+from bitsmith.passes.trains import rounded_train, rounded_trains
 from bitsmith.run.factored_scheme import form_of, parse_scheme
 from bitsmith.run.pack_factored import error_metric
 from bitsmith.run.packer import Matrix
-from bitsmith.store.factored import Blocks, TrainForm, form_bytes
+from bitsmith.store.factored import LEFT, RIGHT, Blocks, Form, TrainForm, TrainsForm, form_bytes
 
 Float32 = NDArray[np.float32]
 
@@ -36,6 +32,8 @@ SEED_TRAIN_ERROR = 0.017
 SEED_SIDE = 4096
 ROW_GROUP = 0
 """`group` of `write_folder`: a scale per row."""
+ROUNDER = "auto"
+"""`rounder` of `write_folder`: with statistics per tensor what does best."""
 
 
 class Weights:
@@ -113,8 +111,12 @@ class Method(ABC):
         """What it is called in plans, logs and tables."""
 
     @abstractmethod
-    def scheme(self, weights: Weights) -> str | None:
-        """Return `write_folder`'s scheme for the matrix, None where no file holds it."""
+    def scheme(self, weights: Weights) -> str:
+        """Return `write_folder`'s scheme for the matrix."""
+
+    def nbytes(self, weights: Weights) -> int:
+        """Return the bytes of its parts, which the shape and what pruning keeps decide."""
+        return stored_bytes(self.scheme(weights), weights.shape)
 
     @abstractmethod
     def code(self, weights: Weights) -> Coded:
@@ -135,9 +137,13 @@ class Stored(Method):
         del weights
         return "BF16"
 
+    def nbytes(self, weights: Weights) -> int:
+        """Return the bytes of 16-bit weights."""
+        return 2 * weights.values.size
+
     def code(self, weights: Weights) -> Coded:
-        """Return the matrix; bytes of 16-bit weights."""
-        return Coded(weights.values, None, 2 * weights.values.size, None)
+        """Return the matrix."""
+        return Coded(weights.values, None, self.nbytes(weights), None)
 
 
 @dataclass(frozen=True)
@@ -156,6 +162,7 @@ class Rows(Method):
         del weights
         return f"INT{self.bits}"
 
+    @one_blas_thread()
     def code(self, weights: Weights) -> Coded:
         """Return the rows as they come back from the grid."""
         values, scheme = weights.values, self.scheme(weights)
@@ -166,7 +173,7 @@ class Rows(Method):
         return Coded(
             decoded,
             None,
-            stored_bytes(scheme, weights),
+            self.nbytes(weights),
             float(np.sqrt(noise / energy)) if energy else None,
             weighed=_weighed(metric, values, decoded),
         )
@@ -197,6 +204,7 @@ class LowRank(Method):
             text += f":{'cols' if weights.axis else 'rows'}={blocks}"
         return text
 
+    @one_blas_thread()
     def code(self, weights: Weights) -> Coded:
         """Return the product of rounded factors."""
         scheme, rank, pruned = self.scheme(weights), self._rank(weights), bool(self.pruning and weights.kept)
@@ -210,7 +218,7 @@ class LowRank(Method):
         return Coded(
             decoded,
             weights.whole(truncated) if pruned else truncated,
-            stored_bytes(scheme, weights),
+            self.nbytes(weights),
             claimed_error(rank, min(part.shape)) if rank < min(part.shape) else None,
             None if pruned else factors.theory(rank),
             _weighed(metric, weights.values, decoded),
@@ -218,14 +226,14 @@ class LowRank(Method):
 
     def _rank(self, weights: Weights) -> int:
         side = min(weights.kept_shape if self.pruning else weights.shape)
-        return side if self.rank is None else min(side, max(1, round(self.rank * side / SEED_SIDE)))
+        return side if self.rank is None else min(side, _scaled(self.rank, side))
 
 
 @dataclass(frozen=True)
 class Train(Method):
     """A Tensor-Train of three cores with integer entries, or with a `core` one of each factor of an SVD.
 
-    The promise is the seed's bound; none where the rank is full. No file holds trains of factors.
+    The promise is the seed's bound; none where the rank is full.
     """
 
     rank: int
@@ -238,47 +246,47 @@ class Train(Method):
         core = "" if self.core is None else f" + SVD core r{self.core}/4096"
         return f"TT [1, {self.rank}, {self.rank}, 1]/4096{core} + int{self.bits}"
 
-    def scheme(self, weights: Weights) -> str | None:
-        """Return the scheme of a train."""
-        return None if self.core else f"TT:r={self._rank(weights.shape[1])}:int{self.bits}"
+    def scheme(self, weights: Weights) -> str:
+        """Return the scheme of a train, or of two."""
+        columns = weights.shape[1]
+        ranks = f"r={_scaled(self.rank, columns)}:int{self.bits}"
+        return f"TT:{ranks}" if self.core is None else f"TT+SVD:core={_scaled(self.core, columns)}:{ranks}"
 
+    @one_blas_thread()
     def code(self, weights: Weights) -> Coded:
         """Return the matrix that the rounded cores make."""
-        parts, scheme = [weights.values], self.scheme(weights)
-        if self.core is not None:
-            factors = Factors(ArrayRows(weights.values), Metric(None, weights.shape[1]))
-            rank = min(factors.rank, max(1, round(self.core * weights.shape[1] / SEED_SIDE)))
-            left = factors.left(np.arange(weights.shape[0]), weights.values)[:, :rank]
-            parts = [left, factors.right[:rank]]
-        decoded, truncated, nbytes = self._train(parts[0], weights.shape[1])
-        for part in parts[1:]:
-            found, exact, more = self._train(part, weights.shape[1])
-            decoded, truncated, nbytes = decoded @ found, truncated @ exact, nbytes + more
-        promised = None if self.rank == SEED_SIDE else SEED_TRAIN_ERROR
-        stored = nbytes if scheme is None else stored_bytes(scheme, weights)
-        return Coded(decoded, truncated, stored, promised)
-
-    def _rank(self, columns: int) -> int:
-        return max(1, round(self.rank * columns / SEED_SIDE))
-
-    def _train(self, part: Float32, columns: int) -> tuple[Float32, Float32, int]:
-        """Return a matrix as its train makes it, with cores rounded and exact, and the bytes of the cores."""
-        modes, grid = balanced_modes(*part.shape), _grid(self.bits)
-        rank = self._rank(columns)
-        cores = fitted_cores(part, possible_ranks(modes.sizes, (1, rank, rank, 1)), modes)
-        coded, nbytes = [], 0
-        for number, core in enumerate(cores):
-            rows = core.reshape(core.shape[0], -1) if number == 2 else core.reshape(-1, core.shape[-1])
-            rounded = ErrorMetric().rounded(rows, grid).decoded
-            coded.append(rounded.astype(np.float64).reshape(core.shape))
-            nbytes += rows.shape[0] * grid.row_bytes(rows.shape[1])
-        found, exact = (to_matrix(tt_tensor(one), modes, part.shape) for one in (coded, cores))
-        return found.astype(np.float32), exact.astype(np.float32), nbytes
+        scheme = self.scheme(weights)
+        form, metric = form_of(parse_scheme(scheme), weights.shape, ROW_GROUP), weights.metric(scheme)
+        exact = form_of(parse_scheme(scheme.replace(f"int{self.bits}", "f32")), weights.shape, ROW_GROUP)
+        decoded, truncated = (_of_trains(weights.values, one, metric) for one in (form, exact))
+        return Coded(
+            decoded,
+            truncated,
+            self.nbytes(weights),
+            None if self.rank == SEED_SIDE else SEED_TRAIN_ERROR,
+            weighed=_weighed(metric, weights.values, decoded),
+        )
 
 
-def stored_bytes(scheme: str, weights: Weights) -> int:
+def _of_trains(values: Float32, form: Form, metric: ErrorMetric) -> Float32:
+    """Return the matrix that the trains of a form make."""
+    source = ArrayRows(values)
+    if isinstance(form, TrainForm):
+        return rounded_train(source, form).rows()
+    if not isinstance(form, TrainsForm):
+        raise BitsmithError(f"{form.name} is no Tensor-Train")
+    trains = rounded_trains(source, form, metric)
+    product: Float32 = trains[LEFT].rows() @ trains[RIGHT].rows()
+    return product
+
+
+def _scaled(rank: int, side: int) -> int:
+    return max(1, round(rank * side / SEED_SIDE))
+
+
+def stored_bytes(scheme: str, shape: tuple[int, int]) -> int:
     """Return the bytes of a matrix under a scheme of factors or codes."""
-    return form_bytes(form_of(parse_scheme(scheme), weights.shape, ROW_GROUP))
+    return form_bytes(form_of(parse_scheme(scheme), shape, ROW_GROUP))
 
 
 def relative_error(values: Float32, found: Float32) -> float | None:

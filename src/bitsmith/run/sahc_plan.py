@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -71,7 +72,7 @@ class PlanRow:
     """One tensor of the plan: its component, its chain, and where a forward can judge it.
 
     `layer` is the text layer it belongs to; `place` is `layer`, `embed`, `head`, or None where no forward of
-    ours passes through it (vision, MTP).
+    ours passes through it (vision, MTP); `source_bytes` are those that the source stores.
     """
 
     name: str
@@ -81,11 +82,22 @@ class PlanRow:
     layer: int | None
     place: str | None
     chain: tuple[Method, ...]
+    source_bytes: int
 
 
 def plan_rows(claimed: Sequence[tuple[TensorSpec, TensorRef]]) -> tuple[PlanRow, ...]:
     """Return a row per tensor; what is no matrix (norms, convolutions) keeps what is stored."""
     return tuple(_row(spec, ref) for spec, ref in claimed)
+
+
+def int4_types(rows: Sequence[PlanRow]) -> list[tuple[str, str]]:
+    """Return `tensor_types` of row-int4 alone: for every row that has it and that a forward can judge."""
+    return [only(row.name, "INT4") for row in rows if row.place and INT4 in row.chain]
+
+
+def only(name: str, scheme: str) -> tuple[str, str]:
+    """Return the rule that gives one tensor a scheme."""
+    return f"^{re.escape(name)}$", scheme
 
 
 def component(name: str) -> ComponentPlan:
@@ -102,7 +114,9 @@ def _row(spec: TensorSpec, ref: TensorRef) -> PlanRow:
         place = "layer"
     elif text and spec.role in ("embed", "head"):
         place = spec.role
-    return PlanRow(spec.name, found, spec.role, ref.shape, spec.layer if text else None, place, chain)
+    return PlanRow(
+        spec.name, found, spec.role, ref.shape, spec.layer if text else None, place, chain, ref.nbytes
+    )
 
 
 def prunings(

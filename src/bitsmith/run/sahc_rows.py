@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from bitsmith import __version__
+from bitsmith.errors import BitsmithError
 from bitsmith.run.evaluate import Artifact, Measure, Protocol
 
 
@@ -15,7 +17,7 @@ class Attempt:
     """One method tried on one row: its gates (`Judged.to_json`) and what was decided."""
 
     method: str
-    scheme: str | None
+    scheme: str
     stored_bytes: int
     gates: tuple[Mapping[str, Any], ...]
     decision: str
@@ -113,6 +115,11 @@ class SahcResult:
     seconds: float = 0.0
 
     @property
+    def failed(self) -> tuple[Mapping[str, Any], ...]:
+        """The gates of the artifact that did not pass; with any there is no output."""
+        return tuple(gate for gate in self.sahc.gates if gate["outcome"] != "PASS")
+
+    @property
     def ratio(self) -> float | None:
         """File bytes of the original over those of the artifact; None where a gate did not pass."""
         return self.sahc.ratio
@@ -122,3 +129,33 @@ class SahcResult:
         found = {"kind": "sahc", "bitsmith": __version__, **asdict(self)}
         del found["resumed"], found["seconds"]
         return found
+
+
+@dataclass(frozen=True)
+class SahcRecord:
+    """What `bitsmith compress --recipe sahc` wrote, and where: the model `out`, and all else in `work`."""
+
+    out: Path
+    work: Path
+    audit: Path
+    result: SahcResult
+
+    def refuse_failed(self) -> None:
+        """Raise BitsmithError that names the model's gates that did not pass, if there are any."""
+        if not self.result.failed:
+            return
+        said = ", ".join(
+            f"{gate['name']} {'unmeasured' if gate['value'] is None else format(gate['value'], '.4g')} "
+            f"({gate['direction']} {gate['limit']:g} passes)"
+            for gate in self.result.failed
+        )
+        left = "; what was there is left as it was" if self.out.exists() else ""
+        raise BitsmithError(
+            f"is not written, gates did not pass: {said}{left}; see {self.audit}", path=self.out
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the result with its places and times."""
+        places = {name: str(getattr(self, name)) for name in ("out", "work", "audit")}
+        times = {"resumed": self.result.resumed, "seconds": self.result.seconds}
+        return {**self.result.to_json(), **places, **times}

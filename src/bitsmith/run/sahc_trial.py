@@ -24,7 +24,7 @@ from bitsmith.run.gate import (
     first_failure,
 )
 from bitsmith.run.sahc_layer import Cosine
-from bitsmith.run.sahc_methods import Coded, Method, Weights, relative_error, squared, stored_bytes
+from bitsmith.run.sahc_methods import Coded, Method, Weights, relative_error, squared
 from bitsmith.run.sahc_plan import INT4, STORED, PlanRow, promised_ratio
 from bitsmith.run.sahc_rows import Attempt, SahcRow
 
@@ -33,7 +33,6 @@ Forward = Callable[[Float32], Cosine | None]
 """The cosine of a forward with one row's weights changed; None where no forward reaches it."""
 
 WHO = "sahc gate"
-STORABLE = Gate("no file holds it", 0, "at most", "methods")
 _RESOLVED = 1e-6  # an error below it is rounding in float32
 
 
@@ -75,9 +74,9 @@ class Trials:
             if method is STORED or rival is None:
                 break
             scheme = method.scheme(weights)
-            if scheme is not None and (early := _too_large(plan, at, weights, scheme)) is not None:
-                attempts.append(early[0])
-                self._log(plan, method, [early[1]], early[0].decision)
+            if (early := _too_large(plan, at, weights)) is not None:
+                attempts.append(_attempt(method, scheme, method.nbytes(weights), [early], _next(plan, at)))
+                self._log(plan, method, [early], _next(plan, at))
                 continue
             coded = rival if method is INT4 else method.code(weights)
             judged = _error_gates(plan, method, weights, coded, rival)
@@ -93,8 +92,7 @@ class Trials:
     def kept(self, plan: PlanRow, weights: Weights, attempts: tuple[Attempt, ...]) -> Pick:
         """Return a row that is kept as stored."""
         if attempts:
-            size = 2 * int(np.prod(plan.shape))
-            attempts = (*attempts, Attempt(STORED.name, "BF16", size, (), "kept as stored"))
+            attempts = (*attempts, Attempt(STORED.name, "BF16", plan.source_bytes, (), "kept as stored"))
             self.audit.add("sahc plan", plan.name, evidence="every method failed", decision="kept as stored")
         return Pick(plan, weights, len(plan.chain) - 1, None, None, attempts)
 
@@ -119,14 +117,14 @@ class Trials:
             self.audit.judged(WHO, f"{plan.name}: {method.name}", one, said)
 
 
-def row_of(pick: Pick, dtype_bytes: int) -> SahcRow:
-    """Return a row as it is reported; `dtype_bytes` are its stored bytes where it is kept."""
+def row_of(pick: Pick) -> SahcRow:
+    """Return a row as it is reported."""
     plan, attempts = pick.plan, pick.attempts
     size = int(np.prod(plan.shape, dtype=np.int64))
-    error, nbytes, scheme = 0.0, dtype_bytes, "BF16"
+    error, nbytes, scheme = 0.0, plan.source_bytes, "BF16"
     if pick.decoded is not None:
         error = relative_error(pick.weights.values, pick.decoded) or 0.0
-        nbytes, scheme = attempts[-1].stored_bytes, attempts[-1].scheme or ""
+        nbytes, scheme = attempts[-1].stored_bytes, attempts[-1].scheme
     passed = pick.decoded is None or attempts[-1].failed is None
     ratio = 2 * size / nbytes if passed and nbytes else None
     return SahcRow(
@@ -164,8 +162,6 @@ def _error_gates(plan: PlanRow, method: Method, weights: Weights, coded: Coded, 
         judged.append(size)
     if method is not INT4:
         judged.append(_dominated(total, coded, rival, values))
-    if method.scheme(weights) is None:
-        judged.append(STORABLE.judge(1, evidence="trains of an SVD's factors have no stored form"))
     return judged
 
 
@@ -179,13 +175,11 @@ def _bytes_gate(plan: PlanRow, method: Method, weights: Weights, nbytes: int) ->
     return BYTES_OVER_PLAN.judge(ratio / actual, evidence=said)
 
 
-def _too_large(plan: PlanRow, at: int, weights: Weights, scheme: str) -> tuple[Attempt, Judged] | None:
-    """Return the attempt that a method is by its size alone, None where that passes: nothing is computed."""
-    method, nbytes = plan.chain[at], stored_bytes(scheme, weights)
-    judged = _bytes_gate(plan, method, weights, nbytes)
-    if judged is None or judged.passed:
-        return None
-    return _attempt(method, scheme, nbytes, [judged], _next(plan, at)), judged
+def _too_large(plan: PlanRow, at: int, weights: Weights) -> Judged | None:
+    """Return the verdict on a method that fails by its size alone; nothing is computed for it."""
+    method = plan.chain[at]
+    judged = _bytes_gate(plan, method, weights, method.nbytes(weights))
+    return None if judged is None or judged.passed else judged
 
 
 def _dominated(total: float | None, coded: Coded, rival: Coded, values: Float32) -> Judged:
@@ -205,7 +199,7 @@ def _over(found: float | None, expected: float | None) -> float | None:
     return found / expected
 
 
-def _attempt(method: Method, scheme: str | None, nbytes: int, judged: list[Judged], decision: str) -> Attempt:
+def _attempt(method: Method, scheme: str, nbytes: int, judged: list[Judged], decision: str) -> Attempt:
     gates = tuple(one.to_json() for one in judged)
     return Attempt(method.name, scheme, nbytes, gates, decision)
 

@@ -15,6 +15,7 @@ from bitsmith.run.execute import write_manifest
 from bitsmith.run.sahc_artifact import digest
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.journal import Journal, result_folder
+from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME
 from bitsmith.store.safetensors_writer import move_checkpoint
 
 RESULT_NAME = "sahc.json"
@@ -71,7 +72,9 @@ class Workplace:
         self.journal = Journal(work / JOURNAL_NAME, key)
         try:
             placed = self.journal.entries.get(_PLACING)
-            if placed is None or not is_whole(out, placed):
+            if placed is not None and out.is_dir() and not _reads_as_model(out):
+                self._overwrite = True  # a killed run had moved some of its files
+            elif placed is None or not is_whole(out, placed):
                 finished = [work / RESULT_NAME] if self.journal.entries else []
                 _refuse_results(out, work, overwrite, sources, allowed=finished)
             self.log = AuditLog(work / AUDIT_NAME if audit is None else audit)
@@ -112,6 +115,10 @@ class Workplace:
             self.journal.remove()
             if self._made:
                 shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _reads_as_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
 
 
 def _refuse_results(

@@ -32,12 +32,16 @@ class LackingError(BitsmithError):
 
 
 class Judged(NamedTuple):
-    """A claim's outcome, what was found, the figure that decides and how that was measured."""
+    """A claim's outcome, what was found, the figure that decides and how that was measured.
+
+    `published` is what the write-up's own numbers make of its claim, without any model.
+    """
 
     outcome: Outcome
     found: str
     measure: Measure | None = None
     protocol: str = ""
+    published: str = ""
 
 
 class SeedClaim(ABC):
@@ -82,6 +86,7 @@ class TestedClaim:
     found: str
     measure: Measure | None
     protocol: str
+    published: str
     seconds: float
 
 
@@ -152,9 +157,26 @@ def above(measure: Measure, limit: float) -> bool | None:
     return True if measure.low >= limit else False if measure.high < limit else None
 
 
+def within(measure: Measure, low: float, high: float) -> bool | None:
+    """Return whether a figure is in `[low, high]` with its whole interval; None if part of it is outside."""
+    if measure.low is None or measure.high is None:
+        return None
+    if low <= measure.low and measure.high <= high:
+        return True
+    return False if measure.high < low or high < measure.low else None
+
+
 def outcome_of(held: bool | None) -> Outcome:
     """Return the word for an outcome; one that the interval leaves open was not tested well enough."""
     return "NOT TESTED" if held is None else "HELD" if held else "NOT HELD"
+
+
+def undecided(measure: Measure | None) -> str:
+    """Return why a figure that was measured decides nothing, empty where there is none."""
+    if measure is None or measure.interval == EXACT:
+        return ""
+    why = "no interval" if measure.low is None else "the interval is on both sides of the rule's limit"
+    return f"open, {why}; "
 
 
 def opposite(side: bool | None) -> bool | None:

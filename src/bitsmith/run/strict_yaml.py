@@ -52,13 +52,16 @@ def read_yaml(path: Path, what: str, max_bytes: int = MAX_BYTES) -> Document:
 
 def _text(path: Path, what: str, max_bytes: int) -> str:
     try:
+        if not path.is_file() and path.exists():
+            raise BitsmithError(f"is a folder or a device, not {what}", path=path)
         if path.stat().st_size > max_bytes:
             raise BitsmithError(f"is larger than {max_bytes} bytes, so it is not {what}", path=path)
         return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise BitsmithError(f"cannot be read: {error.strerror}", path=path) from error
     except UnicodeDecodeError as error:
         raise BitsmithError(f"is not UTF-8 at offset {error.start}", path=path) from error
+    except (OSError, ValueError) as error:  # a name with a NUL is no OSError
+        said = printable(getattr(error, "strerror", None) or str(error))
+        raise BitsmithError(f"cannot be read: {said}", path=path) from error
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,6 +72,13 @@ class _Loader(yaml.SafeLoader):
             event = self.peek_event()  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"aliases are not allowed, line {event.start_mark.line + 1}")
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        line = node.start_mark.line + 1
+        if "\0" in value or any("\ud800" <= one <= "\udfff" for one in value):
+            raise yaml.YAMLError(f"a value holds what no text does, line {line}")
+        return value
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()

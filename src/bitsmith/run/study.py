@@ -6,7 +6,7 @@ A study's folder holds `state.json` (every task), `audit.jsonl` (every decision)
 
 from __future__ import annotations
 
-import shlex
+import fcntl
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,10 +19,12 @@ from bitsmith.run.actions import ACTIONS
 from bitsmith.run.audit import AuditLog
 from bitsmith.run.engine import Engine, LocalEngine
 from bitsmith.run.gate import Judged
-from bitsmith.run.graph import Outcome, run_graph
+from bitsmith.run.graph import LOCK, Outcome, run_graph
+from bitsmith.run.study_commands import study_command
 from bitsmith.run.study_file import Study, load_study
 from bitsmith.run.study_graph import graph_of, named, window_name
-from bitsmith.run.study_result import Row, StudyResult, environment
+from bitsmith.run.study_result import JUDGE, Row, StudyResult, environment
+from bitsmith.run.study_sources import check_study, source_digests
 from bitsmith.run.task_state import STATE, Decision, Status, TaskState, load_state
 from bitsmith.store.artifacts import ArtifactStore
 from bitsmith.store.journal import write_result
@@ -47,29 +49,32 @@ def run_study(
 ) -> StudyResult:
     """Run the study that the YAML at `path` describes in the folder `out`, and write `report.json` there.
 
-    `engine` `local` runs `workers` processes (default 1) that together use at most `memory_bytes` (default:
-    nine tenths of what is free); `ray` runs on the cluster at `address`. Artifacts lie in `out`, or in
-    `cache`, which several studies may share one after the other. With `resume` a run that was killed, failed
-    or was asked for less goes on: what is finished is kept, what failed is tried again.
+    `engine` `local` runs `workers` processes (default: as many as cores) that together use at most
+    `memory_bytes` (default: nine tenths of what is free); `ray` runs on the cluster at `address`. Artifacts
+    lie in `out`, or in `cache`, which several studies may share one after the other. With `resume` a run that
+    was killed, failed or was asked for less goes on: what is finished is kept, what failed is tried again.
 
-    Raises BitsmithError as `load_study` and `run_graph` do and for a source that does not exist, OutputError
-    if `out` holds a study and `resume` is not given, UnsupportedError for `ray` without its extra.
+    Raises BitsmithError as `load_study` and `run_graph` do, for a source that does not exist and for a recipe
+    or a claim that cannot be, OutputError if `out` holds a study and `resume` is not given, UnsupportedError
+    for `ray` without its extra.
     """
     started = time.monotonic()
     study = load_study(path)
-    _refuse_missing(study)
-    if (out / STATE).exists() and not resume:
-        raise OutputError("holds a study already; pass --resume to go on with it", path=out)
     if out.exists() and not out.is_dir():
         raise OutputError("is a file, a study makes a folder", path=out)
-    out.mkdir(parents=True, exist_ok=True)
+    if (out / STATE).exists() and not resume:
+        raise OutputError("holds a study already; pass --resume to go on with it", path=out)
+    peers = check_study(study)
     tasks = graph_of(study)
-    store = ArtifactStore(cache or out / ARTIFACTS)
-    with AuditLog(out / AUDIT) as audit:
-        chosen = _engine(engine, workers, memory_bytes, address)
-        outcomes = run_graph(tasks, store, chosen, audit, progress, actions=ACTIONS, folder=out)
-        judged = _judge(study, outcomes, audit)
-    command = ["bitsmith", "study", "run", str(path), "-o", str(out)]
+    chosen = _engine(engine, workers, memory_bytes, address)
+    try:
+        _make_folder(out)
+        store = ArtifactStore(cache or out / ARTIFACTS)
+        with AuditLog(out / AUDIT) as audit:
+            outcomes = run_graph(tasks, store, chosen, audit, progress, actions=ACTIONS, folder=out)
+            judged = _judge(study, outcomes, audit)
+    finally:
+        chosen.stop()
     result = StudyResult(
         study,
         tuple(tasks),
@@ -77,8 +82,10 @@ def run_study(
         judged,
         out / AUDIT,
         environment() | {"engine": engine},
-        shlex.join(command),
+        study_command(path, out),
         time.monotonic() - started,
+        source_digests(study, store),
+        peers,
     )
     write_result(out / REPORT, result.to_json())
     return result
@@ -86,10 +93,11 @@ def run_study(
 
 @dataclass(frozen=True)
 class StudyStatus:
-    """Where a study stands: its tasks by name, and the latest decisions."""
+    """Where a study stands: its tasks by name, the latest decisions, and whether a run works on it now."""
 
     tasks: Mapping[str, TaskState]
     decisions: tuple[Decision, ...]
+    is_running: bool = False
 
     @property
     def counts(self) -> dict[str, int]:
@@ -104,15 +112,25 @@ class StudyStatus:
             (name, task) for name, task in self.tasks.items() if task.status not in quiet or task.attempts
         ]
         return [
-            (printable(name), task.status.value, printable(task.reason))
+            (printable(name), task.status.value, printable(self._reason(task), 500))
             for name, task in shown
             if task.status is not Status.COMPLETED
         ]
 
+    def _reason(self, task: TaskState) -> str:
+        if task.status is Status.IN_PROGRESS and not self.is_running:
+            return f"{task.reason}, but the run that did it has ended; go on with --resume"
+        return task.reason
+
     def to_json(self) -> dict[str, Any]:
         """Return the status as plain values."""
         rows = [{"task": name, "status": status, "reason": why} for name, status, why in self.reasons()]
-        return {"kind": "study status", "counts": self.counts, "tasks": rows}
+        return {
+            "kind": "study status",
+            "is_running": self.is_running,
+            "counts": self.counts,
+            "tasks": rows,
+        }
 
 
 def study_status(out: Path) -> StudyStatus:
@@ -120,17 +138,29 @@ def study_status(out: Path) -> StudyStatus:
 
     Raises BitsmithError if `out` holds none, DamagedFileError if its state cannot be read.
     """
+    running = _is_held(out / LOCK)
     found = load_state(out)
-    return StudyStatus(found.tasks, tuple(found.decisions))
+    return StudyStatus(found.tasks, tuple(found.decisions), running)
 
 
-def _refuse_missing(study: Study) -> None:
-    """Refuse a model or a text that is not there, before anything runs."""
-    places = [("models", name, study.model(name)) for name in study.models]
-    places += [("texts", name, study.text(name)) for name in study.texts]
-    for kind, name, place in places:
-        if not place.exists():
-            raise BitsmithError(f"{kind}.{name}: {place} does not exist", path=study.path)
+def _is_held(lock: Path) -> bool:
+    """Whether a process holds a lock file; a reader's own lock is gone at once."""
+    try:
+        with lock.open("rb") as stream:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise OutputError(f"cannot be made: {printable(said)}", path=out) from error
 
 
 def _engine(name: EngineName, workers: int | None, memory_bytes: int | None, address: str | None) -> Engine:
@@ -142,7 +172,7 @@ def _engine(name: EngineName, workers: int | None, memory_bytes: int | None, add
         return RayEngine(address, workers)
     if address is not None:
         raise BitsmithError("an address is for the Ray engine: --engine ray")
-    return LocalEngine(workers or 1, memory_bytes)
+    return LocalEngine(workers, memory_bytes)
 
 
 def _judge(study: Study, outcomes: Mapping[str, Outcome], audit: AuditLog) -> dict[Row, tuple[Judged, ...]]:
@@ -155,7 +185,7 @@ def _judge(study: Study, outcomes: Mapping[str, Outcome], audit: AuditLog) -> di
             found[model, recipe] = tuple(_row_judged(study, outcomes, model, recipe))
             for one in found[model, recipe]:
                 decision = "reported" if one.passed else "reported as not passed"
-                audit.judged("study", f"{model}/{recipe}", one, decision)
+                audit.judged(JUDGE, f"{model}/{recipe}", one, decision)
     return found
 
 

@@ -10,8 +10,24 @@ from pathlib import Path
 from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.run import matrix_claims, text_claims
-from bitsmith.run.claim_evidence import FORMATS, RANDOM_SEEDS, Evidence, Setting, sha256_of
-from bitsmith.run.seed_claims import ClaimsStudy, Cost, Judged, SeedClaim, TestedClaim, chosen_claims
+from bitsmith.run.claim_evidence import (
+    CALIBRATION_CHUNKS,
+    FORMATS,
+    RANDOM_SEEDS,
+    Evidence,
+    Setting,
+    check_setting,
+    sha256_of,
+)
+from bitsmith.run.seed_claims import (
+    ClaimsStudy,
+    Cost,
+    Judged,
+    SeedClaim,
+    TestedClaim,
+    chosen_claims,
+    undecided,
+)
 from bitsmith.run.spi_rows import RULES
 from bitsmith.run.study_formats import PROMPT_TOKENS, PROMPTS, WRITTEN_TOKENS
 from bitsmith.store import open_checkpoint
@@ -23,7 +39,7 @@ CHUNKS = 8
 CLAIM_MODULES = (matrix_claims, text_claims)
 """Importing these registers their claims; a new file of claims goes here."""
 
-_WITHOUT_TEXT = ("assay", "trains")
+_WITHOUT_TEXT = ("assay", "factors", "trains")
 
 
 def study_claims(
@@ -57,8 +73,9 @@ def study_claims(
     chosen = chosen_claims(only)
     if chunks < 1:
         raise BitsmithError(f"{chunks} chunks leave nothing to measure")
-    result_folder(out, RESULT_NAME, overwrite)
     setting = Setting(model, text, calibration, statistics, ctx_tokens, chunks, seed)
+    check_setting(setting)
+    result_folder(out, RESULT_NAME, overwrite)
     with Evidence(setting, out, JOURNAL_NAME, progress) as evidence:
         tested = []
         for done, one in enumerate(chosen):
@@ -74,7 +91,14 @@ def study_claims(
             ctx_tokens=ctx_tokens,
             chunks=chunks,
             seed=seed,
-            cost=claims_cost(model, only=only, text=text, ctx_tokens=ctx_tokens, chunks=chunks),
+            cost=claims_cost(
+                model,
+                only=only,
+                text=text,
+                calibration=calibration if statistics is None else None,
+                ctx_tokens=ctx_tokens,
+                chunks=chunks,
+            ),
             claims=tuple(tested),
             resumed=evidence.resumed,
             seconds=time.monotonic() - started,
@@ -89,14 +113,17 @@ def claims_cost(
     *,
     only: Sequence[str] | None = None,
     text: Path | None = None,
+    calibration: Path | None = None,
     ctx_tokens: int = 512,
     chunks: int = CHUNKS,
 ) -> tuple[Cost, ...]:
     """Return what the claims take, a row per piece of evidence, before anything is done.
 
-    `multiply_adds` counts weights times tokens of forwards, and for spectra rows × columns × the shorter
-    side; encoding and statistics come on top. Pieces that need a text are left out without one. Raises as
-    `study_claims` does for names and models.
+    `multiply_adds` counts weights times tokens of forwards, for spectra rows × columns × the shorter side,
+    and for Tensor-Trains what projecting on their outer cores takes; encoding comes on top. Every matrix is
+    measured; what codings leave on at most 4,096 rows of each. Pieces that need a text are left out without
+    one; `calibration` is meant where there are no statistics. Raises as `study_claims` does for names and
+    models.
     """
     chosen = chosen_claims(only)
     with open_checkpoint(model) as checkpoint:
@@ -109,6 +136,8 @@ def claims_cost(
                 readers.setdefault(piece, []).append(one.name)
     if any(piece not in _WITHOUT_TEXT for piece in readers):
         readers["original"] = []
+    if calibration is None:
+        readers.pop("statistics", None)
     return tuple(Cost(piece, tuple(names), *counted.cost(piece)) for piece, names in readers.items())
 
 
@@ -134,22 +163,32 @@ class _Counted:
                 f"{files} files, run over {said}, and {written:,} tokens written and judged of each",
                 files * (forward + self._weights * written),
             ),
+            "statistics": (
+                f"a forward and a backward over at most {CALIBRATION_CHUNKS} × 512 tokens",
+                5 * self._weights * 512 * CALIBRATION_CHUNKS,
+            ),
             "tiers": (f"a forward over twice {said}", 2 * forward),
         }
         return known.get(piece, (f"a file, written and run over {said}", forward))
 
     def _of_weights(self, piece: str) -> tuple[str, float]:
+        work = float(sum(rows * columns * min(rows, columns) for rows, columns in self._matrices))
         if piece == "assay":
-            work = sum(rows * columns * min(rows, columns) for rows, columns in self._matrices)
-            return f"spectra and codings of {len(self._matrices)} matrices", float(work)
+            return f"spectra and codings of {len(self._matrices)} matrices", work
+        if piece == "factors":
+            largest = max(map(prod, self._matrices), default=0)  # an embedding or a head
+            layers = [one for one in self._matrices if prod(one) < largest]
+            return "the FFN's matrices once more, in factors", float(sum(prod(m) * min(m) for m in layers))
         size = max(map(prod, self._matrices), default=0)
-        return "three passes over embedding and head", 2.0 * size * round(size ** (1 / 3))
+        return "searches over ranks of embedding and head", 64.0 * size * round(size ** (1 / 3))
 
 
 def _tested(one: SeedClaim, evidence: Evidence) -> TestedClaim:
     started = time.monotonic()
     try:
         found = one.judge(evidence)
+        if found.outcome == "NOT TESTED":
+            found = found._replace(found=undecided(found.measure) + found.found)
     except OutputError:
         raise
     except BitsmithError as error:

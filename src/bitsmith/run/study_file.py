@@ -10,28 +10,45 @@ recipes:                                  # options as on the command line of `b
 evaluations:
   - {text: held, ctx: 512, chunks: 32}
 generate: {prompts: ["import os"], tokens: 32}
+claims: {text: held, only: [tt-gate]}     # options of `bitsmith study claims`
 gates: {ppl_ratio: {at-most: 2}}          # measures of `bitsmith evaluate`
 limits: {seconds: 3600, memory: 8GiB, retries: 1}
+inspect: true
+assay: true                               # spectra
+peers: peers.json                         # points of others: a list of `bitsmith.run.study_peers.Peer`
 """
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.actions import ACTIONS
-from bitsmith.run.budget import parse_target
+from bitsmith.run.budget import parse_memory
 from bitsmith.run.gate import Gate
+from bitsmith.run.overrides import split_rule
 from bitsmith.run.strict_yaml import Document, read_yaml
 from bitsmith.run.task import Limits
 
 AUTO = "auto"
 SAHC_RECIPE = "sahc"
-_OUTPUTS = {"gguf": "model.gguf", "cellm": "model.cellm", "folder": "model"}
+LARGEST = 2**31 - 1
+CLAIM_CHUNKS = 8
 _UNITS = {"top1_agreement": "fraction", "ppl_ratio": "ratio"}
 MEASURES = (
     *("ppl_ref", "ppl_cand", "ppl_ratio", "ppl_difference", "mean_kld", "median_kld"),
@@ -45,18 +62,19 @@ def _name(value: str) -> str:
     return value
 
 
-def _memory(value: str | int) -> int:
+def _memory(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ValueError("expected a size: 8GiB or bytes")
     try:
-        found = parse_target(str(value))
+        return parse_memory(str(value))
     except BitsmithError as error:
         raise ValueError(error.message) from error
-    if found.kind != "file":
-        raise ValueError("expected a size: 8GiB or bytes")
-    return int(found.amount)
 
 
 Name = Annotated[str, AfterValidator(_name)]
-Positive = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Ctx = Annotated[int, Field(ge=8, le=LARGEST)]
+Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
 class _Part(BaseModel):
@@ -69,30 +87,35 @@ class _Part(BaseModel):
     )
 
 
+Output = Literal["gguf", "cellm", "folder"]
+
+
 class Calibration(_Part):
     """How the statistics of `stats: auto` are collected: the text's name and options of `calibrate`."""
 
     text: str
-    ctx: Annotated[int, Field(ge=8)] = 512
+    ctx: Ctx = 512
     chunks: Positive | None = None
     block: Positive | None = None
     saliency: bool = True
 
 
 class Recipe(_Part):
-    """One way to compress, in the options of the command line; `output` where the type leaves it open.
+    """One way to compress, in the options of the command line.
 
-    `stats` is `auto` (those of the study's `calibration`) or a path; `text` is a text's name. Recipe `sahc`
-    is judged on `text`, in chunks of `ctx`, at most `chunks`.
+    `output` is needed where the type leaves it open: F16 and BF16 are a GGUF's unless it says otherwise.
+    `stats` is `auto` (those of the study's `calibration`) or a path; `text` is a text's name, on which recipe
+    `sahc` is judged.
     """
 
     type: str | None = None
-    recipe: str | None = None
+    recipe: Literal["auto", "sbgq-iq4xs", "spi", "sahc"] | None = None
     transforms: str | None = None
     target: str | None = None
     fit: str | None = None
     ctx: Positive | None = None
     chunks: Positive | None = None
+    ppl_limit: Annotated[float, Field(gt=0)] | None = None
     stats: str | None = None
     text: str | None = None
     rounder: Literal["nearest", "weighted", "gptq", "auto"] = "auto"
@@ -103,37 +126,54 @@ class Recipe(_Part):
     pure: bool = False
     tensor_type: tuple[str, ...] = ()
     no_fallback: bool = False
-    group: int | None = None
+    group: Annotated[int, Field(ge=0, le=LARGEST)] | None = None
     like_seed: bool = False
     select: Literal["cellm", "text", "layers"] | None = None
     ignore: tuple[str, ...] = ()
     critical: str | None = None
     by: str | None = None
-    seed: int = 0
-    output: Literal["gguf", "cellm", "folder"] = "gguf"
-
-    @property
-    def model_name(self) -> str:
-        """What the model is called in the artifact; its suffix says what is written."""
-        return _OUTPUTS[self.output]
+    seed: Seed = 0
+    output: Output | None = None
 
 
 class Evaluation(_Part):
     """A text to measure on, by its name, and the window of `evaluate`."""
 
     text: str
-    ctx: Annotated[int, Field(ge=8)] = 512
+    ctx: Ctx = 512
     chunks: Positive | None = None
 
 
 class Generate(_Part):
     """Prompts that the original and every result continue; temperature 0 is greedy."""
 
-    prompts: Annotated[tuple[str, ...], Field(min_length=1)]
+    prompts: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
     tokens: Positive = 64
     temperature: Annotated[float, Field(ge=0)] = 0.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     chat: bool = False
+
+
+class Claims(_Part):
+    """The seeds' claims to be tested on every model: `only` those so named, in the options of `study claims`.
+
+    They are judged on `text` and learn from `calibration` (both are texts' names) or from `stats`, which are
+    as a recipe's.
+    """
+
+    text: str
+    only: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    calibration: str | None = None
+    stats: str | None = None
+    ctx: Ctx = 512
+    chunks: Positive = CLAIM_CHUNKS
+    seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _one(self) -> Claims:
+        if (self.calibration is None) == (self.stats is None):
+            raise ValueError("expected one of calibration, stats")
+        return self
 
 
 class Bound(_Part):
@@ -160,16 +200,20 @@ class Bound(_Part):
 
 
 class TaskLimits(_Part):
-    """What one attempt at a task may use: `memory` as `8GiB` or bytes, and how often it is repeated."""
+    """What one attempt at a task may use: `memory` as `8GiB` or bytes, and how often it is repeated.
+
+    It is stuck when it did nothing for `stuck_seconds`.
+    """
 
     seconds: Annotated[float, Field(gt=0)] | None = None
-    memory: Annotated[str | int, AfterValidator(_memory)] | None = None
-    retries: Annotated[int, Field(ge=0)] = 1
+    memory: Annotated[int, BeforeValidator(_memory)] | None = None
+    stuck_seconds: Annotated[float, Field(gt=0)] | None = None
+    retries: Annotated[int, Field(ge=0, le=LARGEST)] = 1
 
     @property
     def limits(self) -> Limits:
         """The limits as a task has them."""
-        return Limits(self.seconds, None if self.memory is None else int(self.memory))
+        return Limits(self.seconds, self.memory, self.stuck_seconds)
 
 
 class Study(_Part):
@@ -183,16 +227,26 @@ class Study(_Part):
     recipes: dict[Name, Recipe] = {}
     evaluations: tuple[Evaluation, ...] = ()
     generate: Generate | None = None
+    claims: Claims | None = None
     gates: dict[str, Bound] = {}
     inspect: bool = True
     assay: bool = False
     limits: TaskLimits = TaskLimits()
     limits_of: dict[str, TaskLimits] = {}
+    peers: str | None = None
     path: Path = Field(default=Path("study.yaml"), exclude=True)
 
     def place(self, path: str) -> Path:
         """Return a path of the file: absolute, or relative to where the file lies."""
-        return Path(self.path).absolute().parent / Path(path).expanduser()
+        given = Path(path)
+        with suppress(RuntimeError):  # nobody's home: a folder that begins with ~
+            given = given.expanduser()
+        whole = Path(self.path).absolute().parent / given
+        tidy = Path(os.path.normpath(whole))
+        with suppress(OSError, ValueError, RuntimeError):
+            if tidy.resolve() != whole.resolve():  # .. behind a link
+                return whole
+        return tidy
 
     def model(self, name: str) -> Path:
         """Return where a model lies."""
@@ -201,6 +255,10 @@ class Study(_Part):
     def text(self, name: str) -> Path:
         """Return where a text lies."""
         return self.place(self.texts[name])
+
+    def refusal(self, place: tuple[str | int, ...], message: str) -> BitsmithError:
+        """Return the error that names a place of the file with its line, and what is wrong there."""
+        return _refusal(self.path, read_yaml(self.path, "a study"), place, message)
 
 
 def load_study(path: Path) -> Study:
@@ -237,16 +295,17 @@ def _refusal(path: Path, document: Document, place: tuple[str | int, ...], messa
     said = tuple(part for part in place if part != "[key]")
     line = document.line(said)
     where = ".".join(map(str, said)) or "the whole"
-    return BitsmithError(f"line {line or 1}: {printable(where)}: {printable(message)}", path=path)
+    return BitsmithError(f"line {line or 1}: {printable(where)}: {printable(message, 500)}", path=path)
 
 
-def _misplaced(recipe: Recipe) -> list[tuple[str, str]]:
-    """Return the options that are not for this recipe, with why."""
-    if recipe.recipe != SAHC_RECIPE:
-        return [] if recipe.chunks is None else [("chunks", f"is for recipe {SAHC_RECIPE}")]
-    others = recipe.model_fields_set - {"recipe", "text", "ctx", "chunks"}
-    found = [(option.replace("_", "-"), f"is not for recipe {SAHC_RECIPE}") for option in sorted(others)]
-    return found if recipe.text else [*found, ("recipe", f"{SAHC_RECIPE} needs a text to be judged on")]
+def _faulty(study: Study, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield the options of a recipe that cannot be as they are, with why."""
+    if recipe.stats == AUTO and study.calibration is None:
+        yield "stats", "auto needs the study's calibration"
+    if any(split_rule(rule) is None for rule in recipe.tensor_type):
+        yield "tensor-type", "expected REGEX=TYPE"
+    if recipe.recipe == SAHC_RECIPE and recipe.text is None:
+        yield "recipe", f"{SAHC_RECIPE} needs a text to be judged on"
 
 
 def _inconsistent(study: Study) -> list[tuple[tuple[str | int, ...], str]]:
@@ -264,13 +323,14 @@ def _inconsistent(study: Study) -> list[tuple[tuple[str | int, ...], str]]:
             found.append((("evaluations", index), "is there twice"))
     if study.calibration is not None:
         named(("calibration", "text"), study.calibration.text)
+    if study.claims is not None:
+        named(("claims", "text"), study.claims.text)
+        named(("claims", "calibration"), study.claims.calibration)
+        if study.claims.stats == AUTO and study.calibration is None:
+            found.append((("claims", "stats"), "auto needs the study's calibration"))
     for name, recipe in study.recipes.items():
         named(("recipes", name, "text"), recipe.text)
-        if recipe.stats == AUTO and study.calibration is None:
-            found.append((("recipes", name, "stats"), "auto needs the study's calibration"))
-        if any(not rule.rpartition("=")[0] for rule in recipe.tensor_type):
-            found.append((("recipes", name, "tensor-type"), "expected REGEX=TYPE"))
-        found += [(("recipes", name, option), why) for option, why in _misplaced(recipe)]
+        found += [(("recipes", name, option), why) for option, why in _faulty(study, recipe)]
     for measure in study.gates:
         if measure not in MEASURES:
             found.append((("gates", measure), f"no measure; measures: {', '.join(MEASURES)}"))

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitsmith import __version__
-from bitsmith.run.actions import GATE_LOG
-from bitsmith.run.audit import AuditLine, read_audit
+from bitsmith.run.actions import ASSAY, GATE_LOG
+from bitsmith.run.audit import read_audit
 from bitsmith.run.gate import Judged, Verdict
 from bitsmith.run.graph import Outcome
-from bitsmith.run.study_file import AUTO, Study
-from bitsmith.run.study_graph import (
-    calibrate_command,
-    compress_command,
-    evaluate_command,
-    named,
-    window_name,
-)
+from bitsmith.run.spectrum_lines import spectrum_lines
+from bitsmith.run.study_commands import model_commands, recipe_commands
+from bitsmith.run.study_file import Study
+from bitsmith.run.study_graph import named, window_name
+from bitsmith.run.study_lines import claim_lines, gate_line
 from bitsmith.run.task import Task
 from bitsmith.run.task_state import Status
 
@@ -35,6 +33,9 @@ _STATUS = {
     Status.KILLED: "failed",
 }
 _PACKAGES = ("numpy", "torch", "transformers", "numba", "gguf", "ray")
+JUDGE = "study"
+"""Who, in the audit log, holds rows against the study's gates."""
+
 Row = tuple[str, str]
 """A model's and a recipe's name."""
 
@@ -43,7 +44,8 @@ Row = tuple[str, str]
 class StudyResult:
     """How a study ended: every task's outcome, the gates' verdicts by row, the audit log, the seconds.
 
-    A row whose gate failed, or was not measured, is not `passed`.
+    A row whose gate failed, or was not measured, is not `passed`. `sources` are SHA-256 of models and texts
+    by what they are, `peers` points of others as the report has them.
     """
 
     study: Study
@@ -54,6 +56,8 @@ class StudyResult:
     environment: Mapping[str, str]
     command: str
     seconds: float
+    sources: Mapping[str, str] = field(default_factory=dict)
+    peers: Sequence[Mapping[str, Any]] = ()
 
     @property
     def is_whole(self) -> bool:
@@ -79,9 +83,12 @@ class StudyResult:
                 *map(self._original, study.models),
                 *(self._artifact(*row) for row in self._rows()),
             ],
+            "peers": list(self.peers),
             "protocols": list(self._protocols()),
-            "gates": [_gate_line(line) for line in self._audit_lines()],
+            "gates": list(self._gates()),
             "tasks": [self._task_line(task) for task in self.tasks],
+            "claims": list(self._claims()),
+            "spectra": list(self._spectra()),
             "samples": list(self._samples()),
             "environment": dict(self.environment),
             "digests": list(self._digests()),
@@ -94,13 +101,37 @@ class StudyResult:
         outcome = self.outcomes.get(named(names[0], *names[1:]))
         return {} if outcome is None or outcome.result is None else outcome.result
 
-    def _audit_lines(self) -> Iterator[AuditLine]:
-        """Yield the study's log, and behind it those of recipes that judge themselves."""
-        yield from read_audit(self.audit)
-        for outcome in self.outcomes.values():
+    def _gates(self) -> Iterator[dict[str, Any]]:
+        """Yield the study's log, and behind it those of recipes that judge themselves.
+
+        Rows are judged at every run's end; the last time counts.
+        """
+        lines = list(read_audit(self.audit))
+        last = {line.what: line for line in lines if line.who == JUDGE}
+        kept = (line for line in lines if line.who != JUDGE or line is last[line.what])
+        yield from (gate_line(asdict(line)) for line in kept)
+        for model, recipe in self._rows():
+            outcome = self.outcomes[named("compress", model, recipe)]
             own = None if outcome.path is None else outcome.path.parent / GATE_LOG
             if own is not None and own.is_file():
-                yield from read_audit(own)
+                for line in read_audit(own):
+                    yield {**gate_line(asdict(line)), "artifact": f"{model}/{recipe}"}
+
+    def _claims(self) -> Iterator[dict[str, Any]]:
+        several = len(self.study.models) > 1
+        for model in self.study.models:
+            found = self.result("claims", model).get("claims", ())
+            yield from claim_lines(found, model if several else "")
+
+    def _spectra(self) -> Iterator[dict[str, Any]]:
+        """Yield the spectra of every model that was assayed."""
+        several = len(self.study.models) > 1
+        for model in self.study.models if self.study.assay else ():
+            outcome = self.outcomes[named("assay", model)]
+            if outcome.path is not None:
+                assay = json.loads((outcome.path / ASSAY).read_bytes())
+                for line in spectrum_lines(assay):
+                    yield line | ({"model": model} if several else {})
 
     def _rows(self) -> list[Row]:
         return [(model, recipe) for model in self.study.models for recipe in self.study.recipes]
@@ -116,7 +147,7 @@ class StudyResult:
 
     def _original(self, model: str) -> dict[str, Any]:
         study = self.study
-        size: Mapping[str, Any] = {}
+        size = self.result("inspect", model)
         measures: dict[str, Any] = {}
         for evaluation in study.evaluations:
             window = window_name(study, evaluation)
@@ -129,10 +160,12 @@ class StudyResult:
             "name": model,
             "group": "original",
             "model": model,
-            "path": study.models[model],
+            "path": str(study.model(model)),
             "is_original": True,
             "measures": measures,
             "protocol": self._first_window(),
+            "sha256": self.sources.get(f"model {model}", ""),
+            "commands": list(model_commands(study, model)),
             **_size(size),
         }
 
@@ -161,7 +194,8 @@ class StudyResult:
             "seconds": made.seconds or None,
             "sha256": facts.get("sha256", ""),
             "tensors": facts.get("tensors", []),
-            "commands": list(self._commands(model, recipe)),
+            "layers": facts.get("layers", []),
+            "commands": list(recipe_commands(study, model, recipe)),
             **_size(facts),
         }
 
@@ -171,14 +205,6 @@ class StudyResult:
     def _measure_name(self, name: str, window: str) -> str:
         """Return a measure's name: alone in the first window, with the window's in the others."""
         return name if window == self._first_window() else f"{name} @ {window}"
-
-    def _commands(self, model: str, recipe: str) -> Iterator[str]:
-        out = Path(f"{model}-{recipe}").with_suffix(Path(self.study.recipes[recipe].model_name).suffix)
-        if self.study.recipes[recipe].stats == AUTO:
-            yield calibrate_command(self.study, model)
-        yield compress_command(self.study, model, recipe, out)
-        for evaluation in self.study.evaluations:
-            yield evaluate_command(self.study, model, evaluation, out)
 
     def _protocols(self) -> Iterator[dict[str, Any]]:
         for evaluation in self.study.evaluations:
@@ -220,9 +246,7 @@ class StudyResult:
             yield {"prompt": prompt, "passages": passages}
 
     def _digests(self) -> Iterator[dict[str, str]]:
-        for protocol in self._protocols():
-            if "text_sha256" in protocol["settings"]:
-                yield {"what": f"text {protocol['name']}", "sha256": protocol["settings"]["text_sha256"]}
+        yield from ({"what": what, "sha256": sha256} for what, sha256 in self.sources.items())
         for row in self._rows():
             found = self.result("compress", *row)
             if "sha256" in found:
@@ -242,10 +266,8 @@ def environment() -> dict[str, str]:
 
 
 def _size(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row's bytes, weights and `bpw` = 8 bytes / weights."""
-    file_bytes, weights = facts.get("file_bytes"), facts.get("weights")
-    bpw = 8 * file_bytes / weights if file_bytes and weights else None
-    return {"file_bytes": file_bytes, "weights": weights, "bpw": bpw}
+    """Return a row's bytes of files, its weights and `bpw` = 8 bytes of tensors / weights."""
+    return {name: facts.get(name) for name in ("file_bytes", "weights", "bpw")}
 
 
 def _verdict(judged: Sequence[Judged]) -> str:
@@ -253,14 +275,3 @@ def _verdict(judged: Sequence[Judged]) -> str:
     outcomes = {one.outcome for one in judged}
     worst = next((one for one in (Verdict.FAIL, Verdict.UNMEASURED, Verdict.PASS) if one in outcomes), None)
     return "" if worst is None else worst.value
-
-
-def _gate_line(line: AuditLine) -> dict[str, Any]:
-    """Return an audit line as the report has it; of a gate its unit and interval are in the evidence."""
-    evidence = line.evidence if isinstance(line.evidence, dict) else {}
-    told = {name: evidence.get(name) for name in ("low", "high")} if "gate" in evidence else {}
-    if "gate" in evidence:
-        told |= {"outcome": evidence.get("outcome", ""), "unit": evidence.get("unit", "")}
-        told |= {"artifact": evidence.get("subject", "")}
-    names = ("when", "who", "what", "value", "limit", "evidence", "decision")
-    return {name: getattr(line, name) for name in names} | told

@@ -25,10 +25,14 @@ or paths of `out`: seconds and bytes of memory are measured by the engine.
 
 
 class Limits(NamedTuple):
-    """What one attempt at a task may use; None is no limit."""
+    """What one attempt at a task may use; None is no limit.
+
+    `stuck_seconds` is how long it may do nothing at all; None is what the engine allows every task.
+    """
 
     seconds: float | None = None
     memory_bytes: int | None = None
+    stuck_seconds: float | None = None
 
 
 NO_LIMITS = Limits()
@@ -57,7 +61,8 @@ def task_key(
     """Return the SHA-256 (hex) of all that a task's artifact depends on; equal keys, equal artifacts.
 
     `need_keys` are the keys of `task.needs` by name, `source_digests` those of `task.sources` by parameter.
-    A source counts by its content and by the suffix of its name. Limits and retries do not count.
+    A source counts by its content and by the suffix of its name; what else it is called, which some artifacts
+    repeat, is then that of the source first read. Limits and retries do not count.
     """
     facts = {
         "bitsmith": version,

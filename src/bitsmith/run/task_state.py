@@ -11,7 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from bitsmith.errors import BitsmithError, DamagedFileError
+from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.store.journal import write_result
 
 STATE, BACKUP = "state.json", "state.json.bak"
@@ -114,14 +114,27 @@ def _read(path: Path) -> StateFile:
         record = json.loads(path.read_bytes())
         tasks = {name: _state(entry) for name, entry in record["tasks"].items()}
         decisions = [_decision(entry) for entry in record["decision_log"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedFileError(f"is no state of a study: {error}", path=path) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedFileError(f"is no state of a study: {printable(str(error))}", path=path) from error
     return StateFile(path.parent, tasks, decisions)
 
 
 def _state(entry: dict[str, Any]) -> TaskState:
-    return TaskState(**{**entry, "status": Status(entry["status"])})
+    state = TaskState(**{**entry, "status": Status(entry["status"])})
+    _refuse_other(state.needs, list)
+    _refuse_other(state.attempts, int)
+    for text in (state.key, state.action, state.since, state.reason):
+        _refuse_other(text, str)
+    return state
 
 
 def _decision(entry: dict[str, Any]) -> Decision:
-    return Decision(**{**entry, "before": Status(entry["before"]), "after": Status(entry["after"])})
+    decision = Decision(**{**entry, "before": Status(entry["before"]), "after": Status(entry["after"])})
+    for text in (decision.when, decision.task, decision.reason):
+        _refuse_other(text, str)
+    return decision
+
+
+def _refuse_other(value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{value!r} is no {kind.__name__}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import faulthandler
 import fcntl
 import importlib
 import json
@@ -12,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,6 +28,7 @@ F_SETSIG = 10
 O_ASYNC = 0o20000
 REPORT_SECONDS = 0.2
 TRACE_CHARACTERS = 4000
+OUT_OF_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
 def perform(
@@ -63,6 +67,8 @@ def failure_of(error: BaseException) -> dict[str, Any]:
     """Return what a worker tells of an error: kind, one line, and the trace of one that is no refusal."""
     if isinstance(error, BitsmithError):
         return {"kind": "error", "message": str(error)}
+    if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
+        return {"kind": "error", "message": printable(f"no room for what it writes: {error}")}
     kind = "memory" if isinstance(error, MemoryError) else "error"
     trace = "".join(traceback.format_exception(error))[-TRACE_CHARACTERS:]
     return {"kind": kind, "message": printable(f"{type(error).__name__}: {error}"), "trace": trace}
@@ -72,6 +78,8 @@ def main(report: int) -> int:
     """Do the task that stdin's first line describes and report on descriptor `report`."""
     request = _request()
     _end_with_parent()
+    _end_before_parent()
+    faulthandler.enable()  # a crash of compiled code leaves its trace in the log
     try:
         progress = _reporter(report)
         inputs = {name: Path(path) for name, path in request["inputs"].items()}
@@ -112,6 +120,12 @@ def _end_with_parent() -> None:
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | O_ASYNC)
     if select.select([lifeline], [], [], 0)[0]:  # closed before the signal was armed
         os.killpg(0, signal.SIGKILL)
+
+
+def _end_before_parent() -> None:
+    """Have the kernel, when memory is short, take this process rather than the one that looks after all."""
+    with suppress(OSError):  # not Linux
+        Path("/proc/self/oom_score_adj").write_text("500")
 
 
 def _wait_for_end(lifeline: int) -> None:

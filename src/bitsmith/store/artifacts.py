@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, printable
 from bitsmith.store.atomic import sync_folder, sync_path
 from bitsmith.store.journal import write_result
 
 FILES, RESULT, MANIFEST, COST = "files", "result.json", "manifest.json", "cost.json"
-READ_BYTES = 1 << 20
-
-
-class Unused(NamedTuple):
-    """An artifact that no task of a run names, and what it takes on the disk."""
-
-    key: str
-    size_bytes: int
+REMOVALS, REMOVAL_SECONDS = 20, 0.05
 
 
 class ArtifactStore:
@@ -75,9 +71,8 @@ class ArtifactStore:
 
     def stage(self, key: str, attempt: int) -> Path:
         """Return the path, not there yet, of a folder to make the artifact in. Call within `writing`."""
-        path = self.root / "staging" / f"{key}-{attempt}"
+        path = self.root / "staging" / f"{key}-{attempt}-{uuid.uuid4().hex[:8]}"  # no one else's, ever
         path.parent.mkdir(parents=True, exist_ok=True)
-        remove_folder(path)
         return path
 
     def put(self, key: str, staged: Path, cost: Mapping[str, Any] | None = None) -> None:
@@ -90,6 +85,7 @@ class ArtifactStore:
         if self.has(key):
             remove_folder(staged)
             return
+        self.discard(key)  # what is left of a damaged one
         target = self._object(key)
         try:
             (staged / COST).write_text(json.dumps(cost or {}) + "\n")
@@ -101,6 +97,7 @@ class ArtifactStore:
             sync_folder(target.parent)
         except OSError as error:
             raise OutputError(f"cannot be written: {error.strerror or error}", path=target) from error
+        self._sound.add(key)  # who sealed it has just read it
 
     def discard(self, key: str) -> None:
         """Remove an artifact: it vanishes whole, then its bytes go."""
@@ -113,11 +110,6 @@ class ArtifactStore:
     def keys(self) -> list[str]:
         """Return the keys of all artifacts, sorted."""
         return sorted(path.parent.name for path in self.root.glob(f"objects/*/*/{MANIFEST}"))
-
-    def garbage(self, keep: Iterable[str]) -> list[Unused]:
-        """Return the artifacts that are not among `keep`; nothing is removed."""
-        kept = set(keep)
-        return [Unused(key, folder_bytes(self._object(key))) for key in self.keys() if key not in kept]
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -140,20 +132,24 @@ class ArtifactStore:
 def seal(staged: Path, result: Mapping[str, Any]) -> None:
     """Write an action's result beside its `files` and the manifest of both, all forced to the disk.
 
-    Raises BitsmithError if the result is not JSON or the files are not all plain files.
+    Raises BitsmithError if the result is not JSON or the files are not all plain files, OutputError if there
+    is no room for it.
     """
     try:
         text = json.dumps(result, indent=1, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise BitsmithError(f"the action's result is not JSON: {error}") from error
-    (staged / RESULT).write_text(text + "\n")
-    paths = [staged / RESULT, *_plain_files(staged / FILES)]
-    entries = {
-        path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in paths
-    }
-    for path in [*paths, *{path.parent for path in paths}]:
-        sync_path(path)
+    try:
+        (staged / RESULT).write_text(text + "\n")
+        paths = [staged / RESULT, *_plain_files(staged / FILES)]
+        entries = {
+            path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for path in paths
+        }
+        for path in [*paths, *{path.parent for path in paths}]:
+            sync_path(path)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=staged) from error
     write_result(staged / MANIFEST, {"format": 1, "files": dict(sorted(entries.items()))})
 
 
@@ -207,13 +203,18 @@ def folder_bytes(folder: Path) -> int:
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder and all in it, if it is there. Raises OutputError if that fails."""
-    try:
-        shutil.rmtree(folder)
-    except FileNotFoundError:
-        if folder.exists():  # a part of it went while being removed
-            remove_folder(folder)
-    except OSError as error:
-        raise OutputError(f"cannot be removed: {error.strerror or error}", path=folder) from error
+    for left in reversed(range(REMOVALS)):
+        try:
+            shutil.rmtree(folder)
+        except FileNotFoundError:
+            if not folder.exists():
+                return
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not left:
+                raise OutputError(f"cannot be removed: {error.strerror or error}", path=folder) from error
+        else:
+            return
+        time.sleep(REMOVAL_SECONDS)  # a killed worker that was in the midst of writing ends only then
 
 
 def _plain_files(folder: Path) -> list[Path]:

@@ -2,7 +2,8 @@
 
 A weight (`out in`) is a product of two factors, codes on an integer grid, or both: `W = A B + Q`, on the rows
 and columns that are kept; the others are zero. With a `kernel` the product makes up the first rows and Q the
-others. Or it is a Tensor-Train of three cores. Everything is computed for the rows that are asked for.
+others. Or it is a Tensor-Train of three cores, or a product of two of them.
+`store.factored_reader` reads them.
 
 A matrix of numbers is stored as F32, as F16, or as codes of 8 or 4 bits in 32-bit words, the first lowest,
 rows padded to whole words, with F16 scales beside them for a row or for each group of columns.
@@ -12,36 +13,29 @@ The config's `modules` say for each module what it is: `form`, `shape` and the f
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import prod
-from pathlib import Path
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError, printable
 from bitsmith.formats.format import Float32
-from bitsmith.formats.integer import GRIDS, Coded, GridFormat, grid_named, unpack_codes
+from bitsmith.formats.integer import GRIDS, GridFormat, grid_named
 from bitsmith.numerics.tensor_train import Modes
-from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef
 from bitsmith.store.compressed_tensors import words
-from bitsmith.store.packed import PackedTensor
-from bitsmith.store.stored import StoredTensor
 
 METHOD, VERSION = "bitsmith", 1
-LEFT, RIGHT, REST = "weight_left", "weight_right", "weight_rest"
-CORES = ("weight_core_0", "weight_core_1", "weight_core_2")
+WHOLE, LEFT, RIGHT, REST = "weight", "weight_left", "weight_right", "weight_rest"
+CORES = ("_core_0", "_core_1", "_core_2")
+ROW_SCALE, COLUMN_SCALE = "_row_scale", "_column_scale"
 SCALE = "_scale"
-"""Suffixes of a module's stored tensors; `SCALE` is added for the scales of one."""
+"""Suffixes of a module's stored tensors: a matrix's, those of a train (`weight_left_core_0`), of scales."""
 
 FLOAT_CODES = {"f32": "F32", "f16": "F16"}
 CODES = (*FLOAT_CODES, *(name for name in GRIDS if re.fullmatch(r"int[48](_g\d+)?", name)))
 """Ways of storing a matrix of numbers; `int4_g32` has a scale for every 32 columns."""
-
-_OURS = re.compile(rf"\.({LEFT}|{RIGHT}|{REST}|{'|'.join(CORES)})({SCALE})?$")
-_LONGEST = 1 << 26  # rows or columns of a weight: beyond any model
 
 StoredPart = tuple[str, str, tuple[int, ...]]
 """Suffix, dtype and shape of a stored tensor."""
@@ -174,7 +168,8 @@ class TrainForm:
     """A Tensor-Train of three cores (`numerics.tensor_train`) of a matrix of `shape` (`out in`).
 
     `modes` are the row and column factors, `ranks` `1, r1, r2, 1`, `cores` the code they are stored by: as
-    matrices `p1 r1`, `(r1 p2) r2` and `r2 p3`.
+    matrices `p1 r1`, `(r1 p2) r2` and `r2 p3`. With `scales` what the cores make is multiplied by a factor
+    for each row and one for each column.
     """
 
     form: ClassVar[str] = "train"
@@ -182,11 +177,13 @@ class TrainForm:
     modes: tuple[tuple[int, ...], tuple[int, ...]]
     ranks: tuple[int, ...]
     cores: str
+    scales: bool = False
 
     @property
     def name(self) -> str:
         """What is stored, in short: `TT 1,64,64,1 int8`."""
-        return f"TT {','.join(map(str, self.ranks))} {self.cores}"
+        scaled = " scaled" if self.scales else ""
+        return f"TT {','.join(map(str, self.ranks))} {self.cores}{scaled}"
 
     @property
     def core_shapes(self) -> list[tuple[int, int]]:
@@ -195,15 +192,22 @@ class TrainForm:
         _, r1, r2, _ = self.ranks
         return [(p1, r1), (r1 * p2, r2), (r2, p3)]
 
+    @property
+    def trains(self) -> dict[str, TrainForm]:
+        """The train, by what the names of its parts begin with."""
+        return {WHOLE: self}
+
     def code_of(self, suffix: str) -> str:
         """Return the code that a part is stored by."""
-        del suffix
-        return self.cores
+        return "f16" if suffix.endswith((ROW_SCALE, COLUMN_SCALE)) else self.cores
 
-    def parts(self) -> list[StoredPart]:
+    def parts(self, begin: str = WHOLE) -> list[StoredPart]:
         """Return the stored tensors, codes before scales."""
         shapes = zip(CORES, self.core_shapes, strict=True)
-        found = [part for suffix, shape in shapes for part in code_parts(self.cores, suffix, shape)]
+        found = [part for suffix, shape in shapes for part in code_parts(self.cores, begin + suffix, shape)]
+        if self.scales:
+            axes = zip((ROW_SCALE, COLUMN_SCALE), self.shape, strict=True)
+            found += [(begin + suffix, "F16", (length,)) for suffix, length in axes]
         return sorted(found, key=lambda part: part[0].endswith(SCALE))
 
     def wrong(self) -> str | None:
@@ -218,11 +222,54 @@ class TrainForm:
         return None
 
     def to_json(self) -> dict[str, Any]:
+        """Return the settings of a module: what is not there is left out."""
+        return {"form": self.form} | {key: value for key, value in asdict(self).items() if value}
+
+
+@dataclass(frozen=True)
+class TrainsForm:
+    """A product `A B` whose factors (`out r`, `r in`) are Tensor-Trains: r is the rank of the SVD between."""
+
+    form: ClassVar[str] = "trains"
+    left: TrainForm
+    right: TrainForm
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        return self.left.shape[0], self.right.shape[1]
+
+    @property
+    def name(self) -> str:
+        """What is stored, in short: `rank 64 TT 1,8,8,1 int8, TT 1,8,8,1 int8`."""
+        return f"rank {self.left.shape[1]} {self.left.name}, {self.right.name}"
+
+    @property
+    def trains(self) -> dict[str, TrainForm]:
+        """The trains, by what the names of their parts begin with."""
+        return {LEFT: self.left, RIGHT: self.right}
+
+    def code_of(self, suffix: str) -> str:
+        """Return the code that a part is stored by."""
+        return (self.left if suffix.startswith(LEFT) else self.right).code_of(suffix)
+
+    def parts(self) -> list[StoredPart]:
+        """Return the stored tensors, codes before scales."""
+        found = [part for begin, train in self.trains.items() for part in train.parts(begin)]
+        return sorted(found, key=lambda part: part[0].endswith(SCALE))
+
+    def wrong(self) -> str | None:
+        """Return what cannot be, None for a sound form."""
+        if self.left.shape[1] != self.right.shape[0]:
+            return f"multiplies {list(self.left.shape)} by {list(self.right.shape)}"
+        return self.left.wrong() or self.right.wrong()
+
+    def to_json(self) -> dict[str, Any]:
         """Return the settings of a module."""
-        return {"form": self.form, **asdict(self)}
+        return {"form": self.form, LEFT: self.left.to_json(), RIGHT: self.right.to_json()}
 
 
-Form = FactoredForm | TrainForm
+Form = FactoredForm | TrainForm | TrainsForm
 
 
 def form_bytes(form: Form) -> int:
@@ -231,8 +278,14 @@ def form_bytes(form: Form) -> int:
     return sum(sizes[dtype] * prod(shape) for _, dtype, shape in form.parts())
 
 
-def train_rows(form: TrainForm, cores: Sequence[Float32], start: int, stop: int) -> Float32:
-    """Return rows `[start, stop)` of a Tensor-Train; `cores` are those of `core_shapes`."""
+def train_rows(
+    form: TrainForm,
+    cores: Sequence[Float32],
+    start: int,
+    stop: int,
+    scales: tuple[Float32, Float32] | None = None,
+) -> Float32:
+    """Return rows `[start, stop)` of a Tensor-Train: `cores` of `core_shapes`, `scales` of all its axes."""
     (_, m2, m3), (n1, n2, n3) = form.modes
     _, r1, r2, _ = form.ranks
     first = cores[0].reshape(-1, n1, r1)
@@ -246,180 +299,6 @@ def train_rows(form: TrainForm, cores: Sequence[Float32], start: int, stop: int)
         part = inner @ last[:, begin - block * m3 : end - block * m3].reshape(r2, -1)
         apart = part.reshape(n1 * n2, end - begin, n3).transpose(1, 0, 2)
         rows[begin - start : end - start] = apart.reshape(end - begin, -1)[:, : form.shape[1]]
+    if scales is not None:
+        rows *= scales[0][start:stop, None] * scales[1]
     return rows
-
-
-def read_factored(stored: Checkpoint, settings: Mapping[str, Any]) -> dict[str, TensorRef]:
-    """Return all tensors, factored weights computed row by row and under their plain names.
-
-    `settings` is the `quantization_config`. Raises UnsupportedError for a version that is not known,
-    DamagedFileError for settings that make no sense and for parts that are missing, left over or do not fit.
-    """
-    if settings.get("version") != VERSION:
-        said = printable(str(settings.get("version")))
-        raise UnsupportedError(
-            f"config.json: factors of version {said} cannot be read; known: {VERSION}", path=stored.path
-        )
-    modules = settings.get("modules")
-    if not isinstance(modules, Mapping):
-        _refuse(stored, "modules is no map")
-    tensors: dict[str, TensorRef] = {}
-    taken: set[str] = set()
-    recent = _Recent()
-    for module, said in modules.items():
-        weight = _Weight(stored, str(module), _form_of(stored, str(module), said), recent)
-        taken.update(part.name for part in weight.parts)
-        tensors[weight.name] = PackedTensor(
-            weight.name, weight.form.shape, weight.form.name, weight.parts, weight.decode
-        )
-    for name, ref in stored.items():
-        if name in tensors or (name not in taken and _OURS.search(name)):
-            what = "is stored plainly and as factors" if name in tensors else "belongs to no factored weight"
-            raise DamagedFileError(what, path=_file(ref, stored), tensor=name)
-        if name not in taken:
-            tensors[name] = ref
-    return tensors
-
-
-class _Recent:
-    """The decoded factors of the weight that was read last: rows of embeddings are read a few at a time."""
-
-    def __init__(self) -> None:
-        self._held: tuple[str, dict[str, Float32]] = ("", {})
-
-    def of(self, name: str) -> dict[str, Float32]:
-        """Return the factors of a weight by suffix; those of another are let go."""
-        held = self._held
-        if held[0] != name:
-            held = self._held = name, {}
-        return held[1]
-
-
-class _Weight:
-    """One factored weight: its stored tensors, checked against its form."""
-
-    def __init__(self, stored: Checkpoint, module: str, form: Form, recent: _Recent) -> None:
-        self.name, self.form, self._recent = f"{module}.weight", form, recent
-        self._by_suffix: dict[str, TensorRef] = {}
-        for suffix, dtype, shape in form.parts():
-            name = f"{module}.{suffix}"
-            if name not in stored:
-                raise DamagedFileError(f"is missing, {form.name} needs it", path=stored.path, tensor=name)
-            ref = stored[name]
-            if ref.dtype != dtype or ref.shape != shape:
-                said = f"is {ref.dtype} {list(ref.shape)}, expected {dtype} {list(shape)}"
-                raise DamagedFileError(said, path=_file(ref, stored), tensor=name)
-            self._by_suffix[suffix] = ref
-
-    @property
-    def parts(self) -> list[TensorRef]:
-        """The stored tensors."""
-        return list(self._by_suffix.values())
-
-    def decode(self, start: int, stop: int) -> Rows:
-        """Return rows `[start, stop)`."""
-        form = self.form
-        if isinstance(form, TrainForm):
-            cores = [
-                self._whole(form.cores, suffix, shape)
-                for suffix, shape in zip(CORES, form.core_shapes, strict=True)
-            ]
-            return train_rows(form, cores, start, stop)
-        first, last, at = start, stop, np.arange(stop - start)
-        if form.rows is not None:
-            index = form.rows.index
-            first, last = map(int, np.searchsorted(index, (start, stop)))
-            at = index[first:last] - start
-        kept = self._kept_rows(form, first, last)
-        if form.kept == form.shape:
-            return kept
-        rows = np.zeros((stop - start, form.shape[1]), np.float32)
-        columns = np.arange(form.shape[1]) if form.columns is None else form.columns.index
-        rows[at[:, None], columns] = kept
-        return rows
-
-    def _kept_rows(self, form: FactoredForm, start: int, stop: int) -> Float32:
-        """Return rows `[start, stop)` of those that are kept, the kept columns alone."""
-        rows = np.zeros((stop - start, form.kept[1]), np.float32)
-        end, first = min(stop, form.product_rows), max(start, form.first_rest)
-        if form.factors is not None and start < end:
-            left = self._numbers(form.factors, LEFT, (form.product_rows, form.rank), start, end)
-            right = self._whole(form.factors, RIGHT, (form.rank, form.kept[1]))
-            rows[: end - start] = left @ right
-        if form.rest is not None and first < stop:
-            shape = form.kept[0] - form.first_rest, form.kept[1]
-            rest = self._numbers(form.rest, REST, shape, first - form.first_rest, stop - form.first_rest)
-            rows[first - start :] += rest
-        return rows
-
-    def _whole(self, code: str, suffix: str, shape: tuple[int, int]) -> Float32:
-        """Return all of a factor, decoded once while rows of the same weight are read."""
-        held = self._recent.of(self.name)
-        if suffix not in held:
-            held[suffix] = self._numbers(code, suffix, shape, 0, shape[0])
-        return held[suffix]
-
-    def _numbers(self, code: str, suffix: str, shape: tuple[int, int], start: int, stop: int) -> Float32:
-        """Return rows of a stored matrix of numbers of `shape`."""
-        grid, ref = code_grid(code), self._by_suffix[suffix]
-        if grid is None:
-            return np.asarray(ref.read(start, stop), np.float32)
-        raw = ref.raw(start, stop).reshape(stop - start, -1)
-        scales = np.asarray(self._by_suffix[suffix + SCALE].read(start, stop), np.float32)
-        return grid.dequantize(Coded(unpack_codes(raw, grid.bits, shape[1]), scales))
-
-
-def _form_of(stored: Checkpoint, module: str, said: Any) -> Form:
-    """Return a module's form from its settings."""
-    try:
-        form = _parsed(said)
-        wrong = form.wrong()
-    except (BitsmithError, KeyError, TypeError, ValueError) as error:
-        _refuse(stored, f"{printable(module)}: {printable(str(error), 80)}")
-    if wrong is not None:
-        _refuse(stored, f"{printable(module)}: {wrong}")
-    return form
-
-
-def _parsed(said: Any) -> Form:
-    """Return settings as a form. Raises KeyError, TypeError and ValueError for what is none."""
-    if not isinstance(said, Mapping):
-        raise TypeError("is no map")
-    fields = {key: value for key, value in said.items() if key != "form"}
-    fields["shape"] = _integers(fields["shape"], _LONGEST)
-    if len(fields["shape"]) != 2 or min(fields["shape"]) < 1:
-        raise ValueError(f"shape is {fields['shape']}, expected out and in")
-    for key in ("factors", "rest", "cores"):
-        if fields.get(key) is not None and fields[key] not in CODES:
-            raise ValueError(f"{key} is {printable(str(fields[key]))}, known: {' '.join(CODES)}")
-    if said.get("form") == TrainForm.form:
-        fields["modes"] = tuple(_integers(part, _LONGEST) for part in fields["modes"])
-        fields["ranks"] = _integers(fields["ranks"], _LONGEST)
-        return TrainForm(**fields)
-    if said.get("form") != FactoredForm.form:
-        raise ValueError(f"form is {printable(str(said.get('form')))}, known: factored, train")
-    for key in ("rank", "kernel"):
-        if fields.get(key) is not None:
-            [fields[key]] = _integers([fields[key]], _LONGEST)
-    for key in ("rows", "columns"):
-        if fields.get(key) is not None:
-            blocks = fields[key]
-            [size] = _integers([blocks["size"]], _LONGEST)
-            fields[key] = Blocks(size, _integers(blocks["kept"], _LONGEST))
-    return FactoredForm(**fields)
-
-
-def _integers(values: Any, most: int) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple) or not all(type(value) is int for value in values):
-        raise TypeError(f"{printable(str(values), 40)} is no list of integers")
-    if any(not 0 <= value <= most for value in values):
-        raise ValueError(f"{printable(str(values), 40)} is not within 0..{most}")
-    return tuple(values)
-
-
-def _refuse(stored: Checkpoint, said: str) -> NoReturn:
-    raise DamagedFileError(f"config.json: quantization_config: {said}", path=stored.path)
-
-
-def _file(ref: TensorRef, stored: Checkpoint) -> Path:
-    return ref.file.path if isinstance(ref, StoredTensor) else stored.path

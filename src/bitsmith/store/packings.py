@@ -11,7 +11,7 @@ from bitsmith.store.bitsandbytes import read_bitsandbytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.compressed_tensors import METHOD, read_compressed
 from bitsmith.store.factored import METHOD as FACTORED
-from bitsmith.store.factored import read_factored
+from bitsmith.store.factored_reader import read_factored
 from bitsmith.store.fp8 import read_fp8
 from bitsmith.store.mlx import read_mlx
 from bitsmith.store.mlx_layout import hugging_face_layout

@@ -1,0 +1,93 @@
+"""What a study reads: refused before anything runs where it is not there or cannot be, and its digests."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bitsmith.errors import BitsmithError, printable
+from bitsmith.run.study_file import AUTO, Study
+from bitsmith.run.study_peers import read_peers
+from bitsmith.run.study_recipe import refuse_recipes
+from bitsmith.store import open_checkpoint
+from bitsmith.store.artifacts import ArtifactStore
+from bitsmith.store.digests import SourceDigests
+
+Place = tuple[str | int, ...]
+
+
+def check_study(study: Study) -> list[dict[str, Any]]:
+    """Refuse what the file names and is not there, and recipes and claims that cannot be; return the peers.
+
+    Raises BitsmithError with the line and the name.
+    """
+    for place, path in _paths(study):
+        _refuse_missing(study, place, path)
+    for name in study.texts:
+        if not study.text(name).is_file():
+            raise study.refusal(("texts", name), f"{study.text(name)} is no file")
+    refuse_recipes(study)
+    if study.claims is not None and study.claims.only is not None:
+        from bitsmith.run.study_claims import claims_cost  # noqa: PLC0415 (loads torch)
+
+        try:
+            claims_cost(study.model(next(iter(study.models))), only=study.claims.only)
+        except BitsmithError as error:
+            raise study.refusal(("claims", "only"), error.message) from error
+    return [] if study.peers is None else read_peers(study.place(study.peers))
+
+
+def source_digests(study: Study, store: ArtifactStore) -> dict[str, str]:
+    """Return the SHA-256 of models, their weight files and texts; what is gone meanwhile is left out.
+
+    A folder's is what `LC_ALL=C sha256sum * | sha256sum` gives in it.
+    """
+    digests = SourceDigests(store.root / "sources.json")
+    found: dict[str, str] = {}
+    for name in study.models:
+        with suppress(BitsmithError, OSError):
+            found |= _model_digests(f"model {name}", study.model(name), digests)
+    for name in study.texts:
+        with suppress(BitsmithError, OSError):
+            found[f"text {name}"] = digests.of(study.text(name))
+    return found
+
+
+def _model_digests(what: str, model: Path, digests: SourceDigests) -> dict[str, str]:
+    if not model.is_dir():
+        return {what: digests.of(model)}
+    files = sorted(path.name for path in model.iterdir() if path.is_file() and path.name[0] != ".")
+    lines = "".join(f"{digests.of(model / name)}  {name}\n" for name in files)
+    with open_checkpoint(model) as checkpoint:
+        weights = {f"{what}: {path.name}": digests.of(path) for path in checkpoint.files}
+    return {what: hashlib.sha256(lines.encode()).hexdigest(), **weights}
+
+
+def _paths(study: Study) -> list[tuple[Place, Path]]:
+    """Return every path that the file names, with the place where it does."""
+    found: list[tuple[Place, Path]] = [(("models", name), study.model(name)) for name in study.models]
+    found += [(("texts", name), study.text(name)) for name in study.texts]
+    for name, recipe in study.recipes.items():
+        given = {"stats": recipe.stats, "plan": recipe.plan}
+        found += [
+            (("recipes", name, option), study.place(path))
+            for option, path in given.items()
+            if path is not None and not (option == "stats" and path == AUTO)
+        ]
+    if study.claims is not None and study.claims.stats not in (None, AUTO):
+        found.append((("claims", "stats"), study.place(str(study.claims.stats))))
+    if study.peers is not None:
+        found.append((("peers",), study.place(study.peers)))
+    return found
+
+
+def _refuse_missing(study: Study, place: Place, path: Path) -> None:
+    try:
+        path.stat()
+    except FileNotFoundError as error:
+        raise study.refusal(place, f"{path} does not exist") from error
+    except (OSError, ValueError) as error:
+        said = printable(getattr(error, "strerror", None) or str(error))
+        raise study.refusal(place, f"{path} cannot be read: {said}") from error
