@@ -42,6 +42,7 @@ SIZES = {
     "qwen3-0.6B": Shapes(1024, 3072, 28, 16, 8, 128, 151936, True),
     "qwen3-1.7B": Shapes(2048, 6144, 28, 16, 8, 128, 151936, True),
     "qwen3-4B": Shapes(2560, 9728, 36, 32, 8, 128, 151936, True),
+    "qwen3-32B": Shapes(5120, 25600, 64, 64, 8, 128, 151936, False),
     "qwen3-tiny": Shapes(256, 512, 3, 4, 2, 64, 4352, False),
 }
 """Published shapes by name, Qwen3.5's without a prefix; the tiny ones keep rows of 256 for K-quants."""

@@ -262,9 +262,7 @@ def lab_synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, Hugging Face layout.")],
     size: Annotated[
         str,
-        typer.Option(
-            help="Published shapes: 0.8B 2B 4B 9B 27B tiny, or dense qwen3-0.6B qwen3-1.7B qwen3-4B."
-        ),
+        typer.Option(help="Published shapes: 0.8B 2B 4B 9B 27B tiny, or dense qwen3-0.6B -1.7B -4B -32B."),
     ] = "2B",
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With the MTP layer.")] = True,
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="With the vision tower.")] = True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -30,7 +29,7 @@ from bitsmith.run.moments import Exported, export_imatrix
 from bitsmith.run.saliency import Saliency, token_saliency
 from bitsmith.run.site_sums import SiteSums
 from bitsmith.run.sites import SiteForward, States
-from bitsmith.store.atomic import atomic_folder, refuse_full, refuse_taken, sync_path
+from bitsmith.store.atomic import atomic_folder, link_file, refuse_full, refuse_taken, sync_path
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
 from bitsmith.store.journal import Journal
 from bitsmith.store.statistics import (
@@ -235,7 +234,7 @@ class _Run:
             with _Work(self, out) as work:
                 sites = work.run(progress)
                 for name in sorted({entry.file for entry in sites.values()}):
-                    _link(work.folder / name, part / name)
+                    link_file(work.folder / name, part / name)
             tokens = write_tokens(part / TOKENS_NAME, *self._split(self.tokens))
             manifest = self._manifest(sites, tokens)
             if work.saliency:
@@ -463,10 +462,3 @@ def _sample(held: Sequence[int], ctx: int, seed: int) -> dict[int, NDArray[np.in
 
 def _is_ours(name: str) -> bool:
     return name in (MANIFEST_NAME, TOKENS_NAME, SALIENCY_NAME) or _OURS.fullmatch(name) is not None
-
-
-def _link(source: Path, target: Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without links
-        shutil.copyfile(source, target)

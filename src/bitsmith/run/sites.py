@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
 from bitsmith.run.forward import Network, TextModel, Tokens, embed, quiet_transformers
+from bitsmith.run.turns import Turns
 
 Float32 = NDArray[np.float32]
 Take = Callable[[str, int, torch.Tensor], None]
@@ -224,9 +224,7 @@ class _Watch:
     ) -> None:
         self._take, self._last = take, last
         self._here = threading.local()
-        self._changed = threading.Condition()
-        self._next: defaultdict[str, int] = defaultdict(int)
-        self._failure: BaseException | None = None
+        self._turns = Turns()
         for path, site in sites.items():
             module.get_submodule(path).register_forward_pre_hook(
                 lambda _, inputs, site=site: self.took(site, inputs[0])
@@ -240,26 +238,14 @@ class _Watch:
     @contextmanager
     def task(self, number: int, first_chunk: int) -> Iterator[None]:
         """Run task `number`; if it fails, no task waits for it any longer."""
-        self._here.number, self._here.first_chunk = number, first_chunk
-        try:
+        self._here.first_chunk = first_chunk
+        with self._turns.task(number):
             yield
-        except BaseException as error:
-            with self._changed:
-                self._failure = self._failure or error
-                self._changed.notify_all()
-            raise
 
     def took(self, site: str, inputs: torch.Tensor) -> None:
         """Show `inputs` (`B T in`) when it is this task's turn: float sums depend on their order."""
-        number = self._here.number
-        with self._changed:
-            self._changed.wait_for(lambda: self._failure is not None or self._next[site] == number)
-            if self._failure is not None:
-                raise self._failure
-        self._take(site, self.first_chunk, inputs)
-        with self._changed:
-            self._next[site] = number + 1
-            self._changed.notify_all()
+        with self._turns.turn(site):
+            self._take(site, self.first_chunk, inputs)
         if self._last:
             raise _ReachedError
 
@@ -272,13 +258,19 @@ def aligned(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def site_threads(task_bytes: int) -> int:
+    """Return how many threads tasks of `task_bytes` get: torch's, fewer where memory would not do."""
+    threads = torch.get_num_threads()
+    return max(1, min(threads, max(_ACTIVATION_BYTES, threads * _WORKER_BYTES) // task_bytes))
+
+
 @contextmanager
 def site_workers(task_bytes: int) -> Iterator[ThreadPoolExecutor]:
     """Threads for tasks of `task_bytes`, one of torch's each: its sums depend on how many share them."""
     threads = torch.get_num_threads()
-    workers = min(threads, max(_ACTIVATION_BYTES, threads * _WORKER_BYTES) // task_bytes)
+    workers = site_threads(task_bytes)
     try:
-        with ThreadPoolExecutor(max(1, workers), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
     finally:
         torch.set_num_threads(threads)

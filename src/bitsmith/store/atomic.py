@@ -182,6 +182,14 @@ def refuse_full(target: Path, expect_bytes: int) -> None:
         raise OutputError(f"needs {expect_bytes} bytes, the disk has {free} free", path=target)
 
 
+def link_file(source: Path, target: Path) -> None:
+    """Give a file a second name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def _move_into(part: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
     for path in target.iterdir():
         if stale(path.name):
