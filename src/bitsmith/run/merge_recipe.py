@@ -1,4 +1,4 @@
-"""What a merge is asked to do: the map, how heads and neurons are brought together, and the teacher's share."""
+"""What a merge is asked to do: the map, how heads and neurons come together, the teacher's share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Ffn = Literal["match", "strongest", "solve", "tie"]
 MAPS: tuple[MapName, ...] = get_args(MapName)
 HEADS: tuple[Heads, ...] = get_args(Heads)
 FFNS: tuple[Ffn, ...] = get_args(Ffn)
-RULE = "rule"
+RULE: Literal["rule"] = "rule"
 ALPHA_MAX = 0.5
 
 
@@ -67,7 +67,7 @@ class MergeRecipe:
 
 @dataclass(frozen=True)
 class Alphas:
-    """The teacher's share in every part of the student: by layer (mixer by KV group or K head), of both ends."""
+    """The teacher's share in each part of the student: by layer (mixer by KV group or K head), of the ends."""
 
     layers: tuple[LayerAlpha, ...]
     embedding: float = 0.0

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.passes.merge_layers import proportional_layers
-from bitsmith.run.evaluation import Protocol, open_model, text_chunks, tokenizer_keys
+from bitsmith.run.evaluate import open_model, text_chunks, tokenizer_keys
+from bitsmith.run.evaluation import Protocol
 from bitsmith.run.forward import TextModel, check_heads
 from bitsmith.run.paired_forward import Side
 from bitsmith.store.paired import SideName
