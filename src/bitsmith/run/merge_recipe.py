@@ -67,7 +67,7 @@ class MergeRecipe:
 
 @dataclass(frozen=True)
 class Alphas:
-    """The teacher's share in each part of the student: by layer (mixer by KV group or K head), of the ends."""
+    """The teacher's share in each part of the student: by layer (mixer by KV group or K head), of ends."""
 
     layers: tuple[LayerAlpha, ...]
     embedding: float = 0.0
