@@ -42,14 +42,14 @@ def write_model(
 
 
 def hooked(folder: Path, tokens: np.ndarray) -> Rows:
-    """Return float64 rows of every layer of the whole transformers model: states, updates, mixer, ffn."""
+    """Return float64 rows of every layer of the whole model: states, updates, mixer, ffn, between."""
     config = json.loads((folder / "config.json").read_text())
     dense = config["model_type"] == "qwen3"
     classes = (Qwen3Config, Qwen3ForCausalLM) if dense else (Qwen3_5TextConfig, Qwen3_5ForCausalLM)
     model = classes[1](classes[0].from_dict(config)).float().eval()
     weights = {name: torch.from_numpy(w) for name, w in load_file(folder / "model.safetensors").items()}
     model.load_state_dict(weights, strict=True)
-    seen: dict[str, list[np.ndarray]] = {place: [] for place in ("states", "mixer", "ffn")}
+    seen: dict[str, list[np.ndarray]] = {place: [] for place in ("states", "mixer", "ffn", "between")}
 
     def watch(place: str, module: torch.nn.Module) -> None:
         module.register_forward_pre_hook(lambda _, args: seen[place].append(rows(args[0])))
@@ -58,6 +58,7 @@ def hooked(folder: Path, tokens: np.ndarray) -> Rows:
         watch("states", layer)
         watch("mixer", layer.self_attn.o_proj if hasattr(layer, "self_attn") else layer.linear_attn.out_proj)
         watch("ffn", layer.mlp.down_proj)
+        watch("between", layer.post_attention_layernorm)
     watch("states", model.model.norm)
     with torch.no_grad():
         model(torch.from_numpy(tokens))

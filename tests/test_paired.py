@@ -109,6 +109,10 @@ def test_every_moment_equals_the_whole_models(
             sample = one.samples(side, layer)
             assert sample.shape == (1, CTX, states.shape[1])
             np.testing.assert_allclose(sample[0], states, atol=2e-6 * np.abs(states).max())
+        for layer, states in enumerate(seen["between"]):
+            sample = one.samples_between(side, layer)
+            assert sample.shape == (1, CTX, states.shape[1])
+            np.testing.assert_allclose(sample[0], states, atol=2e-6 * np.abs(states).max())
 
 
 def test_layers_stand_beside_layers_of_their_kind(found: dict[str, Paired]) -> None:
@@ -154,7 +158,8 @@ def test_identity_layers_are_passed_over(text: Path, tmp_path: Path) -> None:
     assert one.layer_map == places
     for pair in range(3):
         np.testing.assert_array_equal(one.states(pair).tt, one.states(pair).ss)
-        np.testing.assert_array_equal(one.samples("teacher", places[pair]), one.samples("student", pair))
+        for samples in (one.samples, one.samples_between):
+            np.testing.assert_array_equal(samples("teacher", places[pair]), samples("student", pair))
 
 
 def test_compared_layers_are_what_enters_and_what_is_added(found: dict[str, Paired]) -> None:

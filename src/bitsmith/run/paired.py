@@ -19,7 +19,15 @@ from bitsmith import __version__
 from bitsmith.passes.merge_layers import cka_matrix, layer_similarity, monotone_layers, proportional_layers
 from bitsmith.progress import Progress, silent
 from bitsmith.run.paired_cost import CKA_TOKENS, PairedCost, cost_of
-from bitsmith.run.paired_forward import WIDEST_SQUARE, Side, Step, add_states, pair_shapes, run_pair
+from bitsmith.run.paired_forward import (
+    WIDEST_SQUARE,
+    Side,
+    Step,
+    add_states,
+    pair_shapes,
+    run_pair,
+    run_sampled,
+)
 from bitsmith.run.paired_inputs import Corpus, LayerMap, Sides, Tokens, checked_map, open_sides, read_corpus
 from bitsmith.run.paired_sums import PlaceShape, PlaceSums
 from bitsmith.run.sites import States
@@ -68,11 +76,11 @@ def paired(
 
     The text is cut into chunks of `ctx_tokens` as `evaluate` does, `tokens` of it (None: all). Some chunks,
     evenly spread, one in eight at most, hold `samples` tokens out: of those the states entering every layer
-    are kept, and by `layer_map` they choose the teacher's layer beside each of the student's: `cka`, the
-    increasing map of layers most alike in their states and in what they add to them; `proportional`; or the
-    layers themselves. Over all other chunks each pair of layers gets E[t tᵀ], E[s sᵀ], E[t sᵀ] and means of
-    four places: the states that enter, the updates (output minus input), the heads' outputs (input of o_proj
-    or out_proj) and the neurons' (input of down_proj). Of more than `widest_square` columns the squares are
+    and its FFN are kept, and by `layer_map` they choose the teacher's layer beside each of the student's:
+    `cka`, the increasing map of layers most alike in their states and in what they add to them;
+    `proportional`; or the layers themselves. Over all other chunks each pair of layers gets E[t tᵀ], E[s sᵀ],
+    E[t sᵀ] and means of four places: the states that enter, the updates (output minus input), the heads'
+    outputs (input of o_proj or out_proj) and the neurons' (input of down_proj). Of more than `widest_square` columns the squares are
     kept in diagonal blocks, of a KV group's heads, or as the diagonal (neurons).
 
     One layer of each model and a pair's moments are in memory; states lie in `.NAME.paired` beside `out`, so
@@ -226,7 +234,7 @@ class _Work:
         teacher, student = self._run.sides.teacher, self._run.sides.student
         for name, side in self._run.sides.named:
             for layer in range(side.n_layers + 1):
-                tokens = self._held.size if layer else 0
+                tokens = self._held.size if layer < side.n_layers else 0
                 self._step(f"{name}.sample.{layer}", tokens, partial(self._sample, name, side, layer))
         self._step("map", 0, self._choose_layers)
         self._step("tokens", 0, self._write_tokens)
@@ -283,18 +291,25 @@ class _Work:
         return self._states(f"{name}.{layer}", side, self._fit)
 
     def _sample(self, name: SideName, side: Side, layer: int) -> dict[str, Any]:
-        """Keep the held-out states that enter `layer`."""
-        target = self._states(f"sample.{name}.{layer}", side, self._held)
-        target.create()
+        """Keep the held-out states that enter `layer` and its FFN."""
+        source = self._states(f"sample.{name}.{layer}", side, self._held)
         if layer == 0:
-            side.forward.embed(self._held, target)
-        else:
-            source = self._states(f"sample.{name}.{layer - 1}", side, self._held)
-            for chunks in side.forward.layer(layer - 1, source, target, _nothing):
+            source.create()
+            side.forward.embed(self._held, source)
+        arrays, streams = {"states": ("F32", source.mapped())}, []
+        if layer < side.n_layers:
+            target, between = (
+                self._states(f"{kind}.{name}.{number}", side, self._held)
+                for kind, number in (("sample", layer + 1), ("between", layer))
+            )
+            target.create()
+            between.create()
+            for chunks in run_sampled(side.loaded(layer), source, target, between):
                 self._report(chunks * self._held.shape[1])
+            arrays["between"] = "F32", between.mapped()
+            streams = [target.path.name]
         file = sample_name(name, layer)
-        found = write_arrays(self.folder / file, {"states": ("F32", target.mapped())})
-        return {"files": {file: found}, "states": [target.path.name] if layer < side.n_layers else []}
+        return {"files": {file: write_arrays(self.folder / file, arrays)}, "states": streams}
 
     def _choose_layers(self) -> dict[str, Any]:
         """Find the teacher's layer for each of the student's."""

@@ -96,7 +96,7 @@ def cost_of(
     ]
     hidden = teacher.hidden, student.hidden
     ends = {"states": PlaceShape(*hidden, *hidden)}
-    states = sum((side.n_layers + 1) * side.hidden for _, side in sides.named)
+    states = sum((2 * side.n_layers + 1) * side.hidden for _, side in sides.named)
     kept = sum(_kept_bytes(one) for one in (*shapes, ends, ends)) + 4 * held * states + 8 * tokens
     return PairedCost(
         tokens=tokens,
@@ -105,7 +105,7 @@ def cost_of(
         student_multiply_adds=tokens * sum(student.matrix_weights),
         moment_multiply_adds=fit * sum(_multiply_adds(one) for one in (*shapes, ends, ends)),
         kept_bytes=kept,
-        disk_bytes=kept + 2 * 4 * max(fit, held) * sum(hidden),
+        disk_bytes=kept + 4 * max(2 * fit * sum(hidden), 3 * held * max(hidden)),
         memory_bytes=_memory_bytes(sides, shapes, ctx_tokens, min(held, CKA_TOKENS)),
         seconds=_seconds(sides, shapes, layers, (fit, held), ctx_tokens) if measure else None,
     )

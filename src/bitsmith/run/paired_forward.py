@@ -27,6 +27,7 @@ WIDEST_SQUARE = 4096
 """Columns up to which the second moment of heads or neurons is kept whole."""
 
 _SITES = {"mixer": "mixer.mid", "ffn": "ffn.mid"}
+_BETWEEN = "between"
 
 
 class Side:
@@ -39,6 +40,11 @@ class Side:
         specs = [spec for spec in model.arch.specs() if spec.component == "text" and spec.site]
         self._sites = {spec.site: spec for spec in specs}
         self.kinds = [str(kind) for kind in self.forward.network.config.layer_types]
+        self._ffn_norms = {
+            spec.layer: spec.name
+            for spec in model.arch.specs()
+            if spec.component == "text" and spec.role == "norm.ffn"
+        }
         self.matrix_weights = [
             sum(spec.shape[0] * spec.shape[1] for spec in specs if spec.layer == n)
             for n in range(self.n_layers)
@@ -61,13 +67,13 @@ class Side:
         paths = {
             place: self._sites[f"layers.{layer}.{site}"].name.removeprefix(prefix).removesuffix(".weight")
             for place, site in _SITES.items()
-        }
+        } | {_BETWEEN: self._ffn_norms[layer].removeprefix(prefix).removesuffix(".weight")}
         with quiet_transformers():
             return Loaded(self, layer, aligned(self.forward.network.layer(layer)), paths)
 
 
 class Loaded:
-    """A layer in memory that shows what enters its writers; may be run by several threads."""
+    """A layer in memory that shows what enters its writers and its FFN's norm; threads may share it."""
 
     def __init__(self, side: Side, number: int, module: torch.nn.Module, paths: Mapping[str, str]) -> None:
         self.side, self._number, self._module = side, number, module
@@ -79,6 +85,8 @@ class Loaded:
 
     def run(self, states: Float32) -> dict[str, torch.Tensor]:
         """Replace `states` (`B T D`) by the layer's output; return what passed each place (`N D`).
+
+        Besides the four places of moments `between`: the states that enter the FFN's norm.
 
         Raises BitsmithError for states that are not finite.
         """
@@ -149,9 +157,31 @@ def run_pair(teacher: Loaded, student: Loaded, step: Step, sums: Mapping[str, Pl
     yield from _tasks(task, -(-chunks // batch), pair_bytes(teacher.side, student.side, tokens))
 
 
+def run_sampled(layer: Loaded, before: States, after: States, between: States) -> Iterator[int]:
+    """Run one layer, keep its output and what enters its FFN's norm; yield the chunks of each task."""
+    chunks, tokens = before.shape[:2]
+    batch = max(1, TASK_TOKENS // tokens)
+
+    @torch.inference_mode()
+    def task(number: int) -> int:
+        start = number * batch
+        part = before.read(start, min(start + batch, chunks))
+        middle = layer.run(part)[_BETWEEN]
+        after.write(start, part)
+        between.write(start, middle.numpy().reshape(part.shape))
+        return len(part)
+
+    yield from _tasks(task, -(-chunks // batch), side_bytes(layer.side, tokens))
+
+
 def pair_bytes(teacher: Side, student: Side, ctx_tokens: int) -> int:
     """Return what the activations of one task take: both layers', and their states in float64."""
-    token_bytes = sum(side.forward.network.bytes_per_token + 40 * side.hidden for side in (teacher, student))
+    return sum(side_bytes(side, ctx_tokens) for side in (teacher, student))
+
+
+def side_bytes(side: Side, ctx_tokens: int) -> int:
+    """Return what the activations of one task take in one of the models."""
+    token_bytes = side.forward.network.bytes_per_token + 40 * side.hidden
     return token_bytes * ctx_tokens * max(1, TASK_TOKENS // ctx_tokens)
 
 

@@ -3,8 +3,9 @@
 A folder holds `paired.json`, written last, `tokens.safetensors` with the token ids, `embed.safetensors` and
 `final.safetensors` with the moments of the states behind the embeddings and before the final norms,
 `pair.NNN.safetensors` with those of each pair of layers, and `teacher.NNN.safetensors` and
-`student.NNN.safetensors` with the sample states that enter each layer (the last: the final norm). Tensors of
-moments are `PLACE.tt`, `PLACE.ss`, `PLACE.ts`, `PLACE.mean_t`, `PLACE.mean_s`.
+`student.NNN.safetensors` with the sample states that enter each layer (the last: the final norm) and those
+between its mixer and its FFN. Tensors of moments are `PLACE.tt`, `PLACE.ss`, `PLACE.ts`, `PLACE.mean_t`,
+`PLACE.mean_s`.
 """
 
 from __future__ import annotations
@@ -145,6 +146,10 @@ class Paired:
         """Return the held-out states (`chunks T D`) that enter `layer`; the last number: the final norm."""
         return self._read(sample_name(side, layer), "states").astype(np.float32, copy=False)
 
+    def samples_between(self, side: SideName, layer: int) -> Float32:
+        """Return the held-out states (`chunks T D`) between the mixer and the FFN's norm of `layer`."""
+        return self._read(sample_name(side, layer), "between").astype(np.float32, copy=False)
+
     def tokens(self) -> tuple[Int64, Int64]:
         """Return the token ids of the chunks in the moments and of the held-out ones (`chunks T` each)."""
         fit, held = (self._read(TOKENS_NAME, name).astype(np.int64, copy=False) for name in ("fit", "held"))
@@ -253,7 +258,9 @@ def _expected(manifest: PairedManifest) -> Iterator[tuple[str, dict[str, tuple[s
     sides: dict[SideName, PairedModel] = {"teacher": manifest.teacher, "student": manifest.student}
     for side, model in sides.items():
         for layer in range(model.layers + 1):
-            yield sample_name(side, layer), {"states": ("F32", _Shapes([(held, ctx, model.hidden)]))}
+            sampled = ("states", "between") if layer < model.layers else ("states",)
+            shape = "F32", _Shapes([(held, ctx, model.hidden)])
+            yield sample_name(side, layer), dict.fromkeys(sampled, shape)
     widths = manifest.teacher.hidden, manifest.student.hidden
     for name in (EMBED_NAME, FINAL_NAME):
         yield name, _place("states", "F64", *widths)
