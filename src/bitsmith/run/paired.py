@@ -80,8 +80,8 @@ def paired(
     `cka`, the increasing map of layers most alike in their states and in what they add to them;
     `proportional`; or the layers themselves. Over all other chunks each pair of layers gets E[t tᵀ], E[s sᵀ],
     E[t sᵀ] and means of four places: the states that enter, the updates (output minus input), the heads'
-    outputs (input of o_proj or out_proj) and the neurons' (input of down_proj). Of more than `widest_square` columns the squares are
-    kept in diagonal blocks, of a KV group's heads, or as the diagonal (neurons).
+    outputs (input of o_proj or out_proj) and the neurons' (input of down_proj). Of more than `widest_square`
+    columns the squares are kept in diagonal blocks, of a KV group's heads, or as the diagonal (neurons).
 
     One layer of each model and a pair's moments are in memory; states lie in `.NAME.paired` beside `out`, so
     that a killed run goes on at its layer, with the same bytes. Products of states are taken in float64,
