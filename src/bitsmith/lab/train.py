@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -17,13 +17,22 @@ from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
-from torch.nn.functional import cross_entropy
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig, Qwen3Config, Qwen3ForCausalLM
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from transformers import (
+    AutoModelForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from bitsmith.archs.tokenizer import load_tokenizer
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.lab.corpus import save_tokenizer, train_tokenizer
 from bitsmith.progress import Progress, silent
 from bitsmith.run.corpus import documents
+from bitsmith.run.forward import quiet_transformers
+from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import atomic_folder
 
 _FLOAT32_SUFFIXES = (".A_log", ".linear_attn.norm.weight")  # Qwen's own files keep these two in F32
@@ -34,7 +43,12 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class TrainSpec:
-    """What `train` makes: shapes, length and seed; `minutes` and `steps` end it, whichever comes first."""
+    """What `train` makes: shapes, length and seed; `minutes` and `steps` end it, whichever comes first.
+
+    Heads that are not given: as many query heads of 64 as fit the hidden size, half as many KV heads.
+    `kl_share` is what KL(teacher‖model) counts in the loss of a model that has a teacher; the text's own
+    next token counts the rest.
+    """
 
     arch: Literal["qwen3_5", "qwen3"] = "qwen3_5"
     hidden_size: int = 256
@@ -42,6 +56,9 @@ class TrainSpec:
     intermediate_size: int = 768
     vocab_size: int = 4096
     tie_word_embeddings: bool = False
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int = 64
     minutes: float = 60.0
     steps: int = 100_000
     batch_size: int = 16
@@ -49,11 +66,13 @@ class TrainSpec:
     learning_rate: float = 2e-3
     seed: int = 0
     compile: bool = True
+    kl_share: float = 0.5
 
 
 def model_config(spec: TrainSpec) -> Any:
-    """Return the transformers config of `spec`: heads of 64, twice as many query as KV and V as K heads."""
-    heads = max(2, spec.hidden_size // 64)
+    """Return the transformers config of `spec`; a DeltaNet has twice as many V as K heads, all of 64."""
+    fitting = max(2, spec.hidden_size // 64)
+    heads = spec.num_attention_heads or fitting
     shared: dict[str, Any] = {
         "hidden_size": spec.hidden_size,
         "num_hidden_layers": spec.num_hidden_layers,
@@ -61,8 +80,8 @@ def model_config(spec: TrainSpec) -> Any:
         "vocab_size": spec.vocab_size,
         "tie_word_embeddings": spec.tie_word_embeddings,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads // 2,
-        "head_dim": 64,
+        "num_key_value_heads": spec.num_key_value_heads or heads // 2,
+        "head_dim": spec.head_dim,
         "max_position_embeddings": 4096,
         "bos_token_id": None,
         "eos_token_id": spec.vocab_size - 3,
@@ -84,8 +103,8 @@ def model_config(spec: TrainSpec) -> Any:
     return Qwen3_5TextConfig(
         **shared,
         rope_parameters=rope,
-        linear_num_key_heads=heads,
-        linear_num_value_heads=2 * heads,
+        linear_num_key_heads=fitting,
+        linear_num_value_heads=2 * fitting,
         linear_key_head_dim=64,
         linear_value_head_dim=64,
         architectures=["Qwen3_5ForCausalLM"],
@@ -128,10 +147,37 @@ def bf16_is_faster() -> bool:
     return seconds[torch.bfloat16] < seconds[torch.float32]
 
 
-def _loss_nats(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+def _logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return logits (`N vocab`) of every position but the last."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16_is_faster()):
-        logits = model(input_ids=tokens[:, :-1], use_cache=False).logits
-    return cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        logits: torch.Tensor = model(input_ids=tokens[:, :-1], use_cache=False).logits
+    return logits.float().flatten(0, 1)
+
+
+def _kl_nats(logits: torch.Tensor, teacher: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """Return the mean KL(teacher‖model) of next-token distributions."""
+    with torch.no_grad():
+        wanted = log_softmax(_logits(teacher, tokens), dim=-1)
+    return kl_div(log_softmax(logits, dim=-1), wanted, reduction="batchmean", log_target=True)
+
+
+class _Losses(NamedTuple):
+    """Of a batch, in nats per token; `kl` is None without a teacher."""
+
+    cross_entropy: torch.Tensor
+    kl: torch.Tensor | None
+
+    def mixed(self, kl_share: float) -> torch.Tensor:
+        """Return what is minimised."""
+        if self.kl is None:
+            return self.cross_entropy
+        return kl_share * self.kl + (1 - kl_share) * self.cross_entropy
+
+
+def _losses(model: Any, teacher: Any, tokens: torch.Tensor) -> _Losses:
+    logits = _logits(model, tokens)
+    kl = None if teacher is None else _kl_nats(logits, teacher, tokens)
+    return _Losses(cross_entropy(logits, tokens[:, 1:].flatten()), kl)
 
 
 def _optimizer(model: torch.nn.Module, spec: TrainSpec) -> torch.optim.Optimizer:
@@ -148,9 +194,11 @@ def _rate(done: float, step: int) -> float:
 class _Run:
     """A training under way: model, optimizer, step, seconds spent and log, kept in one state file."""
 
-    def __init__(self, spec: TrainSpec, state: Path) -> None:
+    def __init__(self, spec: TrainSpec, state: Path, teacher: Path | None = None) -> None:
         self.spec = spec
         self.state = state
+        self.teacher_sha256 = None if teacher is None else _sha256(teacher)
+        self._teacher = None if teacher is None else _frozen(teacher)
         self.model = new_model(spec)
         self.optimizer = _optimizer(self.model, spec)
         self.step = 0
@@ -164,12 +212,14 @@ class _Run:
     ) -> list[dict[str, object]]:
         """Step until the spec's steps or minutes are spent; return the log."""
         forward = torch.compile(self.model) if self.spec.compile else self.model
+        if self.spec.compile and self._teacher is not None:
+            self._teacher = torch.compile(self._teacher)
         saved = resumed = time.monotonic() - self.seconds
         while (done := self._done) < 1.0:
             loss = self._advance(forward, _batch(stream, (self.spec.seed, self.step), self.spec), done)
             self.seconds = time.monotonic() - resumed
             if self.step % _LOGGED_EVERY_STEPS == 0 or self._done >= 1.0:
-                self._note(loss, self._held_out_loss_nats(forward, held_out))
+                self._note(loss, self._held_out(forward, held_out))
             if time.monotonic() - saved > _SAVED_EVERY_SECONDS:
                 self._save()
                 saved = time.monotonic()
@@ -183,7 +233,7 @@ class _Run:
     def _advance(self, forward: Any, tokens: torch.Tensor, done: float) -> float:
         for group in self.optimizer.param_groups:
             group["lr"] = self.spec.learning_rate * _rate(done, self.step)
-        loss = _loss_nats(forward, tokens)
+        loss = _losses(forward, self._teacher, tokens).mixed(self.spec.kl_share)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -191,26 +241,33 @@ class _Run:
         self.step += 1
         return float(loss.item())
 
-    def _note(self, loss_nats: float, held_out_loss_nats: float) -> None:
+    def _note(self, loss_nats: float, held_out: dict[str, float]) -> None:
         row: dict[str, object] = {
             "step": self.step,
             "tokens": self.step * self.spec.batch_size * self.spec.context_tokens,
             "seconds": round(self.seconds, 1),
             "train_loss_nats": round(loss_nats, 4),
-            "held_out_loss_nats": round(held_out_loss_nats, 4),
         }
-        self.log.append(row)
+        self.log.append(row | {name: round(nats, 4) for name, nats in held_out.items()})
 
-    def _held_out_loss_nats(self, forward: Any, stream: NDArray[np.int64]) -> float:
+    def _held_out(self, forward: Any, stream: NDArray[np.int64]) -> dict[str, float]:
+        """Return the held-out cross-entropy, and with a teacher the divergence from it."""
         with torch.no_grad():
-            losses = [_loss_nats(forward, _batch(stream, (12345, i), self.spec)).item() for i in range(4)]
-        return float(np.mean(losses))
+            found = [_losses(forward, self._teacher, _batch(stream, (12345, i), self.spec)) for i in range(4)]
+        nats = {"held_out_loss_nats": float(np.mean([one.cross_entropy.item() for one in found]))}
+        klds = [one.kl.item() for one in found if one.kl is not None]
+        return nats | ({"held_out_kld_nats": float(np.mean(klds))} if klds else {})
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What is trained; a state of something else is refused."""
+        return {"spec": asdict(self.spec), "teacher_sha256": self.teacher_sha256}
 
     def _save(self) -> None:
         tensors = {f"model.{name}": p.detach() for name, p in self.model.named_parameters()}
         for name, p in self.model.named_parameters():
             tensors |= {f"{moment}.{name}": self.optimizer.state[p][moment] for moment in _MOMENTS}
-        facts = {"spec": asdict(self.spec), "step": self.step, "seconds": self.seconds, "log": self.log}
+        facts = self.asked | {"step": self.step, "seconds": self.seconds, "log": self.log}
         part = self.state.with_name(self.state.name + ".part")
         save_file(tensors, part, metadata={"run": json.dumps(facts)})
         part.replace(self.state)
@@ -218,7 +275,7 @@ class _Run:
     def _resume(self) -> None:
         with safe_open(self.state, "pt") as file:
             facts = json.loads(file.metadata()["run"])
-        if facts["spec"] != asdict(self.spec):
+        if any(facts.get(name) != value for name, value in self.asked.items()):
             raise BitsmithError("holds a training with other options; finish or delete it", path=self.state)
         self.step, self.seconds, self.log = facts["step"], facts["seconds"], facts["log"]
         tensors = load_file(self.state)
@@ -228,25 +285,51 @@ class _Run:
             self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
 
-def train(out: Path, spec: TrainSpec, progress: Progress = silent) -> Path:
+def _sha256(folder: Path) -> str:
+    with open_checkpoint(folder) as checkpoint:
+        return checkpoint.source_digest
+
+
+def _frozen(folder: Path) -> Any:
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    return model.requires_grad_(False)  # comes in eval mode
+
+
+def _tokenizer(spec: TrainSpec, teacher: Path | None) -> Tokenizer:
+    """Return the teacher's tokenizer, or one trained for `spec`."""
+    if teacher is None:
+        return train_tokenizer(spec.vocab_size)
+    with open_checkpoint(teacher) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.get_vocab_size() != spec.vocab_size:
+        raise BitsmithError(
+            f"its tokenizer has {tokenizer.get_vocab_size()} tokens, expected {spec.vocab_size}", path=teacher
+        )
+    return tokenizer
+
+
+def train(out: Path, spec: TrainSpec, progress: Progress = silent, *, teacher: Path | None = None) -> Path:
     """Train `spec` and write a Hugging Face folder with its tokenizer and `training_log.jsonl`.
 
     Cosine schedule over the steps or minutes, AdamW, bf16 autocast where that is faster; losses are in
     nats per token.
     Weights are BF16 except `A_log` and `linear_attn.norm`, which stay F32 as in Qwen's own files.
     A state file `.OUT.training` beside `out`, saved every five minutes, lets a killed run go on.
+    With a `teacher`, a Hugging Face folder, the model is distilled from it: it takes its tokenizer, and the
+    loss is `kl_share` KL(teacher‖model) + (1 - `kl_share`) cross-entropy, at every position.
 
-    Raises OutputError if `out` exists, BitsmithError for a hidden size that is no multiple of 128.
+    Raises OutputError if `out` exists, BitsmithError for a hidden size that is no multiple of 128, and for a
+    teacher with another vocabulary.
     """
     if out.exists():
         raise OutputError("exists; choose another folder", path=out)
     if spec.hidden_size % 128:
         raise BitsmithError(f"hidden size {spec.hidden_size} is not a multiple of 128")
-    tokenizer = train_tokenizer(spec.vocab_size)
+    tokenizer = _tokenizer(spec, teacher)
     stream, held_out = (_token_stream(tokenizer, held_out=split) for split in (False, True))
-    run = _Run(spec, out.with_name(f".{out.name}.training"))
-    header = {
-        "spec": asdict(spec),
+    run = _Run(spec, out.with_name(f".{out.name}.training"), teacher)
+    header = run.asked | {
         "parameters": sum(p.numel() for p in run.model.parameters()),
         "train_tokens_available": len(stream),
         "held_out_tokens_available": len(held_out),
