@@ -111,7 +111,7 @@ class Reference:
     def check(self, path: Path) -> None:
         """Refuse a candidate with another vocabulary, without a forward."""
         with open_model(path) as candidate:
-            self._warnings[path] = _check_vocabulary(self.model, candidate)
+            self._warnings[path] = check_vocabulary(self.model, candidate)
 
     def measure(self, path: Path) -> tuple[Evaluation, TokenScores]:
         """Return a candidate's measures, and what they were made of (`chunks tokens`)."""
@@ -120,9 +120,9 @@ class Reference:
         tokens, protocol = self.tokens, self.protocol
         targets = tokens[:, protocol.ctx_tokens // 2 + 1 :].reshape(-1)
         with open_model(path) as candidate:
-            states = self._states, _states(candidate, tokens, self._progress, "candidate")
+            states = self._states, scored_states(candidate, tokens, self._progress, "candidate")
             scores = compare(self.model, candidate, states, targets, self._progress)
-            _check_finite(scores, self.model, candidate)
+            check_finite(scores, self.model, candidate)
             scores = scores.reshape(len(tokens))
             found = estimates(scores, protocol.resamples, protocol.seed)
             measures = {name: _measure(name, estimate) for name, estimate in found.items()}
@@ -136,7 +136,7 @@ class Reference:
 
     @cached_property
     def _states(self) -> NDArray[np.float32]:
-        return _states(self.model, self.tokens, self._progress, "reference")
+        return scored_states(self.model, self.tokens, self._progress, "reference")
 
 
 def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
@@ -157,9 +157,10 @@ def open_model(path: Path, applied: Sequence[Applied] = ()) -> TextModel:
     return TextModel(view, view.arch, checkpoint)
 
 
-def _states(
+def scored_states(
     model: TextModel, tokens: NDArray[np.int64], progress: Progress, stage: str
 ) -> NDArray[np.float32]:
+    """Return the normed states (`scored_tokens hidden`) that a model's logits on chunks are made of."""
     states = final_hidden_states(model, tokens, tokens.shape[1] // 2, progress, stage)
     return states.reshape(-1, states.shape[-1])
 
@@ -221,7 +222,7 @@ def _read_text(path: Path) -> tuple[bytes, str]:
         ) from error
 
 
-def _check_vocabulary(reference: TextModel, candidate: TextModel) -> tuple[str, ...]:
+def check_vocabulary(reference: TextModel, candidate: TextModel) -> tuple[str, ...]:
     """Refuse a candidate with another vocabulary; return a warning where only its size can be compared."""
     check_heads(reference, candidate)
     ours, theirs = tokenizer_keys(reference)[_TOKENS], _keys(candidate).get(_TOKENS)
@@ -265,7 +266,8 @@ def bos_token(model: TextModel) -> int | None:
     return keys.get("tokenizer.ggml.bos_token_id") if keys.get("tokenizer.ggml.add_bos_token") else None
 
 
-def _check_finite(scores: TokenScores, reference: TextModel, candidate: TextModel) -> None:
+def check_finite(scores: TokenScores, reference: TextModel, candidate: TextModel) -> None:
+    """Raise BitsmithError that names the model whose logits are not finite, if one's are not."""
     for model, nll in ((reference, scores.nll_ref), (candidate, scores.nll_cand)):
         bad = np.flatnonzero(~np.isfinite(nll))
         if len(bad):
