@@ -212,6 +212,48 @@ function spectra() {
   draw("spectra", traces, {...where, showlegend: true, height: 480, ...(narrow() ? {legend: LEGEND, height: 620} : {})}, says);
 }
 
+function cells(id, chart) {
+  const columns = [...new Set(chart.curves.flatMap(c => c.x))], rows = chart.curves;
+  const at = (row, column) => row.y[row.x.indexOf(column)] ?? null;
+  const z = rows.map(row => columns.map(column => at(row, column)));
+  const points = rows.flatMap(row => row.names.map((name, i) => [row.y[i], `${row.name}, ${name}`]));
+  const fits = one(id).clientWidth / Math.max(1, columns.length) > 46, most = Math.max(0, ...z.flat().filter(v => v !== null));
+  draw(id, [{type: "heatmap", x: columns, y: rows.map(row => row.label), z, colorscale: "Viridis", zmin: 0, zmax: most || 1,
+    xgap: 2, ygap: 2, texttemplate: fits ? "%{z:.2~g}" : "", colorbar: {title: {text: chart.y}, thickness: 14}, hoverongaps: false,
+    hovertemplate: "%{y}, %{x}: %{z:.4g}<extra></extra>"}], layout({...axis(""), showgrid: false, type: "category"},
+    {...axis(""), autorange: "reversed", showgrid: false, type: "category"}, {height: 150 + 24 * Math.max(4, rows.length),
+      title: {text: chart.says, font: {size: 14}}}), `${chart.says}: ${ends(points, p => p[0], p => p[1])}`);
+}
+function chart(id) {
+  const it = data.charts[id];
+  if (it.kind === "cells") return cells(id, it);
+  const flat = it.kind === "points", tones = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2"];
+  const traces = it.curves.map((line, at) => ({type: "scatter", mode: flat ? "markers" : "lines+markers", name: line.label,
+    x: flat ? line.y : line.x, y: flat ? line.x : line.y, line: {width: 2, color: tones[at % tones.length]},
+    marker: {color: tones[at % tones.length], size: 8}, [flat ? "error_x" : "error_y"]: {type: "data", symmetric: false, thickness: 1.2,
+      width: 4, color: tones[at % tones.length], array: line.y.map((v, i) => line.high[i] === null ? 0 : Math.max(0, line.high[i] - v)),
+      arrayminus: line.y.map((v, i) => line.low[i] === null ? 0 : Math.max(0, v - line.low[i]))},
+    customdata: line.y.map((v, i) => line.low[i] === null ? "interval unmeasured" : `${short(line.low[i])} … ${short(line.high[i])}`),
+    hovertemplate: flat ? "%{y}: %{x:.5g} (%{customdata})<extra></extra>" : "%{x:,.5~g}: %{y:.5g} (%{customdata})"}));
+  const rows = it.curves.flatMap(c => c.x), span = flat ? [] : [Math.min(...rows), Math.max(...rows)];
+  const shapes = [], where = flat ? "x" : "y", across = flat ? "y" : "x";
+  for (const mark of it.marks) for (const value of [mark.low, mark.high]) if (value !== null) {
+    shapes.push({type: "line", [`${where}0`]: value, [`${where}1`]: value, [`${across}ref`]: `${across} domain`, [`${across}0`]: 0,
+      [`${across}1`]: 1, line: {color: "#d0564e", width: 1.5, dash: "dash"}});
+    if (!flat) traces.push({type: "scatter", mode: "lines", x: span, y: [value, value], showlegend: false, hoverinfo: "skip",
+      line: {width: 0, color: "#d0564e"}, cliponaxis: false});
+  }
+  for (const mark of it.marks) traces.push({type: "scatter", mode: "lines", x: [null], y: [null], name: mark.name,
+    line: {color: "#d0564e", width: 1.5, dash: "dash"}});
+  const value = {...axis(flat ? it.x : it.y)}, points = it.curves.flatMap(c => c.y.map((v, i) => [v, c.names[i], c.name]));
+  const names = it.curves.length > 1 ? p => `${p[2]}, ${p[1]}` : p => flat ? p[1] : `${it.plain} ${p[1]}`;
+  draw(id, traces, layout(flat ? value : it.log ? axis(it.x, true) : it.x === "layer" ? depth_axis(it.x, it.curves) : axis(it.x),
+    flat ? {...axis(""), type: "category", autorange: "reversed"} : value, {height: flat ? 150 + 26 * Math.max(3, rows.length) : 340,
+    shapes, title: {text: it.title, font: {size: 14}}, showlegend: it.marks.length > 0 || it.curves.length > 1, legend: flat
+      ? {...LEGEND, y: -90 / (150 + 26 * Math.max(3, rows.length))} : LEGEND}), `${it.says}: ${ends(points, p => p[0], names)}`
+    + it.marks.map(mark => ` ${mark.plain}.`).join(""));
+}
+
 const marks = new Set(data.marks);
 class View {
   constructor(table) {
@@ -252,7 +294,7 @@ class View {
     const tr = row.tr = document.createElement("tr");
     if (row.artifact !== null) tr.dataset.artifact = row.artifact;
     row.cells.forEach((given, at) => {
-      const cell = document.createElement(at ? "td" : "th"), [text, value] = typeof given === "string" ? [given] : given;
+      const cell = document.createElement(at ? "td" : "th"), [text, value, mark] = typeof given === "string" ? [given] : given;
       if (!at) cell.scope = "row";
       if (!at && this.picks) {
         const pick = document.createElement("button");
@@ -260,7 +302,8 @@ class View {
         tr.dataset.row = row.artifact;
         cell.append(pick);
       } else cell.textContent = text;
-      if (value !== undefined) { cell.dataset.value = value; cell.className = "number"; }
+      if (value !== undefined && value !== null) { cell.dataset.value = value; cell.className = mark ? `number ${mark}` : "number"; }
+      else if (mark) cell.className = mark;
       else if (marks.has(text)) cell.className = text.replaceAll(" ", "-");
       else if (text.length > 40) cell.className = "words";
       tr.append(cell);
@@ -299,7 +342,7 @@ function samples() {
   for (const box of all(".sample")) box.hidden = box.dataset.prompt !== one("sample-prompt").value;
 }
 
-const PLOTS = {"pareto-0": () => pareto(0), "pareto-1": () => pareto(1), layers, components, allocation: map, spectra};
+const PLOTS = {...Object.fromEntries(Object.keys(data.charts).map(id => [id, () => chart(id)])), "pareto-0": () => pareto(0), "pareto-1": () => pareto(1), layers, components, allocation: map, spectra};
 const OF_ARTIFACTS = ["pareto-0", "pareto-1", "layers", "components", "allocation"];
 function refresh(names) {
   for (const button of all(".group")) button.setAttribute("aria-pressed", chosen.groups.has(Number(button.dataset.group)));

@@ -183,6 +183,83 @@ class Claim(_Part):
     measure: Figure | None = None
 
 
+class MergeTarget(_Part):
+    """What a diagnostic of a merge should be: above `low`, below `high`; None is no bound on that side.
+
+    `words` say where the bounds are from.
+    """
+
+    figure: str
+    low: float | None = None
+    high: float | None = None
+    words: str = ""
+
+
+class MergeLayer(_Part):
+    """One layer of a student: the teacher's layer it was merged with, its diagnostics, the teacher's share.
+
+    `figures` are by the names of `bitsmith.run.merge_diagnostics`; `attention_kl` is one figure per KV group,
+    None where there is none. `mixer` and `ffn` are the shares α that were tried first, `taken_mixer` and
+    `taken_ffn` those of the result; a mixer's are by KV group or K head.
+    """
+
+    layer: int
+    teacher_layer: int | None = None
+    kind: str = ""
+    figures: Mapping[str, Figure] = Field(default_factory=dict)
+    attention_kl: tuple[Figure | None, ...] = ()
+    mixer: tuple[float, ...] = ()
+    ffn: float | None = None
+    taken_mixer: tuple[float, ...] = ()
+    taken_ffn: float | None = None
+
+
+class MergeTrial(_Part):
+    """A share that was tried: `factor` of the first shares, its figure, and on what it was judged."""
+
+    label: str
+    figure: Figure | None = None
+    decision: str = ""
+
+
+class Merge(_Part):
+    """How an artifact was merged: of what, by which recipe, what was decided and why, layer by layer.
+
+    `is_adopted` tells whether anything of the teacher is in it; where not, it is the student as it was.
+    `settings` are the recipe's, `shares` of embedding and head, `final` the diagnostics behind all layers.
+    """
+
+    name: str
+    teacher: str
+    student: str
+    is_adopted: bool
+    reason: str = ""
+    settings: Mapping[str, JsonValue] = Field(default_factory=dict)
+    protocol: Mapping[str, JsonValue] = Field(default_factory=dict)
+    shares: Mapping[str, float] = Field(default_factory=dict)
+    measures: Mapping[str, Figure] = Field(default_factory=dict)
+    trials: tuple[MergeTrial, ...] = ()
+    targets: tuple[MergeTarget, ...] = ()
+    layers: tuple[MergeLayer, ...] = ()
+    final: Mapping[str, Figure] = Field(default_factory=dict)
+
+
+class ExperimentRow(_Part):
+    """One row of an experiment: its figures, and whatever else is to be said of it."""
+
+    label: str
+    figures: Mapping[str, Figure] = Field(default_factory=dict)
+    facts: Mapping[str, JsonValue] = Field(default_factory=dict)
+
+
+class Experiment(_Part):
+    """A question, in `words`, and what each row of it came to."""
+
+    name: str
+    words: str = ""
+    rows: tuple[ExperimentRow, ...] = ()
+
+
 class Digest(_Part):
     """SHA-256 of a source, a text, statistics or an artifact."""
 
@@ -204,6 +281,8 @@ class Study(_Part):
     gates: tuple[GateLine, ...] = ()
     tasks: tuple[TaskLine, ...] = ()
     claims: tuple[Claim, ...] = ()
+    merges: tuple[Merge, ...] = ()
+    experiments: tuple[Experiment, ...] = ()
     spectra: tuple[Spectrum, ...] = ()
     samples: tuple[Sample, ...] = ()
     environment: Mapping[str, str] = Field(default_factory=dict)

@@ -15,7 +15,10 @@ from markupsafe import Markup
 from bitsmith.errors import printable
 from bitsmith.report import study_tables as tables
 from bitsmith.report.assay_figures import ROLE_COLOURS, label
+from bitsmith.report.charts import chart_data
+from bitsmith.report.experiment_parts import experiment_parts
 from bitsmith.report.markdown import lines_of
+from bitsmith.report.merge_parts import merge_parts
 from bitsmith.report.page import FIGURE_STYLE, POLICY, STYLE, TOOLS_LEFT_OUT, plotly_source, script_json
 from bitsmith.report.study_figures import ALL_ROLES, groups_of, layer_choices, plot_data
 from bitsmith.report.study_json import Study
@@ -58,6 +61,7 @@ def write_study_page(path: Path, study: Study) -> Path:
     }
     parts = _parts(study, data)
     data |= {
+        "charts": chart_data(parts["found"]),
         "page_rows": PAGE_ROWS,
         "tools": TOOLS_LEFT_OUT,
         "marks": sorted(_MARKS),
@@ -113,8 +117,10 @@ def _parts(study: Study, data: dict[str, Any]) -> dict[str, Any]:
         "summary": summary_of(study),
         "legend": [(printable(name), colour) for name, colour in groups_of(study).items()],
         "artifacts": tables.artifact_table(study),
+        "is_sized": any(row.file_bytes for row in study.artifacts) or not study.merges,
         "peers": tables.peer_table(study),
         "claims": tables.claim_table(study),
+        "found": [*merge_parts(study), *experiment_parts(study)],
         "gates": tables.gate_table(study),
         "components": tables.component_table(study),
         "tensors": tables.tensor_table(study),
@@ -138,8 +144,9 @@ def _parts(study: Study, data: dict[str, Any]) -> dict[str, Any]:
 
 def _contents(found: dict[str, Any]) -> list[tuple[str, str]]:
     parts = (
-        ("sizes", "Size against divergence", found["artifacts"].rows),
+        ("sizes", "Size against divergence", found["artifacts"].rows and found["is_sized"]),
         ("artifacts-h", "Artifacts", found["artifacts"].rows),
+        *((one.id, one.title, True) for one in found["found"]),
         ("claims-h", "Claims", found["claims"].rows),
         ("gates-h", "Gate log", found["gates"].rows),
         ("layers-h", "Errors by layer", found["whats"]),
@@ -246,15 +253,21 @@ def _own_commands(study: Study) -> list[tuple[str, list[str]]]:
 def _long_tables(parts: dict[str, Any]) -> dict[str, Any]:
     """Return the rows of tables that are longer than a page: a cell is its text, or text and number."""
     ids = {_IDS.get(name, name): found for name, found in parts.items() if isinstance(found, Table)}
+    ids |= {one.id: one.table for part in parts["found"] for one in part.blocks if one.table is not None}
     ids |= {f"facts-{at}": found for at, (_, found) in enumerate(parts["facts"])}
     return {
         name: {
-            "rows": [[cell.text if cell.value is None else cell for cell in row] for row in found.rows],
+            "rows": [[_stored(cell) for cell in row] for row in found.rows],
             "artifacts": list(found.artifacts),
         }
         for name, found in ids.items()
         if len(found.rows) > PAGE_ROWS
     }
+
+
+def _stored(cell: tables.Cell) -> Any:
+    """Return a cell as the page's script takes it: its text alone, or with its number and mark."""
+    return cell.text if cell.value is None and not cell.mark else cell
 
 
 def _pairs(columns: tuple[str, str], pairs: Sequence[tuple[str, Any]]) -> Table:

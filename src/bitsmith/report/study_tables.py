@@ -45,10 +45,11 @@ _SKIPPED = ("ppl_ref", "ppl_difference")
 
 
 class Cell(NamedTuple):
-    """One cell: its text, and the number it sorts by."""
+    """One cell: its text, the number it sorts by, and how it is coloured where its text does not say so."""
 
     text: str
     value: float | None = None
+    mark: str = ""
 
 
 class Table(NamedTuple):
