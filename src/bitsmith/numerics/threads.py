@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numba
 from threadpoolctl import threadpool_limits
 
 _GRAIN = 64
+_Piece = TypeVar("_Piece")
+_Found = TypeVar("_Found")
 
 
 def for_ranges(count: int, least: int, most: int, work: Callable[[int, int], None]) -> None:
@@ -31,6 +35,29 @@ def for_ranges(count: int, least: int, most: int, work: Callable[[int, int], Non
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(lambda first: work(first, min(first + size, count)), starts):
             pass
+
+
+def in_order(work: Callable[[_Piece], _Found], pieces: Iterable[_Piece]) -> Iterator[_Found]:
+    """Yield `work(piece)` in the order of the pieces, from as many threads as `numba.get_num_threads()` says.
+
+    At most one more than the threads is under way or waits to be taken, so that memory stays bounded.
+    """
+    threads = numba.get_num_threads()
+    if threads == 1:
+        yield from map(work, pieces)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[_Found]] = deque()
+        try:
+            for piece in pieces:
+                waiting.append(pool.submit(work, piece))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for one in waiting:
+                one.cancel()
 
 
 class _BlasLimit:

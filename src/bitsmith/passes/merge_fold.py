@@ -12,25 +12,26 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
-from bitsmith.numerics.threads import one_blas_thread
+from bitsmith.numerics.threads import in_order, one_blas_thread
 from bitsmith.passes.axes import Layer, layers_of
 from bitsmith.passes.fold import DropMtp
-from bitsmith.passes.merge_axes import AxisMap, Mixing, is_selection, mixed_columns
+from bitsmith.passes.merge_axes import AxisMap, Mixing, is_selection
 from bitsmith.passes.merge_heads import DeltaMap, HeadMap
 from bitsmith.passes.merge_maps import ResidualMap
+from bitsmith.passes.merge_rows import as_matrix, folded
 from bitsmith.passes.transform import Model
 from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef, View
 from bitsmith.store.stored import FLOATS
 
 Float64 = NDArray[np.float64]
 
+_TABLE_ROWS = 1024
 _NORMS = {"mixer.in": "norm.mixer", "ffn.in": "norm.ffn"}
 
 
@@ -122,7 +123,10 @@ class MergedTensor(_Merged):
 
 
 class RowwiseTensor(_Merged):
-    """A tensor whose rows are each computed of the same rows of others: a table of the vocabulary."""
+    """A tensor whose rows are each computed of the same rows of others: a table of the vocabulary.
+
+    Rows are computed a slice at a time.
+    """
 
     def __init__(self, stored: TensorRef, compute: Callable[[int, int], Float64]) -> None:
         super().__init__(stored)
@@ -130,8 +134,17 @@ class RowwiseTensor(_Merged):
 
     def read(self, start: int = 0, stop: int | None = None) -> Rows:
         """Return rows `[start, stop)` in float32."""
+        stop = self.n_rows if stop is None else stop
+        made: Rows = np.empty((stop - start, *self.shape[1:]), np.float32)
+
+        def piece(first: int) -> None:
+            last = min(first + _TABLE_ROWS, stop)
+            made[first - start : last - start] = self._compute(first, last)
+
         with one_blas_thread():
-            return self._compute(start, self.n_rows if stop is None else stop).astype(np.float32)
+            for _ in in_order(piece, range(start, stop, _TABLE_ROWS)):
+                pass
+        return made
 
 
 class MergedView(View):
@@ -220,16 +233,22 @@ class _LayerPair:
 
     def _mixture(self, spec: TensorSpec, alpha: Float64) -> Callable[[], Float64]:
         """Return what computes `α W' + (1 - α) W_s`."""
+        stored, norm = self._student.ref(spec.name), self._norm_of(spec)
+
+        def own(start: int, stop: int) -> Float64:
+            rows = as_matrix(stored.read(start, stop))
+            return rows if norm is None else rows * _gain(self._student, self._ours.specs[norm])
 
         def compute() -> Float64:
-            own = _matrix(self._student.ref(spec.name).read())
-            norm = self._norm_of(spec)
-            if norm is not None:
-                own = own * _gain(self._student, self._ours.specs[norm])
             if not alpha.any():
-                return own
-            share = alpha[:, None] if alpha.ndim == 1 else alpha
-            return share * self._folded(spec.role) + (1 - share) * own
+                return own(0, stored.n_rows)
+            made = self._folded(spec.role)
+            share = np.broadcast_to(alpha[:, None] if alpha.ndim == 1 else alpha, made.shape)
+            for start, stop in stored.slices():
+                part = slice(start, stop)
+                made[part] *= share[part]
+                made[part] += (1 - share[part]) * own(start, stop)
+            return made
 
         return compute
 
@@ -242,11 +261,11 @@ class _LayerPair:
         if norm is not None:
             mapping = merge.before if norm == "norm.mixer" else merge.between
             gain = merge.gains[norm == "norm.ffn"] * _gain(self._teacher, self._theirs.specs[norm])
-            return _row_mixed(ref, rows, gain[:, None] * mapping.backward)
+            return folded(ref, rows, gain[:, None] * mapping.backward)
         if spec.axes[0] == "residual" and len(spec.axes) > 1:
             mapping = merge.between if role != "ffn.down" else merge.after
-            return _row_mixed(ref, mapping.forward, columns)
-        return _row_mixed(ref, rows, columns)
+            return folded(ref, mapping.forward, columns)
+        return folded(ref, rows, columns)
 
     def _inner(self, role: str) -> tuple[Mixing | None, Mixing | None]:
         """Return how rows and columns on the layer's inner axes are made."""
@@ -309,48 +328,20 @@ class _Ends:
     def _tied_norm(self) -> Float64:
         """Return the weight g for which `E' diag(g)` comes nearest to the head, column by column."""
         table = self._student.ref(self._embed.name)
-        inner = np.zeros(self._embed.shape[1])
-        power = np.zeros(self._embed.shape[1])
-        for start, stop in table.slices():
-            rows = table.read(start, stop).astype(np.float64)
-            rows = self._embedding(start, stop) if self._merge.alpha > 0 else rows
-            inner += (rows * self._head(start, stop)).sum(0)
-            power += (rows**2).sum(0)
+
+        def piece(first: int) -> tuple[Float64, Float64]:
+            last = min(first + _TABLE_ROWS, table.n_rows)
+            rows = (
+                self._embedding(first, last) if self._merge.alpha > 0 else as_matrix(table.read(first, last))
+            )
+            return (rows * self._head(first, last)).sum(0), (rows**2).sum(0)
+
+        inner, power = np.zeros(self._embed.shape[1]), np.zeros(self._embed.shape[1])
+        for products, squares in in_order(piece, range(0, table.n_rows, _TABLE_ROWS)):
+            inner += products
+            power += squares
         fitted = np.divide(inner, power, out=_gain(self._student, self._norm), where=power > 0)
         return np.asarray(fitted - float(self._norm.norm == "1+w"))
-
-
-def _row_mixed(ref: TensorRef, rows: Mixing | None, columns: Mixing | None) -> Float64:
-    """Return `rowsᵀ W columns` (`n_s in'`) of a stored tensor, read in slices.
-
-    `columns` may be the residual map itself (`in in'`); a selection of rows takes them as they are.
-    """
-    if rows is None:
-        return mixed_columns(_matrix(ref.read()), columns)
-    if is_selection(rows):
-        return _selected(ref, rows, columns)
-    total: Any = 0.0
-    turned = rows.T if isinstance(rows, np.ndarray) else rows.T.tocsr()
-    for start, stop in ref.slices():
-        total = total + turned[:, start:stop] @ mixed_columns(_matrix(ref.read(start, stop)), columns)
-    return np.asarray(total, np.float64)
-
-
-def _selected(ref: TensorRef, rows: Mixing, columns: Mixing | None) -> Float64:
-    """Return `W[rows] columns`; every row is read once, and only those that are wanted are multiplied."""
-    made: Float64 | None = None
-    for start, stop in ref.slices():
-        places = np.flatnonzero((rows >= start) & (rows < stop))
-        taken = mixed_columns(_matrix(ref.read(start, stop))[rows[places] - start], columns)
-        if made is None:
-            made = np.empty((len(rows), taken.shape[1]))
-        made[places] = taken
-    return np.empty((0, 0)) if made is None else made
-
-
-def _matrix(rows: Rows) -> Float64:
-    """Return a tensor as a matrix in float64: a vector as a column, a convolution by channel."""
-    return rows.astype(np.float64).reshape(len(rows), -1)
 
 
 def _gain(model: Model, norm: TensorSpec) -> Float64:
