@@ -15,7 +15,7 @@ from bitsmith.passes.axes import Layer, layers_of
 from bitsmith.passes.merge_axes import AxisMap
 from bitsmith.passes.merge_fold import EndsMerge, LayerAlpha, LayerMerge
 from bitsmith.passes.merge_heads import DeltaMap, HeadMap
-from bitsmith.passes.merge_inner import matched_ffn, matched_mixer
+from bitsmith.passes.merge_inner import ffn_map, heads_by_activations, most_alike, neurons_by_activations
 from bitsmith.passes.merge_layers import cka_matrix, layer_similarity, monotone_layers
 from bitsmith.passes.merge_maps import PairMoments, ResidualMap, norm_gain, pooled, tiered_map
 from bitsmith.passes.transform import Model, model_of
@@ -118,11 +118,17 @@ class Pair:
 
     def heads(self, number: int, *, turn: bool = False) -> HeadMap | DeltaMap:
         theirs, ours = _text(self.teacher)[self.layers[number]], _text(self.student)[number]
+        found = heads_by_activations(
+            (theirs, self.teacher), (ours, self.student), self.moments("mixer", number)
+        )
         sides = (theirs, self.teacher.arch), (ours, self.student.arch)
-        return matched_mixer(*sides, self.moments("mixer", number), turn=turn)
+        return most_alike(*sides, found.turned_likeness if turn else found.likeness)
 
     def _inner(self, number: int) -> tuple[HeadMap | DeltaMap, AxisMap]:
-        return self.heads(number), matched_ffn(self.moments("ffn", number))
+        theirs = _text(self.teacher)[self.layers[number]], self.teacher
+        return self.heads(number), ffn_map(
+            "match", neurons_by_activations(theirs, self.moments("ffn", number))
+        )
 
     def merges(
         self, mapping: ResidualMap | None = None, alpha: float = 1.0
