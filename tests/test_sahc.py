@@ -30,7 +30,7 @@ from bitsmith.run.folder import write_folder
 from bitsmith.run.gate import FORWARD_COSINE
 from bitsmith.run.job import Job
 from bitsmith.run.sahc import sahc
-from bitsmith.run.sahc_artifact import artifact_gates, digest
+from bitsmith.run.sahc_artifact import artifact_gates
 from bitsmith.run.sahc_layer import Cosine, LayerProbe
 from bitsmith.run.sahc_methods import Coded, Rows, Weights, relative_error
 from bitsmith.run.sahc_plan import COMPONENTS, INT4, INT8, STORED, PlanRow, plan_rows, prunings
@@ -38,6 +38,7 @@ from bitsmith.run.sahc_planned import SahcPlan
 from bitsmith.run.sahc_rows import SahcRecord, SahcResult
 from bitsmith.run.sahc_trial import Forward, Pick, Trials, row_of
 from bitsmith.run.sahc_work import CANDIDATE_NAME, Workplace, refuse_output, work_folder
+from bitsmith.run.workplace import digest
 from bitsmith.store import open_checkpoint
 
 Float32 = NDArray[np.float32]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -76,7 +76,7 @@ class Alphas:
     def scaled(self, factor: float) -> Alphas:
         """Return every share times `factor` (0 … 1)."""
         layers = tuple(
-            LayerAlpha([factor * share for share in _listed(one.mixer)], factor * one.ffn)
+            LayerAlpha([factor * share for share in listed(one.mixer)], factor * one.ffn)
             for one in self.layers
         )
         return Alphas(layers, factor * self.embedding, factor * self.head)
@@ -90,12 +90,12 @@ class Alphas:
     @property
     def is_zero(self) -> bool:
         """Whether nothing of the teacher is taken."""
-        shares = [share for one in self.layers for share in (*_listed(one.mixer), one.ffn)]
+        shares = [share for one in self.layers for share in (*listed(one.mixer), one.ffn)]
         return not any((*shares, self.embedding, self.head))
 
     def to_json(self) -> dict[str, Any]:
         """Return the shares as plain values."""
-        layers = [{"mixer": _listed(one.mixer), "ffn": one.ffn} for one in self.layers]
+        layers = [{"mixer": listed(one.mixer), "ffn": one.ffn} for one in self.layers]
         return {"layers": layers, "embedding": self.embedding, "head": self.head}
 
     @classmethod
@@ -105,5 +105,6 @@ class Alphas:
         return cls(layers, value["embedding"], value["head"])
 
 
-def _listed(mixer: Any) -> list[float]:
+def listed(mixer: float | Sequence[float]) -> list[float]:
+    """Return a mixer's shares as a list, a single one as a list of one."""
     return [float(mixer)] if isinstance(mixer, int | float) else [float(share) for share in mixer]

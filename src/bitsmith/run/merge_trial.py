@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from typing import Protocol as TypingProtocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ Float64 = NDArray[np.float64]
 Tokens = NDArray[np.int64]
 
 UNMEASURED = "unmeasured"
+_BASELINE = "baseline"
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ class TrialMeasure:
 def figure(measure: Measure) -> dict[str, Any]:
     """Return a measure as plain values; an interval that is missing is called `unmeasured`."""
     return asdict(measure) | {"interval": measure.interval or UNMEASURED}
+
+
+class Kept(TypingProtocol):
+    """What outlives a killed run, as a journal does."""
+
+    entries: dict[str, Any]
+
+    def add(self, name: str, value: Any) -> None:
+        """Keep one thing more."""
 
 
 class HeldOut:
@@ -136,8 +147,8 @@ class HeldOut:
 class Trial(HeldOut):
     """A student, and a teacher if given, on the chunks of a UTF-8 text, cut and scored as `evaluate` does.
 
-    A context manager that closes both models. Raises as `open_model` and `text_chunks` do, BitsmithError for
-    a teacher with another vocabulary.
+    A context manager that closes both models. What the two of them scored is `kept` for a run that goes on
+    later. Raises as `open_model` and `text_chunks` do, BitsmithError for a teacher with another vocabulary.
     """
 
     def __init__(
@@ -150,6 +161,7 @@ class Trial(HeldOut):
         seed: int = 0,
         teacher: Path | None = None,
         progress: Progress = silent,
+        kept: Kept | None = None,
     ) -> None:
         with ExitStack() as opened:
             ours = opened.enter_context(open_model(student))
@@ -158,7 +170,7 @@ class Trial(HeldOut):
                 check_vocabulary(theirs, ours)
             tokens, protocol = text_chunks(ours, text, ctx_tokens, chunks, seed)
             self._opened = opened.pop_all()
-        super().__init__(_Baseline(ours, theirs, tokens, progress), slice(0, len(tokens)), protocol)
+        super().__init__(_Baseline(ours, theirs, tokens, progress, kept), slice(0, len(tokens)), protocol)
 
     def __enter__(self) -> Self:
         return self
@@ -176,19 +188,30 @@ class _Baseline:
     """
 
     def __init__(
-        self, student: TextModel, teacher: TextModel | None, tokens: Tokens, progress: Progress
+        self,
+        student: TextModel,
+        teacher: TextModel | None,
+        tokens: Tokens,
+        progress: Progress,
+        kept: Kept | None,
     ) -> None:
         self.reference, self.has_teacher = teacher or student, teacher is not None
         self.order = np.concatenate([np.arange(0, len(tokens), 2), np.arange(1, len(tokens), 2)])
         self._student, self._tokens, self._progress = student, tokens[self.order], progress
+        self._kept = kept
 
     @cached_property
     def scores(self) -> TokenScores:
         """Means of each chunk: `nll_ref` the reference's, `nll_cand` the student's, `kld` between them."""
+        if self._kept is not None and _BASELINE in self._kept.entries:
+            return TokenScores(**{name: np.array(v) for name, v in self._kept.entries[_BASELINE].items()})
         whole = slice(0, len(self._tokens))
         states = self._states if not self.has_teacher else None
         found = self.scores_of(self._student, whole, states)
-        return TokenScores(*(values.mean(1) for values in vars(found).values()))
+        means = {name: values.mean(1) for name, values in vars(found).items()}
+        if self._kept is not None:
+            self._kept.add(_BASELINE, {name: values.tolist() for name, values in means.items()})
+        return TokenScores(**means)
 
     def scores_of(self, model: TextModel, part: slice, states: Float32 | None = None) -> TokenScores:
         """Return a model's scores (`chunks tokens`) on a part of the chunks, against the reference."""

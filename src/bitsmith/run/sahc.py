@@ -23,7 +23,7 @@ from bitsmith.run.folder import plan_folder, write_folder
 from bitsmith.run.gate import FORWARD_COSINE, PPL, PPL_RATIO, Judged, all_pass
 from bitsmith.run.guide import Guide, finite_rows
 from bitsmith.run.packer import Matrix
-from bitsmith.run.sahc_artifact import Gates, artifact_gates, digest
+from bitsmith.run.sahc_artifact import Gates, artifact_gates
 from bitsmith.run.sahc_layer import Cosine, LayerProbe, lowest
 from bitsmith.run.sahc_methods import ROUNDER, ROW_GROUP, Weights
 from bitsmith.run.sahc_plan import STORED, PlanRow, int4_types, only, plan_rows, prunings
@@ -38,6 +38,7 @@ from bitsmith.run.sahc_work import (
     refuse_output,
     work_folder,
 )
+from bitsmith.run.workplace import digest
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.journal import content_key, write_result
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -13,8 +11,6 @@ from bitsmith.run.evaluation import Evaluation
 from bitsmith.run.gate import BYTES_OVER_PLAN, FINITE, PPL, SHAPES, Gate, Judged
 from bitsmith.run.sahc_layer import Cosine, LayerProbe, lowest
 from bitsmith.store.checkpoint import Checkpoint
-
-_BUFFER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -72,18 +68,6 @@ def artifact_gates(
     least = lowest(found)
     said = f"the lowest of {len(found)} layers: {least.evidence}"
     return [*judged, cosine.judge(least.value, low=least.low, high=least.high, evidence=said)]
-
-
-def digest(folder: Path) -> str:
-    """Return the SHA-256 of the shards and the config of a folder, in the order of their names."""
-    total = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors" or path.name == "config.json":
-            total.update(path.name.encode())
-            with path.open("rb") as stream:
-                while part := stream.read(_BUFFER_BYTES):
-                    total.update(part)
-    return total.hexdigest()
 
 
 def _interval(value: float, low: float | None, high: float | None) -> str:
