@@ -8,7 +8,7 @@ land in the student's own coordinates, so that those of two layers differ by `T 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,9 @@ RIDGE = 1e-6
 """Added to a moment's diagonal before it is inverted, as a share of the diagonal's mean."""
 _LEAST_RIDGE = 1e-12
 _UNKNOWN = 1e-12
+_ORTHONORMAL = 1e-10
 _HALF_TURN = 1e-6
+_STRIPE = 512
 
 
 @dataclass(frozen=True)
@@ -81,20 +83,25 @@ class ResidualMap:
         return _polar(self.forward)
 
 
-def pooled(moments: Sequence[PairMoments]) -> PairMoments:
+def pooled(moments: Iterable[PairMoments]) -> PairMoments:
     """Return the mean of several layers' moments, each divided by its student's `trace(ss)`.
 
-    So no layer outweighs the others by the size of its activations. Raises BitsmithError for none.
+    So no layer outweighs the others by the size of its activations. They are taken one at a time. Raises
+    BitsmithError for none.
     """
-    if not moments:
+    total: dict[str, Float64] = {}
+    count = 0
+    for one in moments:
+        count += 1
+        weight = 1 / max(float(np.trace(one.ss)), np.finfo(np.float64).tiny)
+        for part in ("tt", "ss", "ts"):
+            given: Float64 = getattr(one, part)
+            total.setdefault(part, np.zeros_like(given))
+            for start in range(0, len(given), _STRIPE):
+                total[part][start : start + _STRIPE] += weight * given[start : start + _STRIPE]
+    if not count:
         raise BitsmithError("there are no moments to pool")
-    weights = [1 / max(float(np.trace(one.ss)), np.finfo(np.float64).tiny) for one in moments]
-    return PairMoments(
-        *(
-            sum(w * getattr(one, part) for w, one in zip(weights, moments, strict=True)) / len(moments)
-            for part in ("tt", "ss", "ts")
-        )
-    )
+    return PairMoments(*(np.divide(total[part], count, out=total[part]) for part in ("tt", "ss", "ts")))
 
 
 @one_blas_thread()
@@ -263,8 +270,7 @@ def variance_kept(mapping: ResidualMap, moment: Float64) -> float:
 
     `tr(Vᵀ C V) / tr C` with V an orthonormal basis of the columns of `forward`.
     """
-    basis, sizes, _ = linalg.svd(mapping.forward, full_matrices=False)
-    basis = basis[:, sizes > _UNKNOWN * max(sizes[0], np.finfo(np.float64).tiny)]
+    basis = _span(mapping.forward)
     total = float(np.trace(moment))
     return float(np.vdot(basis, moment @ basis)) / total if total > 0 else 0.0
 
@@ -326,6 +332,17 @@ def _part_of_turn(turn: Float64, share: float) -> Float64:
         raise BitsmithError("the maps differ by a reflection or half a turn: there is no way between them")
     part: Float64 = ((vectors * np.exp(1j * share * phases)) @ vectors.conj().T).real
     return part
+
+
+def _span(frame: Float64) -> Float64:
+    """Return an orthonormal basis of the columns; they are one already where only a scale is missing."""
+    gram = frame.T @ frame
+    scale = float(np.trace(gram)) / len(gram)
+    if scale > 0 and np.abs(gram / scale - np.eye(len(gram))).max() < _ORTHONORMAL:
+        return np.asarray(frame / np.sqrt(scale), np.float64)
+    basis, sizes, _ = linalg.svd(frame, full_matrices=False)
+    spanned: Float64 = basis[:, sizes > _UNKNOWN * max(sizes[0], np.finfo(np.float64).tiny)]
+    return spanned
 
 
 def _size(mapping: ResidualMap) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -67,6 +67,8 @@ class Mapper:
     def mean(self, moments: Sequence[PairMoments]) -> PairMoments:
         """Return the mean of several texts' moments by their shares."""
         shares = self._evidence.shares
+        if len(moments) == 1:
+            return moments[0]
         return PairMoments(
             *(
                 np.sum([w * getattr(one, part) for w, one in zip(shares, moments, strict=True)], axis=0)
@@ -81,9 +83,14 @@ class Mapper:
     @cached_property
     def _global(self) -> ResidualMap:
         """The map of all places' moments and the embeddings', each counted alike."""
-        places = range(self._count + 1)
-        by_place = [self._evidence.moments(place) for place in places] + [self._evidence.embedded()]
-        return self._found([pooled(of_text) for of_text in zip(*by_place, strict=True)], places)
+        texts = range(len(self._evidence.shares))
+        return self._found([pooled(self._all(text)) for text in texts], range(self._count + 1))
+
+    def _all(self, text: int) -> Iterator[PairMoments]:
+        """Yield one text's moments of every place and of the embeddings, so that one is in memory."""
+        for place in range(self._count + 1):
+            yield self._evidence.moments(place)[text]
+        yield self._evidence.embedded()[text]
 
     def _found(self, moments: Sequence[PairMoments], places: Sequence[int]) -> ResidualMap:
         maps = [self._map(one, places) for one in moments]
