@@ -23,14 +23,18 @@ from bitsmith.lab.merge_cases import (
     Turned,
     alpha_facts,
     alphas_of,
+    plan_facts,
 )
 from bitsmith.lab.merge_cost import SAMPLES
+from bitsmith.lab.merge_ranges import over_layers
 from bitsmith.lab.merge_turns import alike_when_turned
 from bitsmith.passes.transform import Model, model_of
 from bitsmith.progress import Progress
 from bitsmith.run.merge_diagnostics import merge_diagnostics
 from bitsmith.run.merge_plan import MergePlan, merge_plan
 from bitsmith.run.merge_trial import Trial, TrialMeasure
+from bitsmith.run.merge_weights import Bench as Shared
+from bitsmith.run.merge_weights import decide
 from bitsmith.run.paired import paired
 from bitsmith.run.paired_inputs import LayerMap
 from bitsmith.store import open_checkpoint
@@ -100,9 +104,9 @@ class Bench:
             except BitsmithError as error:
                 found = _figures(None) | {"unmeasured": printable(str(error.message), 500)}
             self._journal.add(case.key, found | {"seconds": time.monotonic() - started})
-        judged = self._setting.names[case.judged]
         facts: Json = entries[case.key]
-        return {"label": case.label, "kind": case.kind, "judged_on": judged} | facts
+        said = {"label": case.label, "kind": case.kind, "judged_on": self._setting.names[case.judged]}
+        return said | ({"series": case.series} if case.series else {}) | facts
 
     def _measured(self, case: AnyCase) -> Json:
         if isinstance(case, Original):
@@ -115,14 +119,21 @@ class Bench:
         return self._merged(case)
 
     def _merged(self, case: Merged) -> Json:
-        plan, trial = self._plan(case), self._trial(case.judged)
-        facts = self._found_on(case.source) | {"recipe": plan.recipe.to_json()}
+        plan, shares = self._plan(case), case.shares
+        facts = self._found_on(case.source) | plan_facts(plan)
         if case.blend:
             facts["blend"] = [[self._setting.names[one.task], weight] for one, weight in case.blend]
         if case.diagnosed:
-            facts["diagnostics"] = self._diagnosed(case, plan)
-        alphas = alphas_of(plan, case.shares)
-        return _figures(trial.measure(plan.view(alphas))) | facts | alpha_facts(alphas)
+            facts |= self._diagnosed(case, plan)
+        placed = {"alpha": shares.alpha, "layer": shares.layer}
+        facts |= {name: value for name, value in placed.items() if value is not None}
+        trial, alphas = self._trial(case.judged), alphas_of(plan, shares)
+        if not shares.decided:
+            return _figures(trial.measure(plan.view(alphas))) | facts | alpha_facts(alphas)
+        decision = decide(Shared(trial, plan.view), alphas, sweep_budget=shares.budget, ends=plan.recipe.ends)
+        measure = trial.split()[1].student if decision.judged is None else decision.judged
+        facts |= {"adopted": decision.adopted, "decision": decision.reason, "trials": len(decision.tried)}
+        return _figures(measure) | facts | alpha_facts(decision.alphas)
 
     def _distilled(self, case: Distilled) -> Json:
         """Return the student trained on the text; its folder goes again."""
@@ -152,12 +163,12 @@ class Bench:
         plan = self._plan(Merged(""))
         held, *fits = (self._paired(source) for source in case.sources)
         found = alike_when_turned(plan, fits, held, case.span)
-        return _figures(None) | self._found_on(Source("text", case.tokens)) | {"turned": found}
+        return _figures(None) | self._found_on(case.sources[1]) | found
 
     def _diagnosed(self, case: Merged, plan: MergePlan) -> Json:
         key = f"diagnostics {self._plan_key(case)}"
         if key not in self._journal.entries:
-            self._journal.add(key, merge_diagnostics(plan, progress=self._progress).to_json())
+            self._journal.add(key, over_layers(merge_diagnostics(plan).to_json()))
         found: Json = self._journal.entries[key]
         return found
 

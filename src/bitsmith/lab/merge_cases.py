@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any, ClassVar, Literal
 
+from bitsmith.lab.merge_turns import Span
 from bitsmith.passes.merge_fold import LayerAlpha
 from bitsmith.run.merge_plan import MergePlan
 from bitsmith.run.merge_recipe import Alphas, MergeRecipe
@@ -31,26 +32,32 @@ class Source:
     fixed: bool = False
 
 
-Where = Literal["rule", "backoff", "mean", "all", "layer", "mixer", "ffn", "ends"]
+Where = Literal["rule", "mean", "all", "layer", "mixer", "ffn", "ends"]
 
 
 @dataclass(frozen=True)
 class Shares:
     """The teacher's share: by the rule, the rule's mean everywhere, `alpha` everywhere or in one place only.
 
-    `backoff` takes the part of the rule's shares that is best on the even chunks, none where that does not
-    hold on the odd ones, on which alone the row is judged.
+    With `decided` they are what a merge with the fallback makes of these: the part of them that is best on
+    the even chunks (or with `budget` a sweep from there of so many trials), nothing where that does not hold
+    on the odd chunks, on which alone the row is judged then.
     """
 
     where: Where = "rule"
     alpha: float | None = None
     layer: int | None = None
+    decided: bool = False
+    budget: int | None = None
 
     @property
     def words(self) -> str:
         """The shares in a row's label."""
-        known = {"rule": "by rule", "backoff": "by rule, with the fallback", "mean": "the rule's mean"}
-        return f"α {known.get(self.where, f'{self.alpha:g}')}"
+        known = {"rule": "by rule", "mean": "the rule's mean"}
+        said = f"α {known.get(self.where, f'{self.alpha:g}' if self.alpha is not None else '')}"
+        if self.budget is not None:
+            return f"{said}, swept in {self.budget} trials, with the fallback"
+        return f"{said}, with the fallback" if self.decided else said
 
 
 RULE = Shares()
@@ -63,16 +70,17 @@ def everywhere(alpha: float) -> Shares:
 
 @dataclass(frozen=True)
 class Case:
-    """A row to measure. `key` is the same for rows that measure the same."""
+    """A row to measure, one of a `series` in a figure. `key` is the same for rows that measure the same."""
 
     kind: ClassVar[str] = ""
     label: str
     judged: Task = "held"
+    series: str = ""
 
     @property
     def key(self) -> str:
-        """What the row's figures depend on, without its label."""
-        facts = {name: value for name, value in asdict(self).items() if name != "label"}
+        """What the row's figures depend on."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("label", "series")}
         return json.dumps([self.kind, facts], sort_keys=True)
 
 
@@ -113,7 +121,7 @@ class Turned(Case):
     """
 
     kind: ClassVar[str] = "turned"
-    span: Literal["all heads", "KV group", "value channels"] = "KV group"
+    span: Span = "KV group"
     tokens: int = 0
 
     @property
@@ -148,7 +156,7 @@ class Sizes:
 
 def alphas_of(plan: MergePlan, shares: Shares) -> Alphas:
     """Return the shares of every part of the student."""
-    if shares.where in ("rule", "backoff"):
+    if shares.where == "rule":
         return plan.alphas
     ends = float(plan.recipe.ends)
     if shares.where == "mean":
@@ -173,6 +181,18 @@ def mean_alpha(alphas: Alphas) -> float:
 def alpha_facts(alphas: Alphas) -> dict[str, Any]:
     """Return the shares as facts of a row."""
     return {"alpha_mean": mean_alpha(alphas), "alphas": alphas.to_json()}
+
+
+def plan_facts(plan: MergePlan) -> dict[str, Any]:
+    """Return what a plan's maps keep and meet, means over the states in front of and behind all layers."""
+    seen = [plan.facts[0].before, *(one.after for one in plan.facts)]
+    costs = [one["transition_cost_normalised"] for one in plan.to_json()["layers"]]
+    return {
+        "cosine": fmean(one.cosine.value for one in seen),
+        "variance_kept": fmean(one.variance_kept for one in seen),
+        "transition_cost_normalised": fmean(costs),
+        "recipe": plan.recipe.to_json(),
+    }
 
 
 def _uniform(layers: int, alpha: float, ends: float) -> Alphas:

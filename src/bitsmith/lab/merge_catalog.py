@@ -22,11 +22,18 @@ from bitsmith.lab.merge_cases import (
     Where,
     everywhere,
 )
-from bitsmith.run.merge_recipe import HEADS, MergeRecipe
+from bitsmith.lab.merge_turns import Span
+from bitsmith.run.merge_recipe import HEADS, Basis, MergeRecipe
 
 WORKING = 0.1
 """A share at which a merge still writes sentences; at 1 nothing of the student is left to hide behind."""
+BUDGET = 24
 USUAL = (RULE, everywhere(WORKING), everywhere(0.5), everywhere(1.0))
+DECIDED = (
+    Shares(decided=True),
+    Shares("all", 0.5, decided=True),
+    Shares(decided=True, budget=BUDGET),
+)
 DATA_TOKENS = (1_000, 10_000, 50_000, 140_000)
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LAYER_SWEEP = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
@@ -49,7 +56,7 @@ class Experiment:
     needs_other: bool = False
 
 
-def _under(label: str, shares: Sequence[Shares], like: Merged) -> list[AnyCase]:
+def _under(label: str, shares: Sequence[Shares], like: Merged) -> list[Merged]:
     """Return a merge under several shares."""
     return [replace(like, label=f"{label}, {share.words}", shares=share) for share in shares]
 
@@ -67,7 +74,7 @@ def _baselines(sizes: Sizes) -> list[AnyCase]:
         Original("student"),
         Original("teacher", side="teacher"),
         Merged("merge, α by rule"),
-        Merged("merge, α by rule, with the fallback", shares=Shares("backoff")),
+        *(Merged(f"merge, {shares.words}", shares=shares) for shares in DECIDED),
         Merged("plain SVD, α by rule", recipe=svd),
         Merged("plain SVD, α 0.5", recipe=svd, shares=everywhere(0.5)),
         Merged("uniform α 0.5", shares=everywhere(0.5)),
@@ -166,19 +173,24 @@ def _layers(sizes: Sizes) -> list[AnyCase]:
     for layer in range(sizes.layers):
         for where, part in parts.items():
             for alpha in (WORKING, 0.5, 1.0):
-                label = f"layer {layer}, {part}, α {alpha:g}"
-                rows.append(Merged(label, shares=Shares(where, alpha, layer)))
-    return rows + [
-        Merged(f"embedding and head, α {alpha:g}", shares=Shares("ends", alpha))
-        for alpha in (WORKING, 0.5, 1.0)
-    ]
+                said = f"layer {layer}, {part}"
+                shares = Shares(where, alpha, layer)
+                rows.append(Merged(f"{said}, {shares.words}", series=said, shares=shares))
+    ends = [Shares("ends", alpha) for alpha in (WORKING, 0.5, 1.0)]
+    said = "embedding and head"
+    return rows + [Merged(f"{said}, {one.words}", series=said, shares=one) for one in ends]
 
 
 def _sweep(sizes: Sizes) -> list[AnyCase]:
-    rows: list[AnyCase] = [Merged(f"everywhere, α {a:g}", shares=everywhere(a)) for a in SWEEP]
-    for layer in range(sizes.layers):
-        rows += [Merged(f"layer {layer}, α {a:g}", shares=Shares("layer", a, layer)) for a in LAYER_SWEEP]
-    return rows
+    everything = [("everywhere", everywhere(alpha)) for alpha in SWEEP]
+    layers = [
+        (f"layer {layer}", Shares("layer", alpha, layer))
+        for layer in range(sizes.layers)
+        for alpha in LAYER_SWEEP
+    ]
+    return [
+        Merged(f"{said}, {shares.words}", series=said, shares=shares) for said, shares in everything + layers
+    ]
 
 
 def _sparse_sizes(sizes: Sizes) -> list[int]:
@@ -187,16 +199,23 @@ def _sparse_sizes(sizes: Sizes) -> list[int]:
 
 def _sparse(sizes: Sizes) -> list[AnyCase]:
     rows: list[AnyCase] = []
-    for tokens in _sparse_sizes(sizes):
-        for part in range(PARTS):
-            like = Merged("", source=Source("text", tokens, part), diagnosed=True)
-            rows += _under(f"{tokens:,} tokens, part {part + 1}", (RULE, everywhere(WORKING)), like)
-    return rows + _under(
-        f"all {sizes.tokens:,} tokens", (RULE, everywhere(WORKING)), Merged("", diagnosed=True)
-    )
+    shares = (RULE, everywhere(WORKING))
+    bases: dict[Basis, str] = {"layer": "a map for each layer", "global": "one map"}
+    for basis, said in bases.items():
+        recipe = replace(SEED, basis=basis)
+        for tokens in (*_sparse_sizes(sizes), None):
+            for part in range(1 if tokens is None else PARTS):
+                like = Merged("", recipe=recipe, source=Source("text", tokens, part), diagnosed=True)
+                label = f"{said}, {tokens or sizes.tokens:,} tokens, part {part + 1}"
+                rows += [
+                    replace(row, series=f"{said}, part {part + 1}, {row.shares.words}")
+                    for row in _under(label, shares, like)
+                ]
+    return rows
 
 
 def _gqa(sizes: Sizes) -> list[AnyCase]:
+    del sizes
     words = {
         "match": "heads chosen",
         "pair": "heads paired by block SVD",
@@ -208,16 +227,20 @@ def _gqa(sizes: Sizes) -> list[AnyCase]:
     for heads in HEADS:
         like = Merged("", recipe=replace(SEED, heads=heads), diagnosed=True)
         rows += _under(words[heads], USUAL, like)
-    spans: tuple[Turned, ...] = (
-        Turned("", span="all heads"),
-        Turned("", span="KV group"),
-        Turned("", span="value channels"),
-    )
-    for tokens in _sparse_sizes(sizes):
-        for one in spans:
-            label = f"one rotation for each {one.span}" if one.span != "all heads" else "one rotation in all"
-            rows.append(replace(one, label=f"{label}, {tokens:,} tokens", tokens=tokens))
     return rows
+
+
+def _rotations(sizes: Sizes) -> list[AnyCase]:
+    spans: dict[Span, str] = {
+        "all heads": "one rotation of all heads",
+        "KV group": "one of each KV group's heads",
+        "value channels": "one of each KV group's value channels",
+    }
+    return [
+        Turned(f"{said}, {tokens:,} tokens", series=said, span=span, tokens=tokens)
+        for tokens in _sparse_sizes(sizes)
+        for span, said in spans.items()
+    ]
 
 
 EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
@@ -233,7 +256,12 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "layer-sensitivity": Experiment("Which layers gain from the teacher, or suffer?", _layers),
         "alpha-sweep": Experiment("How does the text's perplexity follow the teacher's share?", _sweep),
         "sparse-data": Experiment("From how little text do T and the rule's α come out alike?", _sparse),
-        "gqa": Experiment("Do KV groups want rotations of their own, and their own K and V?", _gqa),
+        "gqa": Experiment(
+            "Which way of bringing the teacher's heads to the student's KV groups is best?", _gqa
+        ),
+        "gqa-rotations": Experiment(
+            "Is a rotation for each KV group found from less text than one of all heads?", _rotations
+        ),
     }
 )
 """In the order they are run."""

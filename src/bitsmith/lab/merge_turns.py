@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from bitsmith.errors import BitsmithError
+from bitsmith.lab.merge_ranges import ranged
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.merge_axes import by_channel, diagonal_of
 from bitsmith.passes.merge_heads import HeadMap
@@ -39,10 +40,10 @@ def alike_when_turned(plan: MergePlan, fits: Sequence[Paired], held: Paired, spa
     values = np.mean([row for row, _ in rows], axis=0)  # parts, figures
     return {
         "span": span,
-        "explained": _figure(values[:, 0], "of the student's variance"),
+        "explained": ranged(values[:, 0], "of the student's variance", RANGE),
         "unturned": float(np.mean([one for _, one in rows])),
-        "spread": _figure(values[:, 1], "of what unrelated rotations have"),
-        "turn": _figure(values[:, 2], "|R - I| / √D"),
+        "spread": ranged(values[:, 1], "of what unrelated rotations have", RANGE),
+        "turn": ranged(values[:, 2], "|R - I| / √D", RANGE),
     }
 
 
@@ -99,15 +100,3 @@ def _polar(matrix: Float64) -> Float64:
     left, _, right = np.linalg.svd(matrix, full_matrices=False)
     turned: Float64 = left @ right
     return turned
-
-
-def _figure(values: Float64, unit: str) -> dict[str, Any]:
-    """Return a mean over parts with their range."""
-    several = len(values) > 1
-    return {
-        "value": float(values.mean()),
-        "unit": unit,
-        "low": float(values.min()) if several else None,
-        "high": float(values.max()) if several else None,
-        "interval": RANGE if several else "unmeasured",
-    }
