@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from pydantic import JsonValue
 
@@ -24,11 +27,21 @@ _LABELS = {
     "ppl_over_student": "perplexity / student's",
     "kld_to_teacher": "KLD to the teacher (nats)",
 }
-_ACROSS = {"tokens": "tokens of the pairing", "alpha": "α", "layer": "layer", "trunk": "trunk dimensions"}
-"""Facts that rows are drawn over, where each has its own."""
+_NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
+_ACROSS = {
+    "layer": (re.compile(rf"layer {_NUMBER}"), "layer", 2),
+    "tokens": (re.compile(rf"(?:all )?{_NUMBER} tokens"), "tokens of the text", 3),
+    "alpha": (re.compile(rf"α {_NUMBER}"), "the teacher's share α", 4),
+}
+"""What rows may be drawn over: how their labels say it, the axis, and the points that make a line of it."""
 _LOGARITHMIC = ("tokens",)
-_SERIES = "series"
-"""The fact that tells rows of one line from those of another."""
+_ALONE = "merged"
+
+
+class _Placed(NamedTuple):
+    series: str
+    x: float
+    row: ExperimentRow
 
 
 def experiment_parts(study: Study) -> list[Part]:
@@ -54,7 +67,8 @@ def experiment_parts(study: Study) -> list[Part]:
 def experiment_table(one: Experiment) -> Table:
     """Return a row per row of an experiment: its figures with intervals, then its facts."""
     figures = list(dict.fromkeys(name for row in one.rows for name in row.figures))
-    facts = list(dict.fromkeys(name for row in one.rows for name in row.facts))
+    same = common_facts(one)
+    facts = list(dict.fromkeys(name for row in one.rows for name in row.facts if name not in same))
     rows = [
         (
             Cell(printable(row.label, 200)),
@@ -67,6 +81,16 @@ def experiment_table(one: Experiment) -> Table:
     return Table(tuple(map(printable, columns)), rows, [None] * len(rows))
 
 
+def common_facts(one: Experiment) -> dict[str, JsonValue]:
+    """Return the facts that all rows have alike, or that are empty in all."""
+    first = one.rows[0].facts if one.rows else {}
+    return {
+        name: value
+        for name, value in first.items()
+        if all(name in row.facts and row.facts[name] == value for row in one.rows)
+    }
+
+
 def _block(anchor: str, one: Experiment) -> Block:
     drawn = next((name for name in _DRAWN if any(name in row.figures for row in one.rows)), None)
     charts = [] if drawn is None else [_chart(anchor, one, drawn)]
@@ -74,7 +98,7 @@ def _block(anchor: str, one: Experiment) -> Block:
     caption = f"Experiment {title}"
     return Block(
         title[:1].upper() + title[1:],
-        printable(one.words, 1000),
+        _note(one),
         charts,
         experiment_table(one),
         anchor,
@@ -82,44 +106,52 @@ def _block(anchor: str, one: Experiment) -> Block:
     )
 
 
+def _note(one: Experiment) -> str:
+    said = [f"{name.replace('_', ' ')}: {value}" for name, value in common_facts(one).items() if value != ""]
+    every = f" Of all rows: {'; '.join(said)}." if said else ""
+    return printable(f"{one.words}{every}", 2000)
+
+
 def _chart(anchor: str, one: Experiment, drawn: str) -> Chart:
     over = _label(drawn)
     marks = [Mark(STUDENT, None, 1.0)] if drawn == "ppl_over_student" else []
-    across = _across(one.rows)
-    if across is not None:
+    across, placed = _lines([row for row in one.rows if drawn in row.figures])
+    if across:
         series: dict[str, dict[float, Figure | None]] = {}
-        for row in one.rows:
-            x = row.facts.get(across)
-            if isinstance(x, int | float) and drawn in row.figures:
-                series.setdefault(_series(row), {})[x] = row.figures[drawn]
-        curves = [curve_of(name, dict(sorted(points.items()))) for name, points in series.items()]
-        says = f"{over} over {_ACROSS[across]}"
-        return Chart(
-            f"{anchor}-plot", "lines", says, _ACROSS[across], over, curves, marks, across in _LOGARITHMIC
-        )
+        for point in sorted(placed, key=lambda point: point.x):
+            series.setdefault(point.series, {})[point.x] = point.row.figures[drawn]
+        curves = [curve_of(name, points) for name, points in series.items()]
+        axis, is_log = _ACROSS[across][1], across in _LOGARITHMIC
+        says = f"{over} over {axis}"
+        return Chart(f"{anchor}-plot", "lines", says, axis, over, curves, marks, is_log)
     points = {row.label: row.figures.get(drawn) for row in one.rows}
     return Chart(f"{anchor}-plot", "points", f"{over} by row", over, "", [curve_of(one.name, points)], marks)
 
 
-def _across(rows: Sequence[ExperimentRow]) -> str | None:
-    """Return the fact that the rows are drawn over: a number of most rows, several values in each series."""
-    for name in _ACROSS:
-        placed = [row for row in rows if _is_number(row.facts.get(name))]
-        series: dict[str, list[JsonValue]] = {}
-        for row in placed:
-            series.setdefault(_series(row), []).append(row.facts[name])
-        several = all(len(xs) > 1 and len(set(map(str, xs))) == len(xs) for xs in series.values())
-        if len(placed) > 2 and 2 * len(placed) > len(rows) and several:
-            return name
+def _lines(rows: Sequence[ExperimentRow]) -> tuple[str, list[_Placed]]:
+    """Return what rows are drawn over and those that are, empty where their labels make no lines.
+
+    A label's parts are divided by commas; those that have one part as a number and the others alike are a
+    line. What makes the longest lines wins.
+    """
+    best, found, longest = "", list[_Placed](), 0.0
+    for name, (pattern, _, least) in _ACROSS.items():
+        placed = [one for row in rows if (one := _placed(row, pattern)) is not None]
+        lines = Counter(one.series for one in placed)
+        length = len(placed) / len(lines) if lines else 0.0
+        if length >= least and length > longest and len({one[:2] for one in placed}) == len(placed):
+            best, found, longest = name, placed, length
+    return best, found
+
+
+def _placed(row: ExperimentRow, pattern: re.Pattern[str]) -> _Placed | None:
+    parts = row.label.split(", ")
+    for at, part in enumerate(parts):
+        said = pattern.fullmatch(part)
+        if said is not None:
+            rest = ", ".join(parts[:at] + parts[at + 1 :])
+            return _Placed(printable(rest or _ALONE), float(said[1].replace(",", "")), row)
     return None
-
-
-def _series(row: ExperimentRow) -> str:
-    return printable(str(row.facts.get(_SERIES, "merged")))
-
-
-def _is_number(value: JsonValue) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _head(one: Experiment, name: str) -> str:

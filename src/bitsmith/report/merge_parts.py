@@ -8,7 +8,7 @@ from bitsmith.errors import printable
 from bitsmith.report.charts import Block, Chart, Curve, Mark, Part, curve_of
 from bitsmith.report.markdown import UNMEASURED
 from bitsmith.report.study_json import Merge, MergeLayer, MergeTarget, Study
-from bitsmith.report.study_tables import Cell, Table, figure_text
+from bitsmith.report.study_tables import Cell, Table, figure_text, without_empty
 from bitsmith.run.study_peers import Figure
 
 MET, NOT_MET = "met", "not met"
@@ -29,6 +29,13 @@ _LABELS = {
 }
 _ATTENTION_KL = "attention_kl"
 _FFN = "FFN"
+_TAKEN_WAY = "merged"
+_WAYS = {
+    "teacher": "the teacher's heads on its own states",
+    "merged": "the layer as merged",
+    "folded": "the layer wholly the teacher's",
+    "unturned": "the same without block rotations",
+}
 
 
 def merge_parts(study: Study) -> list[Part]:
@@ -118,11 +125,12 @@ def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
         f"{anchor}-layers",
         f"Diagnostics of {merge.name} by layer, targets in the head",
     )
-    if any(one.attention_kl for one in merge.layers):
+    ways = dict.fromkeys(way for one in merge.layers for way in one.attention_kl)
+    if ways:
         yield Block(
             "Attention logits",
-            "KL(teacher's mapped heads ‖ student's) of the attention weights, by layer and KV group.",
-            [_attention(anchor, merge)],
+            "Mean KL divergence of a query's attention weights from the student's, by layer and KV group.",
+            [_attention(anchor, merge, way) for way in ways],
             _attention_table(merge),
             f"{anchor}-attention",
             f"Attention KL of {merge.name} by layer and KV group, nats",
@@ -168,15 +176,18 @@ def _trials(merge: Merge) -> Table:
     rows = [
         (
             Cell(printable(one.label, 200)),
+            Cell(printable(one.half)),
             Cell(
                 UNMEASURED if one.figure is None else figure_text(one.figure, "{:.5f}"),
                 None if one.figure is None else one.figure.value,
             ),
-            Cell(printable(one.decision, 500)),
+            Cell("" if one.worst_end is None else f"{one.worst_end:.5f}", one.worst_end),
+            Cell(printable(one.why, 500)),
         )
         for one in merge.trials
     ]
-    return Table(("tried", "perplexity / student's", "decision"), rows, [None] * len(rows))
+    columns = ("tried", "chunks that", "perplexity / student's", "worst end", "why unmeasured")
+    return without_empty(Table(columns, rows, [None] * len(rows)), {"worst end", "why unmeasured"})
 
 
 def _names(merge: Merge) -> list[str]:
@@ -190,7 +201,7 @@ def _names(merge: Merge) -> list[str]:
 
 def _figures(merge: Merge, name: str) -> list[Figure | None]:
     if name == _ATTENTION_KL:
-        return [figure for one in merge.layers for figure in one.attention_kl]
+        return [figure for one in merge.layers for figure in one.attention_kl.get(_TAKEN_WAY, ())]
     return [one.figures.get(name) for one in merge.layers]
 
 
@@ -206,30 +217,35 @@ def _by_layer(anchor: str, merge: Merge, name: str) -> Chart:
     return Chart(f"{anchor}-{_anchor(name)}", "lines", f"{title} by layer", "layer", y, curves, marks)
 
 
-def _attention(anchor: str, merge: Merge) -> Chart:
+def _attention(anchor: str, merge: Merge, way: str) -> Chart:
     rows = [
         Curve(
             f"layer {one.layer}",
-            [f"group {at}" for at in range(len(one.attention_kl))],
-            [None if figure is None else figure.value for figure in one.attention_kl],
+            [f"group {at}" for at in range(len(found))],
+            [None if figure is None else figure.value for figure in found],
         )
         for one in merge.layers
-        if one.attention_kl
+        if (found := one.attention_kl.get(way))
     ]
-    return Chart(f"{anchor}-attention-map", "cells", "attention KL by layer and KV group", "", "nats", rows)
+    return Chart(
+        f"{anchor}-attention-{_anchor(way)}", "cells", f"attention KL, {_way(way)}", "", "nats", rows
+    )
 
 
 def _attention_table(merge: Merge) -> Table:
-    most = max(len(one.attention_kl) for one in merge.layers)
+    most = max(len(found) for one in merge.layers for found in one.attention_kl.values())
     rows = []
     for one in merge.layers:
-        figures = [*one.attention_kl, *[None] * (most - len(one.attention_kl))]
-        cells = [
-            Cell(figure_text(figure, "{:.4g}"), None if figure is None else figure.value)
-            for figure in figures
-        ]
-        rows.append((Cell(f"layer {one.layer}", one.layer), *cells))
-    return Table(("layer", *(f"group {at}" for at in range(most))), rows, [None] * len(rows))
+        for way, found in one.attention_kl.items():
+            figures = [*found, *[None] * (most - len(found))]
+            cells = [Cell(figure_text(figure, "{:.4g}"), figure and figure.value) for figure in figures]
+            rows.append((Cell(f"layer {one.layer}", one.layer), Cell(_way(way)), *cells))
+    columns = ("layer", "of", *(f"group {at}" for at in range(most)))
+    return Table(columns, rows, [None] * len(rows))
+
+
+def _way(way: str) -> str:
+    return _WAYS.get(way, printable(way.replace("_", " ")))
 
 
 def _profiles(anchor: str, merge: Merge) -> list[Chart]:

@@ -245,9 +245,10 @@ function chart(id) {
   }
   for (const mark of it.marks) traces.push({type: "scatter", mode: "lines", x: [null], y: [null], name: mark.name,
     line: {color: "#d0564e", width: 1.5, dash: "dash"}});
-  const value = {...axis(flat ? it.x : it.y)}, points = it.curves.flatMap(c => c.y.map((v, i) => [v, c.names[i], c.name]));
+  const all_y = it.curves.flatMap(c => c.y), wide = Math.min(...all_y) > 0 && Math.max(...all_y) > 5 * Math.min(...all_y) && it.marks.length;
+  const value = axis(flat ? it.x : it.y, wide), xs = [...new Set(rows)].sort((a, b) => a - b), points = it.curves.flatMap(c => c.y.map((v, i) => [v, c.names[i], c.name]));
   const names = it.curves.length > 1 ? p => `${p[2]}, ${p[1]}` : p => flat ? p[1] : `${it.plain} ${p[1]}`;
-  draw(id, traces, layout(flat ? value : it.log ? axis(it.x, true) : it.x === "layer" ? depth_axis(it.x, it.curves) : axis(it.x),
+  draw(id, traces, layout(flat ? value : it.log ? {...axis(it.x, true), tickvals: xs, tickformat: "~s"} : it.x === "layer" ? depth_axis(it.x, it.curves) : axis(it.x),
     flat ? {...axis(""), type: "category", autorange: "reversed"} : value, {height: flat ? 150 + 26 * Math.max(3, rows.length) : 340,
     shapes, title: {text: it.title, font: {size: 14}}, showlegend: it.marks.length > 0 || it.curves.length > 1, legend: flat
       ? {...LEGEND, y: -90 / (150 + 26 * Math.max(3, rows.length))} : LEGEND}), `${it.says}: ${ends(points, p => p[0], names)}`

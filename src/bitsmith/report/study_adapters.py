@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.report.adapter_merge import from_merge, from_merge_experiments
 from bitsmith.report.adapter_parts import Json, dicts
 from bitsmith.report.adapter_records import from_record, from_records, paired
 from bitsmith.report.adapter_sahc import from_assay, from_sahc
@@ -22,24 +23,29 @@ from bitsmith.run.audit import read_audit
 from bitsmith.run.study_lines import gate_line
 from bitsmith.run.study_peers import read_peers
 
-__all__ = ["from_audit", "from_claims", "from_formats", "from_record", "from_sahc", "from_spi", "load_study"]
+__all__ = [
+    "from_audit", "from_claims", "from_formats", "from_merge", "from_merge_experiments", "from_record",
+    "from_sahc", "from_spi", "load_study",
+]  # fmt: skip
 
 _NAMES = (
-    "report.json", "formats.json", "spi.json", "claims.json", "sahc.json", "assay.json", "record.json",
-    "evaluation.json",
+    "report.json", "formats.json", "spi.json", "claims.json", "merge-experiments.json", "sahc.json",
+    "merge.json", "assay.json", "record.json", "evaluation.json",
 )  # fmt: skip
-_STATE, _AUDIT, _BESIDE, _EVIDENCE = "state.json", "audit.jsonl", ".sahc", "evidence"
+_STATE, _AUDIT, _BESIDE, _EVIDENCE = "state.json", "audit.jsonl", (".sahc", ".merge"), "evidence"
 _KINDS: dict[str, Callable[[Json, Path], Study]] = {
     "study": lambda value, path: _found_again(read_study(value, path), path.parent),
     "formats study": lambda value, _: from_formats(value),
     "spi study": lambda value, _: from_spi(value),
     "claims study": lambda value, _: from_claims(value),
     "sahc": from_sahc,
+    "merge": from_merge,
+    "merge-experiments": lambda value, _: from_merge_experiments(value),
     "assay": lambda value, _: from_assay(value),
 }
 _EXPECTED = (
-    "expected what study, study formats, study spi, study claims, compress --json, compress --recipe sahc, "
-    "evaluate --json or assay writes"
+    "expected what study, study formats, study spi, study claims, study merge, merge, compress --json, "
+    "compress --recipe sahc, evaluate --json or assay writes"
 )
 
 
@@ -52,11 +58,11 @@ class _Source(NamedTuple):
 def load_study(paths: Sequence[Path], audit: Path | None = None, peers: Path | None = None) -> Study:
     """Return the study in JSON files or folders of any run; several sources make one.
 
-    A file is the JSON of a study (`report.json`), of `study formats`, `study spi`, `study claims`, an assay,
-    recipe `sahc`, a record of `compress` or an evaluation; a folder holds such files by their usual names, or
-    has them beside it (`OUT.sahc` of `OUT`). An evaluation belongs to the record whose output it measured, by
-    name. An assay gives spectra to the others. `audit` is an audit log (default: those beside `sahc.json`),
-    `peers` a JSON list of `Peer`s.
+    A file is the JSON of a study (`report.json`), of `study formats`, `study spi`, `study claims`, `study
+    merge`, an assay, a merge, recipe `sahc`, a record of `compress` or an evaluation; a folder holds such
+    files by their usual names, or has them beside it (`OUT.sahc`, `OUT.merge` of `OUT`). An evaluation
+    belongs to the record whose output it measured, by name. An assay gives spectra to the others. `audit` is
+    an audit log (default: those beside `sahc.json`), `peers` a JSON list of `Peer`s.
 
     Raises BitsmithError naming a path that is none of these, and for sources that were measured by different
     protocols: their figures are not of one study.
@@ -84,7 +90,7 @@ def _files(given: Path) -> list[Path]:
     """Return the files that a path stands for: itself, or what a folder holds by its usual names."""
     if not given.is_dir():
         return [given]
-    for folder in (given, given.with_name(given.name + _BESIDE)):
+    for folder in (given, *(given.with_name(given.name + suffix) for suffix in _BESIDE)):
         found = [folder / name for name in _NAMES if (folder / name).is_file()]
         if (folder / _NAMES[0]) in found:
             return found[:1]
@@ -139,7 +145,18 @@ def _joined(studies: Sequence[Study], path: Path) -> Study:
     first = studies[0]
     if len(studies) == 1:
         return first
-    parts = ("summary", "gates", "tasks", "claims", "samples", "digests", "commands", "notes")
+    parts = (
+        "summary",
+        "gates",
+        "tasks",
+        "claims",
+        "merges",
+        "experiments",
+        "samples",
+        "digests",
+        "commands",
+        "notes",
+    )
     joined: dict[str, Any] = {
         name: tuple(_distinct(one for study in studies for one in getattr(study, name))) for name in parts
     }

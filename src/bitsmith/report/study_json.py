@@ -198,16 +198,17 @@ class MergeTarget(_Part):
 class MergeLayer(_Part):
     """One layer of a student: the teacher's layer it was merged with, its diagnostics, the teacher's share.
 
-    `figures` are by the names of `bitsmith.run.merge_diagnostics`; `attention_kl` is one figure per KV group,
-    None where there is none. `mixer` and `ffn` are the shares α that were tried first, `taken_mixer` and
-    `taken_ffn` those of the result; a mixer's are by KV group or K head.
+    `figures` are by the names of `bitsmith.run.merge_diagnostics`; `attention_kl` is one figure per KV group
+    for each way of comparing, as `bitsmith.run.merge_attention` names them. `mixer` and `ffn` are the shares
+    α that were asked for, `taken_mixer` and `taken_ffn` those of the result; a mixer's are by KV group or K
+    head.
     """
 
     layer: int
     teacher_layer: int | None = None
     kind: str = ""
     figures: Mapping[str, Figure] = Field(default_factory=dict)
-    attention_kl: tuple[Figure | None, ...] = ()
+    attention_kl: Mapping[str, tuple[Figure | None, ...]] = Field(default_factory=dict)
     mixer: tuple[float, ...] = ()
     ffn: float | None = None
     taken_mixer: tuple[float, ...] = ()
@@ -215,11 +216,17 @@ class MergeLayer(_Part):
 
 
 class MergeTrial(_Part):
-    """A share that was tried: `factor` of the first shares, its figure, and on what it was judged."""
+    """Shares that were tried on a `half` of the held-out chunks, that which chooses or that which judges.
+
+    `figure` is the perplexity over the student's, None where `why` says why; `worst_end` is the larger of the
+    upper ends by which it is judged.
+    """
 
     label: str
+    half: str = ""
     figure: Figure | None = None
-    decision: str = ""
+    worst_end: float | None = None
+    why: str = ""
 
 
 class Merge(_Part):

@@ -117,7 +117,7 @@ def _parts(study: Study, data: dict[str, Any]) -> dict[str, Any]:
         "summary": summary_of(study),
         "legend": [(printable(name), colour) for name, colour in groups_of(study).items()],
         "artifacts": tables.artifact_table(study),
-        "is_sized": any(row.file_bytes for row in study.artifacts) or not study.merges,
+        "is_sized": any(row.file_bytes or row.bpw for row in study.artifacts) or not study.merges,
         "peers": tables.peer_table(study),
         "claims": tables.claim_table(study),
         "found": [*merge_parts(study), *experiment_parts(study)],

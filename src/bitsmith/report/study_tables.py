@@ -37,8 +37,10 @@ MEASURES = {
     "median_kld": Shown("median KLD (nats)", "{:.5f}"),
     "max_kld": Shown("largest KLD (nats)", "{:.4f}"),
     "top1_agreement": Shown("top-1 agreement", "{:.2%}", falling=False, log=False),
+    "kld_to_teacher": Shown("mean KLD from the teacher (nats)", "{:.5f}"),
 }
-_TABLE = ("mean_kld", "ppl_cand", "ppl_ratio", "kld_99_9", "top1_agreement")
+_TABLE = ("mean_kld", "ppl_cand", "ppl_ratio", "kld_99_9", "top1_agreement", "kld_to_teacher")
+_SIZES = ("bytes", "bpw", "times smaller")
 _ITSELF = {"ppl_ratio": 1.0, "top1_agreement": 1.0}
 """Measures of the original against itself that are not 0."""
 _SKIPPED = ("ppl_ref", "ppl_difference")
@@ -115,8 +117,10 @@ def artifact_table(study: Study) -> Table:
         )
         for row in study.artifacts
     ]
-    columns = ("artifact", "group", "bytes", "bpw", "times smaller", *(one.label for one in shown.values()))
-    return Table((*columns, *kept), rows, list(range(len(rows))))
+    columns = ("artifact", "group", *_SIZES, *(one.label for one in shown.values()), *kept)
+    table = Table(columns, rows, list(range(len(rows))))
+    is_sized = any(row.file_bytes or row.bpw for row in study.artifacts) or not study.merges
+    return table if is_sized else _without(table, set(_SIZES))
 
 
 def peer_table(study: Study) -> Table:
@@ -163,7 +167,7 @@ def gate_table(study: Study) -> Table:
         "evidence",
     )  # fmt: skip
     table = Table(columns, rows, [names.get(line.artifact) for line in study.gates])
-    return _without_empty(table, {"gate", "artifact", "tensor", "evidence"})
+    return without_empty(table, {"gate", "artifact", "tensor", "evidence"})
 
 
 def task_table(study: Study) -> Table:
@@ -269,7 +273,7 @@ def spectrum_table(study: Study) -> Table:
         for one in study.spectra
     ]
     columns = ("matrix", "model", "role", "layer", "shape", "α", "effective rank", "stable rank", "r90")
-    return _without_empty(Table(columns, rows, [None] * len(rows)), {"model"})
+    return without_empty(Table(columns, rows, [None] * len(rows)), {"model"})
 
 
 def by_component(artifact: Artifact) -> dict[str, list[Tensor]]:
@@ -317,7 +321,7 @@ def _measure(row: Artifact | Peer, key: str, shown: Shown) -> Cell:
         and isinstance(row, Artifact)
         and row.is_original
         and name in MEASURES
-        and name != "ppl_cand"
+        and name not in ("ppl_cand", "kld_to_teacher")
     ):
         itself = _ITSELF.get(name, 0.0)
         return Cell(f"{shown.style.format(itself)} (itself)", itself)
@@ -363,12 +367,14 @@ def _claimed(figure: Figure | None) -> str:
     return "" if figure is None else f"{figure_text(figure, '{:.4g}')} {printable(figure.unit)}"
 
 
-def _without_empty(table: Table, optional: set[str]) -> Table:
-    kept = [
-        at
-        for at, name in enumerate(table.columns)
-        if name not in optional or any(row[at].text for row in table.rows)
-    ]
+def without_empty(table: Table, optional: set[str]) -> Table:
+    """Return a table without those of the `optional` columns in which no row says anything."""
+    empty = {name for at, name in enumerate(table.columns) if not any(row[at].text for row in table.rows)}
+    return _without(table, empty & optional)
+
+
+def _without(table: Table, names: set[str]) -> Table:
+    kept = [at for at, name in enumerate(table.columns) if name not in names]
     rows = [tuple(row[at] for at in kept) for row in table.rows]
     return Table(tuple(table.columns[at] for at in kept), rows, table.artifacts)
 

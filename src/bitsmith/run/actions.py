@@ -7,6 +7,7 @@ or places: the same inputs give the same files and the same facts.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -33,15 +34,20 @@ SAHC = "model.sahc"
 """The folder of a `sahc`'s own files, which is there without a model too."""
 GATE_LOG = "audit.jsonl"
 """Beside an artifact's files, and no part of them: what the gates of its recipe said, and when."""
+MERGE = "model.merge"
+"""The folder of a merge's own record, beside its model."""
 MODEL_NAMES = ("model.gguf", "model.cellm", "model")
 """What a compressed model is called in its artifact; a folder has no suffix."""
 
 _UNSETTLED = {
-    *("seconds", "estimated_seconds", "prompt_seconds", "peak_memory_bytes"),
+    *("command", "seconds", "estimated_seconds", "prompt_seconds", "peak_memory_bytes"),
     *("resumed", "resumed_tensors", "out"),
 }
 
-_SOURCES = ("model", "text", "candidate", "statistics", "plan_file", "calibration")
+_SOURCES = (
+    *("model", "text", "candidate", "statistics", "plan_file", "calibration"),
+    *("teacher", "student", "held"),
+)
 
 Params = Mapping[str, Any]
 Inputs = Mapping[str, Path]
@@ -49,7 +55,7 @@ Facts = Mapping[str, Any]
 
 
 def model_in(artifact: Path) -> Path:
-    """Return the model in the artifact of a `compress` or a `sahc`; any other path as it is.
+    """Return the model in the artifact of a `compress`, a `sahc` or a `merge`; any other path as it is.
 
     Raises BitsmithError for a recipe's artifact that has none.
     """
@@ -125,6 +131,26 @@ def compress(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
         "tensors": _tensors(record, model),
         "measured": record.get("measured", {}),
     }
+
+
+def merge(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
+    """Merge `teacher` into `student` on `text`, by a `recipe`; what was paired is not kept.
+
+    Where the merge is no better than the student on held-out text, the student is what is written.
+    """
+    from bitsmith.run.merge import RESULT_NAME  # noqa: PLC0415 (loads torch)
+    from bitsmith.run.merge import merge as run  # noqa: PLC0415
+    from bitsmith.run.study_merge import merge_options  # noqa: PLC0415
+
+    options, written = merge_options(params), out / MODEL_NAMES[-1]
+    places = [options.pop(name) for name in ("teacher", "student", "text")]
+    run(*places, written, overwrite=True, progress=progress, **options)
+    result = out / MERGE / RESULT_NAME
+    record = _settled(json.loads(result.read_bytes()), params, {**inputs, written.name: written})
+    shutil.rmtree(out / MERGE)
+    (out / MERGE).mkdir()
+    write_result(result, record)
+    return {**_size(written), "path": written.name, "sha256": digest_of(written), "merge": record}
 
 
 def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
@@ -224,7 +250,7 @@ def generate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
 
     sampling = Sampling(**params.get("sampling", {"temperature": 0.0}))
     tokenizer = None if params.get("tokenizer") is None else Path(params["tokenizer"])
-    path, samples = model_in(_model(params, inputs)), []
+    path, samples = _model(params, inputs), []
     for done, prompt in enumerate(params["prompts"]):
         progress("generate", done, len(params["prompts"]))
         found = continue_prompt(
@@ -244,7 +270,7 @@ def generate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
 
 ACTIONS: dict[str, Action] = {
     action.__name__: action
-    for action in (inspect, assay, calibrate, compress, sahc, claims, reference, evaluate, generate)
+    for action in (inspect, assay, calibrate, merge, compress, sahc, claims, reference, evaluate, generate)
 }
 """Every action by its name in a task."""
 
@@ -258,7 +284,7 @@ def _model(params: Params, inputs: Inputs) -> Path:
     found = _input(params, inputs, "model")
     if found is None:
         raise BitsmithError("the task names no model")
-    return found
+    return model_in(found) if params["model"] in inputs else found
 
 
 def _text(params: Params) -> Path:

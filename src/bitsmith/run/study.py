@@ -21,9 +21,9 @@ from bitsmith.run.engine import Engine, LocalEngine
 from bitsmith.run.gate import Judged
 from bitsmith.run.graph import LOCK, Outcome, run_graph
 from bitsmith.run.study_commands import study_command
-from bitsmith.run.study_file import Study, load_study
+from bitsmith.run.study_file import Row, Study, load_study
 from bitsmith.run.study_graph import graph_of, named, window_name
-from bitsmith.run.study_result import JUDGE, Row, StudyResult, environment
+from bitsmith.run.study_result import JUDGE, StudyResult, environment
 from bitsmith.run.study_sources import check_study, source_digests
 from bitsmith.run.task_state import STATE, Decision, Status, TaskState, load_state
 from bitsmith.store.artifacts import ArtifactStore
@@ -180,12 +180,11 @@ def _judge(study: Study, outcomes: Mapping[str, Outcome], audit: AuditLog) -> di
     if not study.gates:
         return {}
     found: dict[Row, tuple[Judged, ...]] = {}
-    for model in study.models:
-        for recipe in study.recipes:
-            found[model, recipe] = tuple(_row_judged(study, outcomes, model, recipe))
-            for one in found[model, recipe]:
-                decision = "reported" if one.passed else "reported as not passed"
-                audit.judged(JUDGE, f"{model}/{recipe}", one, decision)
+    for row in study.rows:
+        found[row] = tuple(_row_judged(study, outcomes, *row))
+        for one in found[row]:
+            decision = "reported" if one.passed else "reported as not passed"
+            audit.judged(JUDGE, "/".join(part for part in row if part), one, decision)
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitsmith.run.study_file import AUTO, Evaluation, Study
+from bitsmith.run.study_file import AUTO, Evaluation, Merging, Study
 from bitsmith.run.study_recipe import model_path, set_options
 
 _OPTIONS = (
@@ -17,6 +17,16 @@ _OPTIONS = (
 )  # fmt: skip
 """Every option of a recipe but `output`, in the order of a command."""
 
+_MERGE_OPTIONS = {
+    option: option.replace("_", "-")
+    for option in (
+        "tokens", "ctx", "chunks", "samples", "layers", "map", "basis", "trunk", "heads", "ffn", "alpha",
+        "alpha_max", "budget", "no_ends", "no_activations", "no_fallback", "seed",
+    )
+}  # fmt: skip
+"""Every option of a merge but its models and texts, as in a command and in its order."""
+_MERGE_FIELDS = Merging.model_fields
+
 
 def study_command(path: Path, out: Path) -> str:
     """Return the command that repeats a study; neither engine nor workers change what it finds."""
@@ -24,8 +34,15 @@ def study_command(path: Path, out: Path) -> str:
 
 
 def model_commands(study: Study, model: str) -> Iterator[str]:
-    """Yield what is done with an original: inspected, assayed, its claims tested, sampled."""
-    source = str(study.model(model))
+    """Yield what is done with an original: inspected, assayed, its claims tested, sampled.
+
+    A merge is made first, and measured.
+    """
+    source = str(_place(study, model))
+    if model in study.merges:
+        yield merge_command(study, model)
+        for evaluation in study.evaluations:
+            yield evaluate_command(study, model, evaluation, Path(source))
     if study.inspect:
         yield _line("inspect", source)
     if study.assay:
@@ -54,6 +71,20 @@ def recipe_commands(study: Study, model: str, name: str) -> Iterator[str]:
     yield from generate_commands(study, out)
 
 
+def merge_command(study: Study, name: str) -> str:
+    """Return the command that makes the same model as a merge's task."""
+    wanted = study.merges[name]
+    words = ["--text", str(study.text(wanted.text))]
+    words += [] if wanted.held is None else ["--held", str(study.text(wanted.held))]
+    given = {one for one in wanted.model_fields_set if getattr(wanted, one) != _MERGE_FIELDS[one].default}
+    for option in (option for option in _MERGE_OPTIONS if option in given):
+        value = getattr(wanted, option)
+        listed = option == "layers" and not isinstance(value, str)
+        words += _flag(_MERGE_OPTIONS[option], ",".join(map(str, value)) if listed else value)
+    models = str(study.teacher(name)), str(study.model(wanted.student))
+    return _line("merge", *models, *words, "-o", str(_place(study, name)))
+
+
 def compress_command(study: Study, model: str, name: str, out: Path) -> str:
     """Return the command that makes the same bytes as a recipe's task."""
     recipe = study.recipes[name]
@@ -69,7 +100,7 @@ def compress_command(study: Study, model: str, name: str, out: Path) -> str:
         if option == "text":
             value = study.text(value)
         words += _flag(option.replace("_", "-"), value)
-    return _line("compress", str(study.model(model)), *words, "-o", str(out))
+    return _line("compress", str(_place(study, model)), *words, "-o", str(out))
 
 
 def calibrate_command(study: Study, model: str) -> str:
@@ -80,13 +111,14 @@ def calibrate_command(study: Study, model: str) -> str:
     words = ["--text", str(study.text(wanted.text)), *_flag("ctx", wanted.ctx)]
     words += [*_flag("chunks", wanted.chunks), *_flag("block", wanted.block)]
     words += [] if wanted.saliency else ["--no-saliency"]
-    return _line("calibrate", str(study.model(model)), *words, "-o", _statistics(model))
+    return _line("calibrate", str(_place(study, model)), *words, "-o", _statistics(model))
 
 
 def evaluate_command(study: Study, model: str, evaluation: Evaluation, out: Path) -> str:
     """Return the command that measures a result as the study does."""
     words = ["--text", str(study.text(evaluation.text)), *_flag("ctx", evaluation.ctx)]
-    return _line("evaluate", str(study.model(model)), str(out), *words, *_flag("chunks", evaluation.chunks))
+    words += _flag("chunks", evaluation.chunks)
+    return _line("evaluate", str(study.model(study.reference(model))), str(out), *words)
 
 
 def generate_commands(study: Study, out: Path) -> Iterator[str]:
@@ -97,6 +129,11 @@ def generate_commands(study: Study, out: Path) -> Iterator[str]:
         words += [*_flag("seed", wanted.seed), *_flag("chat", wanted.chat)]
         for prompt in wanted.prompts:
             yield _line("generate", str(out), "--prompt", prompt, *words)
+
+
+def _place(study: Study, model: str) -> Path:
+    """Return where a model lies; of a merge, where its printed command puts it."""
+    return Path(model) if model in study.merges else study.model(model)
 
 
 def _line(*words: str) -> str:

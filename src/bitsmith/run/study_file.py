@@ -4,6 +4,8 @@ version: 1
 models: {tiny: ../models/tiny}           # names and paths; paths are relative to the file
 texts: {calib: calib.txt, held: held.txt}
 calibration: {text: calib, ctx: 512, chunks: 200}   # the statistics of `stats: auto`
+merges:                                   # models too: options of `bitsmith merge`
+  both: {teacher: ../models/big, student: tiny, text: calib, held: held}
 recipes:                                  # options as on the command line of `bitsmith compress`
   q4: {type: Q4_K_M}
   mixed: {recipe: auto, target: 4.5bpw, stats: auto}
@@ -41,6 +43,7 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.actions import ACTIONS
 from bitsmith.run.budget import parse_memory
 from bitsmith.run.gate import Gate
+from bitsmith.run.merge_recipe import ALPHA_MAX, Basis, Ffn, Heads, MapName
 from bitsmith.run.overrides import split_rule
 from bitsmith.run.strict_yaml import Document, read_yaml
 from bitsmith.run.task import Limits
@@ -77,6 +80,10 @@ Ctx = Annotated[int, Field(ge=8, le=LARGEST)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST)]
 
 
+Row = tuple[str, str]
+"""A model's and a recipe's name; a merge by itself has no recipe."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
@@ -98,6 +105,37 @@ class Calibration(_Part):
     chunks: Positive | None = None
     block: Positive | None = None
     saliency: bool = True
+
+
+class Merging(_Part):
+    """A model made by merging a teacher into a student, in the options of `bitsmith merge`.
+
+    `student` is a model's name, `teacher` one's or a path; `text` and `held` are texts' names. `layers` is
+    `cka`, `proportional` or the teacher's layer for each of the student's, `alpha` a share, `rule` or `sweep`
+    (of `budget` trials).
+    """
+
+    teacher: Annotated[str, Field(min_length=1)]
+    student: str
+    text: str
+    held: str | None = None
+    tokens: Positive | None = None
+    ctx: Ctx = 512
+    chunks: Positive | None = None
+    samples: Positive | None = None
+    layers: Literal["cka", "proportional"] | tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...] = "cka"
+    map: MapName = "tiered"
+    basis: Basis = "global"
+    trunk: Positive | None = None
+    heads: Heads = "match"
+    ffn: Ffn = "match"
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["rule", "sweep"] = "rule"
+    alpha_max: Annotated[float, Field(ge=0, le=1)] = ALPHA_MAX
+    budget: Positive | None = None
+    no_ends: bool = False
+    no_activations: bool = False
+    no_fallback: bool = False
+    seed: Seed = 0
 
 
 class Recipe(_Part):
@@ -224,6 +262,7 @@ class Study(_Part):
     models: Annotated[dict[Name, str], Field(min_length=1)]
     texts: dict[Name, str] = {}
     calibration: Calibration | None = None
+    merges: dict[Name, Merging] = {}
     recipes: dict[Name, Recipe] = {}
     evaluations: tuple[Evaluation, ...] = ()
     generate: Generate | None = None
@@ -252,9 +291,24 @@ class Study(_Part):
         """Return where a model lies."""
         return self.place(self.models[name])
 
+    def teacher(self, merge: str) -> Path:
+        """Return where the teacher of a merge lies: a model of the study, or another."""
+        given = self.merges[merge].teacher
+        return self.model(given) if given in self.models else self.place(given)
+
     def text(self, name: str) -> Path:
         """Return where a text lies."""
         return self.place(self.texts[name])
+
+    def reference(self, name: str) -> str:
+        """Return the model that a model's results are measured against: itself, of a merge its student."""
+        return self.merges[name].student if name in self.merges else name
+
+    @property
+    def rows(self) -> list[Row]:
+        """What is measured: every merge by itself, then every model and merge in every recipe."""
+        made = [(model, recipe) for model in (*self.models, *self.merges) for recipe in self.recipes]
+        return [*((merge, "") for merge in self.merges), *made]
 
     def refusal(self, place: tuple[str | int, ...], message: str) -> BitsmithError:
         """Return the error that names a place of the file with its line, and what is wrong there."""
@@ -308,6 +362,21 @@ def _faulty(study: Study, recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "recipe", f"{SAHC_RECIPE} needs a text to be judged on"
 
 
+def _unmergeable(study: Study, name: str, merge: Merging) -> Iterator[tuple[str, str]]:
+    """Yield the options of a merge that cannot be as they are, with why."""
+    if name in study.models:
+        yield "student", f"{name} is a model already; a merge needs a name of its own"
+    if merge.student not in study.models:
+        known = ", ".join(study.models)
+        yield "student", f"there is no model {printable(merge.student)!r}; models: {known}"
+    elif study.teacher(name) == study.model(merge.student):
+        yield "teacher", "is the student"
+    if merge.held is not None and merge.held == merge.text:
+        yield "held", "is the text that the merge is made of"
+    if merge.budget is not None and merge.alpha != "sweep":
+        yield "budget", "is for alpha: sweep"
+
+
 def _inconsistent(study: Study) -> list[tuple[tuple[str | int, ...], str]]:
     """Return each place that names what there is not, with what is wrong."""
     found: list[tuple[tuple[str | int, ...], str]] = []
@@ -328,6 +397,10 @@ def _inconsistent(study: Study) -> list[tuple[tuple[str | int, ...], str]]:
         named(("claims", "calibration"), study.claims.calibration)
         if study.claims.stats == AUTO and study.calibration is None:
             found.append((("claims", "stats"), "auto needs the study's calibration"))
+    for name, merge in study.merges.items():
+        named(("merges", name, "text"), merge.text)
+        named(("merges", name, "held"), merge.held)
+        found += [(("merges", name, option), why) for option, why in _unmergeable(study, name, merge)]
     for name, recipe in study.recipes.items():
         named(("recipes", name, "text"), recipe.text)
         found += [(("recipes", name, option), why) for option, why in _faulty(study, recipe)]

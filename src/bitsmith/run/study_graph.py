@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bitsmith.run.study_file import AUTO, SAHC_RECIPE, Claims, Evaluation, Study
+from bitsmith.run.study_merge import merge_params
 from bitsmith.run.study_recipe import job_fields, model_name, output_of
 from bitsmith.run.task import Task
 
@@ -15,17 +16,25 @@ def graph_of(study: Study) -> list[Task]:
 
     A model is inspected, calibrated once for all that asks for statistics, and run once over every
     evaluation's text; each recipe is compressed once, then measured on every text and sampled. The claims are
-    tested last.
+    tested last. Then the same of each merge, once it is made; it and its recipes are measured against its
+    student.
     """
     graph = _Graph(study)
     for model in study.models:
-        graph.add_model(model)
+        graph.add_model(model, str(study.model(model)))
+    for merge in study.merges:
+        graph.add_merge(merge)
     return graph.tasks
 
 
 def named(kind: str, *parts: str) -> str:
-    """Return a task's name: `compress tiny/q4`."""
-    return f"{kind} {'/'.join(parts)}"
+    """Return a task's name: `compress tiny/q4`; parts that are empty are left out."""
+    return f"{kind} {'/'.join(part for part in parts if part)}"
+
+
+def maker(model: str, recipe: str) -> str:
+    """Return the task that makes a row: that of its recipe, or of the merge."""
+    return named("compress" if recipe else "merge", model, recipe)
 
 
 def window_name(study: Study, evaluation: Evaluation) -> str:
@@ -43,16 +52,23 @@ class _Graph:
         self._study = study
         self.tasks: list[Task] = []
 
-    def add_model(self, model: str) -> None:
-        """Add all tasks of one model."""
-        study, source = self._study, {"model": str(self._study.model(model))}
+    def add_merge(self, merge: str) -> None:
+        """Add what makes a merge, then all tasks of it as a model."""
+        made = maker(merge, "")
+        self._add(made, "merge", merge_params(self._study, merge))
+        self._add_evaluations(merge, "")
+        self.add_model(merge, made)
+
+    def add_model(self, model: str, place: str) -> None:
+        """Add all tasks of one model, that lies at `place` or is made by the task so named."""
+        study, source = self._study, {"model": place}
         if study.inspect:
             self._add(named("inspect", model), "inspect", source)
         if study.assay:
             self._add(named("assay", model), "assay", source)
         if any(one is not None and one.stats == AUTO for one in (*study.recipes.values(), study.claims)):
             self._add(named("calibrate", model), "calibrate", source | self._calibration())
-        for evaluation in study.evaluations:
+        for evaluation in study.evaluations if model in study.models else ():
             name = named("reference", model, window_name(study, evaluation))
             self._add(name, "reference", source | self._window(evaluation))
         self._add_sample(named("generate", model), source)
@@ -62,7 +78,7 @@ class _Graph:
             self._add(named("claims", model), "claims", source | self._claims(study.claims, model))
 
     def _add_recipe(self, model: str, name: str, source: dict[str, Any]) -> None:
-        recipe, made = self._study.recipes[name], named("compress", model, name)
+        recipe, made = self._study.recipes[name], maker(model, name)
         params = job_fields(self._study, recipe)
         if recipe.stats == AUTO:
             params["statistics"] = named("calibrate", model)
@@ -71,18 +87,19 @@ class _Graph:
             self._add(made, "sahc", source | params)
         else:
             self._add(made, "compress", source | params | {"output": model_name(recipe)})
-        for evaluation in self._study.evaluations:
-            where = window_name(self._study, evaluation)
-            states = {"states": named("reference", model, where), "candidate": made}
-            self._add(
-                named("evaluate", model, name, where),
-                "evaluate",
-                source | self._window(evaluation) | states,
-            )
+        self._add_evaluations(model, name)
         sampled: dict[str, Any] = {"model": made}
         if output_of(recipe) == "cellm":
-            sampled["tokenizer"] = source["model"]
+            sampled["tokenizer"] = str(self._study.model(self._study.reference(model)))
         self._add_sample(named("generate", model, name), sampled)
+
+    def _add_evaluations(self, model: str, recipe: str) -> None:
+        reference = self._study.reference(model)
+        for evaluation in self._study.evaluations:
+            where = window_name(self._study, evaluation)
+            params = {"model": str(self._study.model(reference)), **self._window(evaluation)}
+            params |= {"states": named("reference", reference, where), "candidate": maker(model, recipe)}
+            self._add(named("evaluate", model, recipe, where), "evaluate", params)
 
     def _add_sample(self, name: str, model: Mapping[str, Any]) -> None:
         wanted = self._study.generate
@@ -132,4 +149,7 @@ class _Graph:
         self.tasks.append(task)
 
 
-_PLACES = ("model", "text", "candidate", "statistics", "plan_file", "tokenizer", "calibration")
+_PLACES = (
+    *("model", "text", "candidate", "statistics", "plan_file", "tokenizer", "calibration"),
+    *("teacher", "student", "held"),
+)

@@ -16,10 +16,11 @@ from bitsmith.run.actions import ASSAY, GATE_LOG
 from bitsmith.run.audit import read_audit
 from bitsmith.run.gate import Judged, Verdict
 from bitsmith.run.graph import Outcome
+from bitsmith.run.merge_lines import merge_line
 from bitsmith.run.spectrum_lines import spectrum_lines
 from bitsmith.run.study_commands import model_commands, recipe_commands
-from bitsmith.run.study_file import Study
-from bitsmith.run.study_graph import named, window_name
+from bitsmith.run.study_file import Row, Study
+from bitsmith.run.study_graph import maker, named, window_name
 from bitsmith.run.study_lines import claim_lines, gate_line
 from bitsmith.run.task import Task
 from bitsmith.run.task_state import Status
@@ -33,11 +34,10 @@ _STATUS = {
     Status.KILLED: "failed",
 }
 _PACKAGES = ("numpy", "torch", "transformers", "numba", "gguf", "ray")
+MERGED = "merged"
+"""The group of merges that no recipe compressed."""
 JUDGE = "study"
 """Who, in the audit log, holds rows against the study's gates."""
-
-Row = tuple[str, str]
-"""A model's and a recipe's name."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +81,14 @@ class StudyResult:
             "summary": list(self._summary()),
             "artifacts": [
                 *map(self._original, study.models),
-                *(self._artifact(*row) for row in self._rows()),
+                *(self._artifact(*row) for row in self.study.rows),
             ],
             "peers": list(self.peers),
             "protocols": list(self._protocols()),
             "gates": list(self._gates()),
             "tasks": [self._task_line(task) for task in self.tasks],
             "claims": list(self._claims()),
+            "merges": list(self._merges()),
             "spectra": list(self._spectra()),
             "samples": list(self._samples()),
             "environment": dict(self.environment),
@@ -110,31 +111,38 @@ class StudyResult:
         last = {line.what: line for line in lines if line.who == JUDGE}
         kept = (line for line in lines if line.who != JUDGE or line is last[line.what])
         yield from (gate_line(asdict(line)) for line in kept)
-        for model, recipe in self._rows():
-            outcome = self.outcomes[named("compress", model, recipe)]
+        for model, recipe in self.study.rows:
+            outcome = self.outcomes[maker(model, recipe)]
             own = None if outcome.path is None else outcome.path.parent / GATE_LOG
             if own is not None and own.is_file():
                 for line in read_audit(own):
                     yield {**gate_line(asdict(line)), "artifact": f"{model}/{recipe}"}
 
     def _claims(self) -> Iterator[dict[str, Any]]:
-        several = len(self.study.models) > 1
-        for model in self.study.models:
+        several = len(self._models) > 1
+        for model in self._models:
             found = self.result("claims", model).get("claims", ())
             yield from claim_lines(found, model if several else "")
 
     def _spectra(self) -> Iterator[dict[str, Any]]:
         """Yield the spectra of every model that was assayed."""
-        several = len(self.study.models) > 1
-        for model in self.study.models if self.study.assay else ():
+        several = len(self._models) > 1
+        for model in self._models if self.study.assay else ():
             outcome = self.outcomes[named("assay", model)]
             if outcome.path is not None:
                 assay = json.loads((outcome.path / ASSAY).read_bytes())
                 for line in spectrum_lines(assay):
                     yield line | ({"model": model} if several else {})
 
-    def _rows(self) -> list[Row]:
-        return [(model, recipe) for model in self.study.models for recipe in self.study.recipes]
+    def _merges(self) -> Iterator[dict[str, Any]]:
+        for name in self.study.merges:
+            found = self.result("merge", name)
+            if found:
+                yield merge_line(found["merge"], name)
+
+    @property
+    def _models(self) -> tuple[str, ...]:
+        return (*self.study.models, *self.study.merges)
 
     def _summary(self) -> Iterator[str]:
         counts = self.counts()
@@ -143,7 +151,7 @@ class StudyResult:
         for (model, recipe), judged in self.judged.items():
             for one in judged:
                 if not one.passed:
-                    yield f"{model}/{recipe}: {one.name} {one.outcome.value}"
+                    yield f"{_row_name(model, recipe)}: {one.name} {one.outcome.value}"
 
     def _original(self, model: str) -> dict[str, Any]:
         study = self.study
@@ -152,7 +160,8 @@ class StudyResult:
         for evaluation in study.evaluations:
             window = window_name(study, evaluation)
             size = size or self.result("reference", model, window)
-            found = (self.result("evaluate", model, recipe, window) for recipe in study.recipes)
+            rows = (row for row in study.rows if study.reference(row[0]) == model)
+            found = (self.result("evaluate", *row, window) for row in rows)
             first = next((one["measures"]["ppl_ref"] for one in found if one), None)
             if first is not None:
                 measures[self._measure_name("ppl_cand", window)] = first
@@ -170,7 +179,7 @@ class StudyResult:
         }
 
     def _artifact(self, model: str, recipe: str) -> dict[str, Any]:
-        study, made = self.study, self.outcomes[named("compress", model, recipe)]
+        study, made = self.study, self.outcomes[maker(model, recipe)]
         measures: dict[str, Any] = {}
         lost = [] if made.status is Status.COMPLETED else [f"not made: {made.reason}"]
         for evaluation in study.evaluations:
@@ -182,10 +191,11 @@ class StudyResult:
                 measures[self._measure_name(name, window)] = figure
         facts = made.result or {}
         return {
-            "name": f"{model}/{recipe}",
-            "group": recipe,
+            "name": _row_name(model, recipe),
+            "group": recipe or MERGED,
+            "what": _made_of(study, model),
             "model": model,
-            "recipe": recipe,
+            "recipe": recipe or MERGED,
             "path": "" if made.path is None or "path" not in facts else str(made.path / facts["path"]),
             "measures": measures,
             "protocol": self._first_window(),
@@ -195,7 +205,9 @@ class StudyResult:
             "sha256": facts.get("sha256", ""),
             "tensors": facts.get("tensors", []),
             "layers": facts.get("layers", []),
-            "commands": list(recipe_commands(study, model, recipe)),
+            "commands": list(
+                recipe_commands(study, model, recipe) if recipe else model_commands(study, model)
+            ),
             **_size(facts),
         }
 
@@ -209,7 +221,7 @@ class StudyResult:
     def _protocols(self) -> Iterator[dict[str, Any]]:
         for evaluation in self.study.evaluations:
             window = window_name(self.study, evaluation)
-            rows = (self.result("evaluate", *row, window) for row in self._rows())
+            rows = (self.result("evaluate", *row, window) for row in self.study.rows)
             settings = next((one["protocol"] for one in rows if one), None)
             yield {"name": window, "settings": settings or evaluation.model_dump(mode="json")}
 
@@ -233,24 +245,30 @@ class StudyResult:
         how = (
             "greedy" if wanted.temperature == 0 else f"temperature {wanted.temperature:g}, seed {wanted.seed}"
         )
-        makers = [*((model,) for model in self.study.models), *self._rows()]
+        made = (row for row in self.study.rows if row[1])
+        makers = [*((model,) for model in self._models), *made]
         for index, prompt in enumerate(wanted.prompts):
             passages = []
-            for maker in makers:
-                found = self.result("generate", *maker).get("samples")
+            for written in makers:
+                found = self.result("generate", *written).get("samples")
                 if found:
                     note = f"stopped: {found[index]['stopped']}"
                     passages.append(
-                        {"artifact": "/".join(maker), "how": how, "text": found[index]["text"], "note": note}
+                        {
+                            "artifact": "/".join(written),
+                            "how": how,
+                            "text": found[index]["text"],
+                            "note": note,
+                        }
                     )
             yield {"prompt": prompt, "passages": passages}
 
     def _digests(self) -> Iterator[dict[str, str]]:
         yield from ({"what": what, "sha256": sha256} for what, sha256 in self.sources.items())
-        for row in self._rows():
-            found = self.result("compress", *row)
-            if "sha256" in found:
-                yield {"what": "/".join(row), "sha256": found["sha256"]}
+        for row in self.study.rows:
+            outcome = self.outcomes[maker(*row)]
+            if outcome.result is not None and "sha256" in outcome.result:
+                yield {"what": _row_name(*row), "sha256": outcome.result["sha256"]}
 
 
 def environment() -> dict[str, str]:
@@ -263,6 +281,16 @@ def environment() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def _row_name(model: str, recipe: str) -> str:
+    return f"{model}/{recipe}" if recipe else model
+
+
+def _made_of(study: Study, model: str) -> str:
+    """Return what a merge is of; nothing for other models."""
+    found = study.merges.get(model)
+    return "" if found is None else f"{found.teacher} merged into {found.student}"
 
 
 def _size(facts: Mapping[str, Any]) -> dict[str, Any]:

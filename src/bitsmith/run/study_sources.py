@@ -9,6 +9,7 @@ from typing import Any
 
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.study_file import AUTO, Study
+from bitsmith.run.study_merge import refuse_merges
 from bitsmith.run.study_peers import read_peers
 from bitsmith.run.study_recipe import refuse_recipes
 from bitsmith.store import open_checkpoint
@@ -19,7 +20,7 @@ Place = tuple[str | int, ...]
 
 
 def check_study(study: Study) -> list[dict[str, Any]]:
-    """Refuse what the file names and is not there, and recipes and claims that cannot be; return the peers.
+    """Refuse what is not there, and merges, recipes and claims that cannot be; return the peers.
 
     Raises BitsmithError with the line and the name.
     """
@@ -28,6 +29,7 @@ def check_study(study: Study) -> list[dict[str, Any]]:
     for name in study.texts:
         if not study.text(name).is_file():
             raise study.refusal(("texts", name), f"{study.text(name)} is no file")
+    refuse_merges(study)
     refuse_recipes(study)
     if study.claims is not None and study.claims.only is not None:
         from bitsmith.run.study_claims import claims_cost  # noqa: PLC0415 (loads torch)
@@ -46,9 +48,13 @@ def source_digests(study: Study, store: ArtifactStore) -> dict[str, str]:
     """
     digests = SourceDigests(store.root / "sources.json")
     found: dict[str, str] = {}
-    for name in study.models:
+    models = {name: study.model(name) for name in study.models}
+    models |= {
+        one.teacher: study.teacher(name) for name, one in study.merges.items() if one.teacher not in models
+    }
+    for name, path in models.items():
         with suppress(BitsmithError, OSError):
-            found |= _model_digests(f"model {name}", study.model(name), digests)
+            found |= _model_digests(f"model {name}", path, digests)
     for name in study.texts:
         with suppress(BitsmithError, OSError):
             found[f"text {name}"] = digests.of(study.text(name))
@@ -69,6 +75,7 @@ def _paths(study: Study) -> list[tuple[Place, Path]]:
     """Return every path that the file names, with the place where it does."""
     found: list[tuple[Place, Path]] = [(("models", name), study.model(name)) for name in study.models]
     found += [(("texts", name), study.text(name)) for name in study.texts]
+    found += [(("merges", name, "teacher"), study.teacher(name)) for name in study.merges]
     for name, recipe in study.recipes.items():
         given = {"stats": recipe.stats, "plan": recipe.plan}
         found += [
