@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -10,6 +12,7 @@ from bitsmith.numerics.divergence import MIN_CHUNKS, Estimate
 Float64 = NDArray[np.float64]
 
 _TAILS = (0.025, 0.975)
+_DRAWS_AT_ONCE = 50
 
 
 def ratio_of_sums(top: ArrayLike, bottom: ArrayLike, resamples: int = 2000, seed: int = 0) -> Estimate | None:
@@ -39,6 +42,28 @@ def difference_of_ratios(
         return Estimate(float(whole), None, None)
     low, high = np.quantile(found, _TAILS)
     return Estimate(float(whole), float(low), float(high))
+
+
+def resampled(
+    statistic: Callable[[Float64], Float64], count: int, resamples: int = 2000, seed: int = 0
+) -> Float64 | None:
+    """Return a statistic (`resamples`) of `count` things drawn with replacement; None for fewer than two.
+
+    `statistic` is given how often each draw holds each (`R count`), some draws at a time, and returns `R`.
+    """
+    if count < MIN_CHUNKS:
+        return None
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    parts = [draws[at : at + _DRAWS_AT_ONCE] for at in range(0, resamples, _DRAWS_AT_ONCE)]
+    return np.concatenate([statistic(part.astype(np.float64)) for part in parts])
+
+
+def interval_about(value: float, drawn: Float64 | None) -> Estimate:
+    """Return a value with the 2.5 % to 97.5 % percentile range of what was drawn; no interval without any."""
+    if drawn is None or not len(drawn):
+        return Estimate(value, None, None)
+    low, high = np.quantile(drawn, _TAILS)
+    return Estimate(value, float(low), float(high))
 
 
 def _difference(

@@ -1,0 +1,302 @@
+"""What a merge's maps do, measured on held-out states of both models, with the targets beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import linalg
+
+from bitsmith.numerics.divergence import Estimate
+from bitsmith.numerics.higher_order import Information, kurtosis_gap, pairwise_information
+from bitsmith.numerics.resampling import ratio_of_sums
+from bitsmith.numerics.threads import one_blas_thread
+from bitsmith.passes.merge_heads import HeadMap
+from bitsmith.passes.merge_maps import PairMoments, ResidualMap, ridge_map, transition_cost
+from bitsmith.progress import Progress, silent
+from bitsmith.run.evaluation import INTERVAL, Measure
+from bitsmith.run.merge_attention import attention_kl
+from bitsmith.run.merge_plan import MergePlan
+from bitsmith.run.merge_trial import UNMEASURED, figure
+from bitsmith.store.paired import CrossMoments, Paired
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+
+CHANNELS = 128
+"""Channels of the student's stream that kurtosis and mutual information are taken of, evenly spread."""
+MOST_TRANSITION = 0.1
+LEAST_VARIANCE = 0.95
+LEAST_COSINE = 0.8
+
+_BAND_TOKENS = 2  # in the moments for each of the teacher's dimensions, for the least-squares map to be one
+_NO_INTERVAL = "of maps alone: held-out text does not enter"
+_NO_LOGITS = "a DeltaNet layer has no attention logits"
+_NO_TURNS = "these heads have no block rotations"
+_ONE_CHUNK = "the held-out states are a single chunk"
+_CONSTANT = "the channels do not vary"
+
+
+@dataclass(frozen=True)
+class Band:
+    """The range of a figure over all places under the pair's own least-squares maps; None: unmeasured."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class PlaceDiagnostics:
+    """Figures of one place: the states that enter a layer of the student, or its final norm.
+
+    `figures` and the `reference`, the same by the least-squares map of this place, are by name; a list has
+    one figure for each KV group. `unmeasured` says by name why a figure is missing.
+    """
+
+    facts: Mapping[str, Any]
+    figures: Mapping[str, Measure | list[Measure]]
+    null: Measure
+    reference: Mapping[str, Measure]
+    unmeasured: Mapping[str, str]
+
+    def to_json(self, bands: Mapping[str, Band | None]) -> dict[str, Any]:
+        """Return the place as plain values, with what meets its target."""
+        return {
+            **self.facts,
+            **{name: _plain(value) for name, value in self.figures.items()},
+            "pairwise_mi_null": figure(self.null),
+            "reference": {name: figure(value) for name, value in self.reference.items()},
+            "met": self._met(bands),
+            "unmeasured": dict(self.unmeasured),
+        }
+
+    def _met(self, bands: Mapping[str, Band | None]) -> dict[str, bool | None]:
+        """Return by figure whether its value meets the target; None where that cannot be told."""
+        bounds: dict[str, tuple[float, float] | None] = {
+            "transition_cost": (-np.inf, MOST_TRANSITION),
+            "transition_cost_normalised": (-np.inf, MOST_TRANSITION),
+            "variance_kept": (LEAST_VARIANCE, np.inf),
+            "cosine": (LEAST_COSINE, np.inf),
+            "kurtosis_gap": _ends(bands["kurtosis_gap"]),
+            "pairwise_mi": None if (band := bands["pairwise_mi"]) is None else (band.low, np.inf),
+        }
+        found: dict[str, bool | None] = {}
+        for name, within in bounds.items():
+            value = self.figures.get(name)
+            if isinstance(value, Measure):
+                found[name] = None if within is None else within[0] <= value.value <= within[1]
+        return found
+
+
+@dataclass(frozen=True)
+class MergeDiagnostics:
+    """A merge's diagnostics: by layer of the student, and before the final norms.
+
+    `bands` are the tolerances of kurtosis gap and mutual information, None where they are unmeasured.
+    """
+
+    protocol: Mapping[str, Any]
+    bands: Mapping[str, Band | None]
+    layers: tuple[PlaceDiagnostics, ...]
+    final: PlaceDiagnostics
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the diagnostics as plain values."""
+        return {
+            "kind": "merge-diagnostics",
+            "targets": {
+                "transition_cost": {"most": MOST_TRANSITION},
+                "transition_cost_normalised": {"most": MOST_TRANSITION},
+                "variance_kept": {"least": LEAST_VARIANCE},
+                "cosine": {"least": LEAST_COSINE},
+                **{name: None if band is None else asdict(band) for name, band in self.bands.items()},
+            },
+            "protocol": dict(self.protocol),
+            "layers": [one.to_json(self.bands) for one in self.layers],
+            "final": self.final.to_json(self.bands),
+        }
+
+
+def merge_diagnostics(plan: MergePlan, *, progress: Progress = silent) -> MergeDiagnostics:
+    """Measure a plan's maps and heads on the held-out states of its paired activations, layer by layer.
+
+    `|T - I|` of the maps in front of and behind a layer; the share of the teacher's held-out energy within
+    the map; the mean cosine of `x_t A` and `x_s`; of `CHANNELS` channels the gap in kurtosis and the mutual
+    information of the two; KL of attention by KV group; and the shares that the plan has. The tolerance of
+    the gap and the information is what this pair of models shows by itself: the range, over all places, under
+    each place's least-squares map. Intervals draw held-out chunks; a single one has none. Raises as
+    `Paired.samples` and `attention_kl` do.
+    """
+    count = len(plan.layers)
+    layers = []
+    for number in range(count):
+        progress("diagnostics", number, count + 1)
+        layers.append(_layer(plan, number))
+    progress("diagnostics", count, count + 1)
+    final = _final(plan)
+    progress("diagnostics", count + 1, count + 1)
+    bands = {name: _band([*layers, final], name) for name in ("kurtosis_gap", "pairwise_mi")}
+    return MergeDiagnostics(_protocol(plan.paired), bands, tuple(layers), final)
+
+
+def _protocol(paired: Paired) -> dict[str, Any]:
+    said = paired.manifest
+    held = len(said.held_chunks)
+    return {
+        "text": said.text,
+        "text_sha256": said.text_sha256,
+        "ctx_tokens": said.ctx_tokens,
+        "chunks": held,
+        "tokens": held * said.ctx_tokens,
+        "fit_tokens": said.fit_tokens,
+        "channels": min(CHANNELS, said.student.hidden),
+        "interval": INTERVAL if held > 1 else UNMEASURED,
+    }
+
+
+def _layer(plan: MergePlan, number: int) -> PlaceDiagnostics:
+    merge, alpha = plan.layers[number], plan.alphas.layers[number]
+    paired = plan.paired
+    states = paired.samples("teacher", merge.teacher), paired.samples("student", number)
+    seen = _place(merge.before, states, paired, paired.states(number))
+    costs = transition_cost(merge.before, merge.after)
+    names = "transition_cost", "transition_cost_normalised"
+    figures: dict[str, Any] = {
+        name: Measure(cost, "norm", None, None, None) for name, cost in zip(names, costs, strict=True)
+    }
+    unmeasured = dict.fromkeys((f"{name}.interval" for name in names), _NO_INTERVAL)
+    kl, reasons = _attention(plan, number, states)
+    facts = {
+        "layer": number,
+        "teacher_layer": merge.teacher,
+        "kind": "full_attention" if isinstance(merge.heads, HeadMap) else "linear_attention",
+        "map": merge.before.method,
+        "heads": merge.heads.method,
+        "alpha_mixer": alpha.groups(merge.heads.student.groups).tolist(),
+        "alpha_ffn": alpha.ffn,
+        "certainty": plan.facts[number].before.certainty,
+    }
+    return replace(
+        seen,
+        facts=facts,
+        figures={**figures, **seen.figures, **kl},
+        unmeasured={**unmeasured, **seen.unmeasured, **reasons},
+    )
+
+
+def _final(plan: MergePlan) -> PlaceDiagnostics:
+    paired = plan.paired
+    states = (
+        paired.samples("teacher", paired.manifest.teacher.layers),
+        paired.samples("student", len(plan.layers)),
+    )
+    seen = _place(plan.final, states, paired, paired.final())
+    certainty = plan.end_facts[1].certainty
+    return replace(
+        seen, facts={"map": plan.final.method, "alpha_head": plan.alphas.head, "certainty": certainty}
+    )
+
+
+def _attention(
+    plan: MergePlan, number: int, states: tuple[Float32, Float32]
+) -> tuple[dict[str, list[Measure]], dict[str, str]]:
+    """Return the KL of attention by name, and why what is missing is."""
+    merge = replace(plan.layers[number], alpha=plan.alphas.layers[number])
+    names = {"teacher": "attention_kl"} | {
+        part: f"attention_kl_{part}" for part in ("merged", "folded", "unturned")
+    }
+    if not isinstance(merge.heads, HeadMap):
+        return {name: [] for name in names.values()}, dict.fromkeys(names.values(), _NO_LOGITS)
+    found = vars(attention_kl(plan.teacher, plan.student, number, merge, states))
+    measured = {name: [_measure(one, "nats") for one in found[part] or []] for part, name in names.items()}
+    return measured, {} if found["unturned"] else {names["unturned"]: _NO_TURNS}
+
+
+@one_blas_thread()
+def _place(
+    mapping: ResidualMap, states: tuple[Float32, Float32], paired: Paired, moments: CrossMoments
+) -> PlaceDiagnostics:
+    """Measure a map on held-out states (`chunks T D_t`, `chunks T D_s`)."""
+    teacher, student = states
+    mapped = teacher.astype(np.float64) @ mapping.forward
+    figures = {
+        "variance_kept": _measure(_kept(mapping, teacher), "share"),
+        "cosine": _measure(_cosine(mapped, student), "cosine"),
+    }
+    channels = _channels(student.shape[-1])
+    gap, information = _higher(mapped[..., channels], student[..., channels])
+    null = Measure(0.0, "nats", information.null_low, information.null_high, "95 % band of shifted tokens")
+    reference: dict[str, Measure] = {}
+    unmeasured = {} if len(student) > 1 else {"intervals": _ONE_CHUNK}
+    if len(moments.tt) * _BAND_TOKENS > paired.manifest.fit_tokens:
+        unmeasured["reference"] = (
+            f"{paired.manifest.fit_tokens} tokens in the moments are too few for a least-squares map of "
+            f"{len(moments.tt)} dimensions"
+        )
+    else:
+        fitted = ridge_map(PairMoments(moments.tt, moments.ss, moments.ts)).forward[:, channels]
+        reference = _named(*_higher(teacher.astype(np.float64) @ fitted, student[..., channels]))
+    found = _named(gap, information)
+    if gap is None:
+        unmeasured["kurtosis_gap"] = _CONSTANT
+    return PlaceDiagnostics({}, figures | found, null, reference, unmeasured)
+
+
+def _higher(mapped: NDArray[Any], student: NDArray[Any]) -> tuple[Estimate | None, Information]:
+    return kurtosis_gap(mapped, student), pairwise_information(mapped, student)
+
+
+def _named(gap: Estimate | None, information: Information) -> dict[str, Measure]:
+    found = {} if gap is None else {"kurtosis_gap": _measure(gap, "excess kurtosis")}
+    return found | {"pairwise_mi": _measure(information.estimate, "nats")}
+
+
+def _kept(mapping: ResidualMap, teacher: Float32) -> Estimate:
+    """Return the share of the states' energy in the span of the map."""
+    basis, sizes, _ = linalg.svd(mapping.forward, full_matrices=False)
+    basis = basis[:, sizes > 1e-12 * sizes[0]]
+    x = teacher.astype(np.float64)
+    return _ratio(((x @ basis) ** 2).sum((1, 2)), (x**2).sum((1, 2)))
+
+
+def _cosine(mapped: Float64, student: Float32) -> Estimate:
+    """Return the mean cosine over tokens; 0 for a token where one is zero."""
+    aim = student.astype(np.float64)
+    sizes = np.linalg.norm(mapped, axis=-1) * np.linalg.norm(aim, axis=-1)
+    cosines = np.divide((mapped * aim).sum(-1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    return _ratio(cosines.sum(1), np.full(len(cosines), cosines.shape[1]))
+
+
+def _ratio(top: Float64, bottom: NDArray[Any]) -> Estimate:
+    return ratio_of_sums(top, bottom) or Estimate(0.0, None, None)
+
+
+def _channels(width: int) -> NDArray[np.intp]:
+    count = min(CHANNELS, width)
+    return (np.arange(count, dtype=np.intp) * width) // count
+
+
+def _band(places: Sequence[PlaceDiagnostics], name: str) -> Band | None:
+    """Return the range of the reference's figures over all places, with their intervals."""
+    found = [place.reference[name] for place in places if name in place.reference]
+    if not found:
+        return None
+    ends = [(one.value, one.low, one.high) for one in found]
+    known = [end for three in ends for end in three if end is not None]
+    return Band(min(known), max(known))
+
+
+def _ends(band: Band | None) -> tuple[float, float] | None:
+    return None if band is None else (band.low, band.high)
+
+
+def _measure(estimate: Estimate, unit: str) -> Measure:
+    interval = None if estimate.low is None else INTERVAL
+    return Measure(estimate.value, unit, estimate.low, estimate.high, interval)
+
+
+def _plain(value: Measure | list[Measure]) -> Any:
+    return [figure(one) for one in value] if isinstance(value, list) else figure(value)
