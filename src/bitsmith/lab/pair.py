@@ -31,7 +31,7 @@ STUDENT = replace(
     tie_word_embeddings=True,
     num_attention_heads=4,
     minutes=18.0,
-    batch_size=4,
+    learning_rate=3e-3,
     seed=1,
 )
 """Of half the teacher's width, depth and query heads per KV head, and tied; nothing of it starts as the

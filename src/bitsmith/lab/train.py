@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     Qwen3_5ForCausalLM,
     Qwen3_5TextConfig,
@@ -31,7 +32,9 @@ from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.lab.corpus import save_tokenizer, train_tokenizer
 from bitsmith.progress import Progress, silent
 from bitsmith.run.corpus import documents
+from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import quiet_transformers
+from bitsmith.run.free_model import plain
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import atomic_folder
 
@@ -291,9 +294,12 @@ def _sha256(folder: Path) -> str:
 
 
 def _frozen(folder: Path) -> Any:
-    with quiet_transformers():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    return model.requires_grad_(False)  # comes in eval mode
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with quiet_transformers(), open_model(folder) as stored:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        weights = {name: plain(ref) for name, ref in stored.checkpoint.items()}
+        model.load_state_dict({"lm_head.weight": plain(stored.head)} | weights)
+    return model.requires_grad_(False).train(False)
 
 
 def _tokenizer(spec: TrainSpec, teacher: Path | None) -> Tokenizer:
