@@ -12,6 +12,7 @@ import typer
 from bitsmith import __version__
 from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
+from bitsmith.cli.merge import merge
 from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, write_json
 from bitsmith.cli.study import study
 from bitsmith.errors import BitsmithError
@@ -179,6 +180,7 @@ def compare(
     write_json(json_out, {"tensors": [asdict(error) for error in errors]})
 
 
+app.command()(merge)
 app.command()(generate)
 app.command()(chat)
 

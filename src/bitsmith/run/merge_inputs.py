@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -136,6 +136,8 @@ def open_inputs(ask: MergeAsk) -> Iterator[MergeInputs]:
     Hugging Face checkpoint.
     """
     _refuse_options(ask)
+    if not ask.recipe.activations:
+        ask = replace(ask, layer_map="proportional")
     with open_sides(ask.teacher, ask.student) as sides:
         checked_map(ask.layer_map, sides)
         opened = sides.student.model.source
@@ -161,6 +163,8 @@ def _refuse_options(ask: MergeAsk) -> None:
             raise BitsmithError("does not exist", path=path)
     if ask.teacher.samefile(ask.student):
         raise BitsmithError("is teacher and student at once: give two models", path=ask.teacher)
+    if not ask.recipe.activations and ask.layer_map not in ("cka", "proportional"):
+        raise BitsmithError("without activations layers are paired proportionally: no others can be given")
     for what, value in (("tokens", ask.tokens), ("chunks", ask.chunks), ("trials", ask.sweep_budget)):
         if value is not None and value < 1:
             raise BitsmithError(f"{value} {what} are asked for, expected 1 or more")

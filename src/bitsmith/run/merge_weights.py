@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -76,11 +76,20 @@ class Decision:
     reason: str
     tried: tuple[Tried, ...]
 
-    @property
-    def judged(self) -> TrialMeasure | None:
-        """The measure of what was chosen on the chunks that did not choose it."""
-        found = [one.measure for one in self.tried if one.half == "judge"]
-        return found[-1] if found else None
+    def whole(self, student: TrialMeasure) -> TrialMeasure | None:
+        """Return the measure of what is written on all chunks, those that chose it included.
+
+        `student` is the student's; None where what is written gives no numbers.
+        """
+        if not self.adopted:
+            return student
+        found = {one.half: one.measure for one in self.tried if one.alphas == self.alphas}
+        choose, judge = found.get("choose"), found.get("judge")
+        if choose is None or judge is None:
+            return None
+        nll = _interleaved(choose.nll, judge.nll)
+        paired = choose.kld is not None and judge.kld is not None
+        return replace(student, nll=nll, kld=_interleaved(choose.kld, judge.kld) if paired else None)
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -222,6 +231,13 @@ def _backed_off(bench: Bench, alphas: Alphas, factors: Sequence[float]) -> tuple
         elif best.nll < _mean(bench.student().nll):
             break
     return best, found
+
+
+def _interleaved(even: Any, odd: Any) -> NDArray[np.float64]:
+    """Return the values of all chunks in the order of the text."""
+    whole = np.empty(len(even) + len(odd))
+    whole[::2], whole[1::2] = even, odd
+    return whole
 
 
 def _least(one: Tried | None, other: Tried) -> Tried:

@@ -109,6 +109,10 @@ class Workplace:
         """Remove an artifact that is not to be kept."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
 
+    def abandon(self) -> None:
+        """Let go of what the run kept: with an error, the folder goes too if this run made it."""
+        self.journal.entries.clear()
+
     def _closed(self, error: BaseException | None) -> None:
         self.journal.__exit__(None, None, None)
         if error is not None and not self.journal.entries:
