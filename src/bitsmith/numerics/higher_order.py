@@ -58,16 +58,18 @@ def kurtosis_gap(mapped: NDArray[Any], aim: NDArray[Any], resamples: int = 2000)
     """
     _expect_alike(mapped, aim)
     sums = [_power_sums(part) for part in (mapped, aim)]
+    vary = ~np.isnan(sum(_kurtosis(part.sum(0)[None])[0] for part in sums))
+    if not vary.any():
+        return None
+    kept = [part[..., vary] for part in sums]
 
     def gap(draws: Float64) -> Float64:
-        ours, theirs = (_kurtosis(np.einsum("rc,cod->rod", draws, part)) for part in sums)
-        return _nan_median(ours - theirs)
+        ours, theirs = (_kurtosis(np.tensordot(draws, part, 1)) for part in kept)
+        return np.asarray(np.median(ours - theirs, axis=1))
 
-    value = float(gap(np.ones((1, len(aim))))[0])
-    if np.isnan(value):
-        return None
     drawn = resampled(gap, len(aim), resamples)
-    return interval_about(value, None if drawn is None else drawn[~np.isnan(drawn)])
+    known = None if drawn is None else drawn[~np.isnan(drawn)]
+    return interval_about(float(gap(np.ones((1, len(aim))))[0]), known)
 
 
 def pairwise_information(
@@ -122,14 +124,6 @@ def _kurtosis(sums: Float64) -> Float64:
     m4 = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
     varies = m2 > 1e-12
     found: Float64 = np.divide(m4, m2**2, out=np.full_like(m4, np.nan), where=varies) - 3.0
-    return found
-
-
-def _nan_median(values: Float64) -> Float64:
-    """Return the median of each row (`R D`) over what is not NaN; NaN where all of it is."""
-    found = np.full(len(values), np.nan)
-    known = ~np.isnan(values).all(1)
-    found[known] = np.nanmedian(values[known], axis=1)
     return found
 
 

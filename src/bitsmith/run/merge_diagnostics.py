@@ -18,6 +18,7 @@ from bitsmith.passes.merge_heads import HeadMap
 from bitsmith.passes.merge_maps import PairMoments, ResidualMap, ridge_map, transition_cost
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluation import INTERVAL, Measure
+from bitsmith.run.merge_alpha import PlaceFacts
 from bitsmith.run.merge_attention import attention_kl
 from bitsmith.run.merge_plan import MergePlan
 from bitsmith.run.merge_trial import UNMEASURED, figure
@@ -28,11 +29,8 @@ Float64 = NDArray[np.float64]
 
 CHANNELS = 128
 """Channels of the student's stream that kurtosis and mutual information are taken of, evenly spread."""
-MOST_TRANSITION = 0.1
-LEAST_VARIANCE = 0.95
-LEAST_COSINE = 0.8
-
 _BAND_TOKENS = 2  # in the moments for each of the teacher's dimensions, for the least-squares map to be one
+_BAND_WORDS = "the range over all places under the pair's own least-squares maps"
 _NO_INTERVAL = "of maps alone: held-out text does not enter"
 _NO_LOGITS = "a DeltaNet layer has no attention logits"
 _NO_TURNS = "these heads have no block rotations"
@@ -42,10 +40,25 @@ _CONSTANT = "the channels do not vary"
 
 @dataclass(frozen=True)
 class Band:
-    """The range of a figure over all places under the pair's own least-squares maps; None: unmeasured."""
+    """Where a figure should lie; an end of None is open."""
 
-    low: float
-    high: float
+    low: float | None
+    high: float | None
+    words: str = ""
+
+    def holds(self, measure: Measure) -> bool:
+        """Tell whether all of a figure's interval lies within; the value, where it has none."""
+        low = measure.value if measure.low is None else measure.low
+        high = measure.value if measure.high is None else measure.high
+        return (self.low is None or low >= self.low) and (self.high is None or high <= self.high)
+
+
+_TARGETS = {
+    "transition_cost": Band(None, 0.1),
+    "transition_cost_normalised": Band(None, 0.1),
+    "variance_kept": Band(0.95, None),
+    "cosine": Band(0.8, None),
+}
 
 
 @dataclass(frozen=True)
@@ -74,21 +87,14 @@ class PlaceDiagnostics:
         }
 
     def _met(self, bands: Mapping[str, Band | None]) -> dict[str, bool | None]:
-        """Return by figure whether its value meets the target; None where that cannot be told."""
-        bounds: dict[str, tuple[float, float] | None] = {
-            "transition_cost": (-np.inf, MOST_TRANSITION),
-            "transition_cost_normalised": (-np.inf, MOST_TRANSITION),
-            "variance_kept": (LEAST_VARIANCE, np.inf),
-            "cosine": (LEAST_COSINE, np.inf),
-            "kurtosis_gap": _ends(bands["kurtosis_gap"]),
-            "pairwise_mi": None if (band := bands["pairwise_mi"]) is None else (band.low, np.inf),
+        """Return by figure whether it meets its target; None where the target is unmeasured."""
+        bounds = {name: bands.get(name, _TARGETS.get(name)) for name in (*_TARGETS, *bands)}
+        figures = {name: value for name, value in self.figures.items() if isinstance(value, Measure)}
+        return {
+            name: None if band is None else band.holds(figures[name])
+            for name, band in bounds.items()
+            if name in figures
         }
-        found: dict[str, bool | None] = {}
-        for name, within in bounds.items():
-            value = self.figures.get(name)
-            if isinstance(value, Measure):
-                found[name] = None if within is None else within[0] <= value.value <= within[1]
-        return found
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,7 @@ class MergeDiagnostics:
         return {
             "kind": "merge-diagnostics",
             "targets": {
-                "transition_cost": {"most": MOST_TRANSITION},
-                "transition_cost_normalised": {"most": MOST_TRANSITION},
-                "variance_kept": {"least": LEAST_VARIANCE},
-                "cosine": {"least": LEAST_COSINE},
-                **{name: None if band is None else asdict(band) for name, band in self.bands.items()},
+                name: asdict(band) for name, band in {**_TARGETS, **self.bands}.items() if band is not None
             },
             "protocol": dict(self.protocol),
             "layers": [one.to_json(self.bands) for one in self.layers],
@@ -177,8 +179,8 @@ def _layer(plan: MergePlan, number: int) -> PlaceDiagnostics:
         "heads": merge.heads.method,
         "alpha_mixer": alpha.groups(merge.heads.student.groups).tolist(),
         "alpha_ffn": alpha.ffn,
-        "certainty": plan.facts[number].before.certainty,
     }
+    figures["certainty"] = _certainty(plan.facts[number].before)
     return replace(
         seen,
         facts=facts,
@@ -194,10 +196,17 @@ def _final(plan: MergePlan) -> PlaceDiagnostics:
         paired.samples("student", len(plan.layers)),
     )
     seen = _place(plan.final, states, paired, paired.final())
-    certainty = plan.end_facts[1].certainty
+    certainty = _certainty(plan.end_facts[1])
     return replace(
-        seen, facts={"map": plan.final.method, "alpha_head": plan.alphas.head, "certainty": certainty}
+        seen,
+        facts={"map": plan.final.method, "alpha_head": plan.alphas.head},
+        figures={**seen.figures, "certainty": certainty},
     )
+
+
+def _certainty(facts: PlaceFacts) -> Measure:
+    """Return what the rule for the shares takes for certain: an end of an interval, so without one."""
+    return Measure(facts.certainty, "cosine", None, None, None)
 
 
 def _attention(
@@ -286,11 +295,8 @@ def _band(places: Sequence[PlaceDiagnostics], name: str) -> Band | None:
         return None
     ends = [(one.value, one.low, one.high) for one in found]
     known = [end for three in ends for end in three if end is not None]
-    return Band(min(known), max(known))
-
-
-def _ends(band: Band | None) -> tuple[float, float] | None:
-    return None if band is None else (band.low, band.high)
+    high = max(known) if name == "kurtosis_gap" else None  # there is no such thing as too much information
+    return Band(min(known), high, _BAND_WORDS)
 
 
 def _measure(estimate: Estimate, unit: str) -> Measure:
