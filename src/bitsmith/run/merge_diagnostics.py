@@ -30,7 +30,6 @@ Float64 = NDArray[np.float64]
 CHANNELS = 128
 """Channels of the student's stream that kurtosis and mutual information are taken of, evenly spread."""
 _BAND_TOKENS = 2  # in the moments for each of the teacher's dimensions, for the least-squares map to be one
-_BAND_WORDS = "the range over all places under the pair's own least-squares maps"
 _NO_INTERVAL = "of maps alone: held-out text does not enter"
 _NO_LOGITS = "a DeltaNet layer has no attention logits"
 _NO_TURNS = "these heads have no block rotations"
@@ -44,13 +43,10 @@ class Band:
 
     low: float | None
     high: float | None
-    words: str = ""
 
-    def holds(self, measure: Measure) -> bool:
-        """Tell whether all of a figure's interval lies within; the value, where it has none."""
-        low = measure.value if measure.low is None else measure.low
-        high = measure.value if measure.high is None else measure.high
-        return (self.low is None or low >= self.low) and (self.high is None or high <= self.high)
+    def holds(self, value: float) -> bool:
+        """Tell whether a value lies within."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
 
 _TARGETS = {
@@ -91,7 +87,7 @@ class PlaceDiagnostics:
         bounds = {name: bands.get(name, _TARGETS.get(name)) for name in (*_TARGETS, *bands)}
         figures = {name: value for name, value in self.figures.items() if isinstance(value, Measure)}
         return {
-            name: None if band is None else band.holds(figures[name])
+            name: None if band is None else band.holds(figures[name].value)
             for name, band in bounds.items()
             if name in figures
         }
@@ -113,9 +109,8 @@ class MergeDiagnostics:
         """Return the diagnostics as plain values."""
         return {
             "kind": "merge-diagnostics",
-            "targets": {
-                name: asdict(band) for name, band in {**_TARGETS, **self.bands}.items() if band is not None
-            },
+            "targets": {name: _bounds(band) for name, band in _TARGETS.items()}
+            | {name: None if band is None else asdict(band) for name, band in self.bands.items()},
             "protocol": dict(self.protocol),
             "layers": [one.to_json(self.bands) for one in self.layers],
             "final": self.final.to_json(self.bands),
@@ -296,7 +291,12 @@ def _band(places: Sequence[PlaceDiagnostics], name: str) -> Band | None:
     ends = [(one.value, one.low, one.high) for one in found]
     known = [end for three in ends for end in three if end is not None]
     high = max(known) if name == "kurtosis_gap" else None  # there is no such thing as too much information
-    return Band(min(known), high, _BAND_WORDS)
+    return Band(min(known), high)
+
+
+def _bounds(band: Band) -> dict[str, float]:
+    ends = {"least": band.low, "most": band.high}
+    return {name: end for name, end in ends.items() if end is not None}
 
 
 def _measure(estimate: Estimate, unit: str) -> Measure:
