@@ -11,7 +11,7 @@ from bitsmith.report.study_json import Study
 from bitsmith.run.merge_lines import experiment_lines, merge_line
 from bitsmith.run.study_result import MERGED
 
-_SUFFIX = ".merge"
+_SUFFIX, _MODEL = ".merge", "model"
 _TEACHER = "teacher"
 
 
@@ -25,12 +25,11 @@ def from_merge(record: Json, path: Path | None = None) -> Study:
     return study_of(
         record,
         f"{out.name}: {line['teacher']} merged into {line['student']}",
-        summary=[_outcome(line)],
         artifacts=list(_rows(record, out)),
         merges=[line],
         protocols=[{"name": PROTOCOL, "settings": dict(record["protocol"])}],
         commands=[record["command"]] if record.get("command") else [],
-        notes=list(UNSAID),
+        notes=[*_packed(record), *UNSAID],
     )
 
 
@@ -54,21 +53,23 @@ def from_merge_experiments(record: Json) -> Study:
     )
 
 
+def _packed(record: Json) -> list[str]:
+    if not record["type"]:
+        return []
+    return [f"Then compressed as {record['type']}: the figures are of what was compressed, before that."]
+
+
 def _given(record: Json, task: str) -> list[str]:
     found = record["texts"].get(task)
     return [] if found is None else [f"--{task}", found["path"]]
 
 
-def _outcome(line: Json) -> str:
-    said = "adopted" if line["is_adopted"] else "not adopted: what was written is the student, bit for bit"
-    return f"{line['teacher']} merged into {line['student']}: {said}. {line['reason']}."
-
-
 def _made(record: Json, path: Path | None) -> Path:
-    """Return the model's folder: `OUT` of `OUT.merge/merge.json`, or what the record says."""
-    if path is not None and path.absolute().parent.suffix == _SUFFIX:
-        return path.absolute().parent.with_suffix("")
-    return Path(str(record.get("out") or MERGED))
+    """Return the model's folder beside the record: `OUT` of `OUT.merge`, or in it where it was packed."""
+    if path is None or path.absolute().parent.suffix != _SUFFIX:
+        return Path(MERGED)
+    folder = path.absolute().parent
+    return folder / _MODEL if record["type"] else folder.with_suffix("")
 
 
 def _rows(record: Json, out: Path) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,8 @@ def front_matter(study: Study) -> str:
         f"{one[1]}/{one[2]}" for row in study.artifacts for one in _CACHED.finditer(row.model or row.path)
     ]
     if bases:
-        known |= {"base_model": list(dict.fromkeys(bases)), "base_model_relation": "quantized"}
+        relation = "merge" if study.merges else "quantized"
+        known |= {"base_model": list(dict.fromkeys(bases)), "base_model_relation": relation}
     library = (
         "gguf"
         if kinds == ["gguf"]
@@ -43,7 +44,11 @@ def front_matter(study: Study) -> str:
         else ""
     )
     known |= {"library_name": library} if library else {}
-    known |= {"tags": [_METHOD, "quantized", *(_TAGS[kind] for kind in kinds if kind in _TAGS)]}
+    packed = [_TAGS[kind] for kind in kinds if kind in _TAGS]
+    what = ["merge"] if study.merges else []
+    if packed or not study.merges:
+        what.append("quantized")
+    known |= {"tags": [_METHOD, *what, *packed]}
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=False)}---"
 
 

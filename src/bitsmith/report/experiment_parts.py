@@ -20,12 +20,13 @@ from bitsmith.run.study_peers import Figure
 PART = "experiments"
 STUDENT = "the student"
 
-_DRAWN = ("ppl_over_student", "ppl", "kld_to_teacher")
+_DRAWN = ("ppl_over_student", "ppl", "explained")
 _STYLES = {"ppl": "{:.3f}", "ppl_over_student": "{:.5f}", "kld_to_teacher": "{:.5f}"}
 _LABELS = {
     "ppl": "perplexity",
     "ppl_over_student": "perplexity / student's",
     "kld_to_teacher": "KLD to the teacher (nats)",
+    "explained": "student's variance explained",
 }
 _NUMBER = r"(\d[\d,]*(?:\.\d+)?)"
 _ACROSS = {
@@ -98,7 +99,7 @@ def _block(anchor: str, one: Experiment) -> Block:
     caption = f"Experiment {title}"
     return Block(
         title[:1].upper() + title[1:],
-        _note(one),
+        experiment_note(one),
         charts,
         experiment_table(one),
         anchor,
@@ -106,7 +107,8 @@ def _block(anchor: str, one: Experiment) -> Block:
     )
 
 
-def _note(one: Experiment) -> str:
+def experiment_note(one: Experiment) -> str:
+    """Return an experiment's question, and the facts that all its rows have alike."""
     said = [f"{name.replace('_', ' ')}: {value}" for name, value in common_facts(one).items() if value != ""]
     every = f" Of all rows: {'; '.join(said)}." if said else ""
     return printable(f"{one.words}{every}", 2000)

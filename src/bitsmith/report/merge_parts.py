@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from bitsmith.errors import printable
 from bitsmith.report.charts import Block, Chart, Curve, Mark, Part, curve_of
 from bitsmith.report.markdown import UNMEASURED
-from bitsmith.report.study_json import Merge, MergeLayer, MergeTarget, Study
+from bitsmith.report.study_json import Merge, MergePlace, MergeTarget, Study
 from bitsmith.report.study_tables import Cell, Table, figure_text, without_empty
 from bitsmith.run.study_peers import Figure
 
 MET, NOT_MET = "met", "not met"
 PROFILE, TAKEN = "Merge profile", "Merge profile as taken"
 TARGET_RULE = (
-    "A target is met where the worse end of the interval meets it, or the value where no interval was "
-    "measured."
+    "A target is met by the figure itself; its interval stands beside it. The bands of kurtosis gap and "
+    "mutual information are what this pair of models shows by itself, under its least-squares maps."
 )
+LEAST_SQUARES = "least-squares map"
 
 _LABELS = {
     "transition_cost": "transition cost ‖T − I‖",
@@ -26,13 +27,22 @@ _LABELS = {
     "certainty": "certainty",
     "kurtosis_gap": "kurtosis gap",
     "pairwise_mi": "pairwise mutual information",
+    "pairwise_mi_null": "the same of shifted tokens",
 }
-_ATTENTION_KL = "attention_kl"
+_MEASURES = {
+    "ppl_student": "perplexity of the student",
+    "ppl_teacher": "of the teacher",
+    "ppl_merged": "of what was written",
+    "ppl_merged_over_student": "of it over the student's",
+    "kld_student": "mean KLD from the teacher, student",
+    "kld_merged": "mean KLD from the teacher, what was written",
+}
+_UNDRAWN = ("pairwise_mi_null",)
 _FFN = "FFN"
-_TAKEN_WAY = "merged"
+_BEHIND = "behind all layers"
 _WAYS = {
     "teacher": "the teacher's heads on its own states",
-    "merged": "the layer as merged",
+    "merged": "the layer at the shares asked for",
     "folded": "the layer wholly the teacher's",
     "unturned": "the same without block rotations",
 }
@@ -50,57 +60,43 @@ def outcome_of(merge: Merge) -> str:
     return printable(f"{made}: {came}{f' ({merge.reason})' if merge.reason else ''}", 1000)
 
 
-def met(figure: Figure | None, target: MergeTarget) -> str:
-    """Return whether a figure's worse end lies within a target: `met`, `not met`, `unmeasured`."""
-    if figure is None:
-        return UNMEASURED
-    low = figure.value if figure.low is None else figure.low
-    high = figure.value if figure.high is None else figure.high
-    above = target.low is None or low > target.low
-    return MET if above and (target.high is None or high < target.high) else NOT_MET
-
-
 def diagnostics_table(merge: Merge) -> Table:
-    """Return a row per layer: its diagnostics, each with whether its target is met."""
+    """Return a row per layer, and one behind all: diagnostics, each with whether its target is met."""
     names = _names(merge)
     targets = {one.figure: one for one in merge.targets}
     columns = ["layer", "teacher's", "kind", *(_head(name, targets.get(name)) for name in names)]
     rows = [
         (
-            Cell(str(one.layer), one.layer),
+            _layer(one),
             Cell("" if one.teacher_layer is None else str(one.teacher_layer), one.teacher_layer),
-            Cell(printable(one.kind)),
-            *(_judged(one.figures.get(name), targets.get(name)) for name in names),
+            Cell(printable(one.kind.replace("_", " "))),
+            *(_judged(one, name) for name in names),
         )
-        for one in merge.layers
+        for one in merge.places
     ]
-    if merge.final:
-        behind = (Cell("behind all layers"), Cell(""), Cell(""))
-        rows.append((*behind, *(_judged(merge.final.get(name), targets.get(name)) for name in names)))
     return Table(tuple(columns), rows, [None] * len(rows))
 
 
 def tally_table(merge: Merge) -> Table:
-    """Return a row per target: on how many layers it is met, not met, unmeasured."""
+    """Return a row per target: in how many places it is met, not met, unmeasured."""
     rows = []
     for target in merge.targets:
-        found = [met(figure, target) for figure in _figures(merge, target.figure)]
-        counts = [found.count(word) for word in (MET, NOT_MET, UNMEASURED)]
-        rows.append(
-            (
-                Cell(_label(target.figure)),
-                Cell(_bounds(target)),
-                *(Cell(str(count), count) for count in counts),
-                Cell(printable(target.words, 500)),
-            )
-        )
-    columns = ("diagnostic", "target", MET, NOT_MET, UNMEASURED, "where the target is from")
-    return Table(columns, rows, [None] * len(rows))
+        told = [one.met[target.figure] for one in merge.places if target.figure in one.met]
+        counts = [told.count(outcome) for outcome in (True, False, None)]
+        cells = [Cell(str(count), count) for count in counts]
+        rows.append((Cell(_label(target.figure)), Cell(_bounds(target)), *cells))
+    return Table(("diagnostic", "target", MET, NOT_MET, UNMEASURED), rows, [None] * len(rows))
 
 
 def _part(anchor: str, merge: Merge) -> Part:
     blocks = [
-        Block("", "", table=_facts(merge), id=f"{anchor}-facts", caption=f"Merge {merge.name}: what was done")
+        Block(
+            "",
+            "",
+            table=facts_table(merge),
+            id=f"{anchor}-facts",
+            caption=f"Merge {merge.name}: what was done",
+        )
     ]
     if merge.trials:
         caption = f"Shares tried for {merge.name}, and what was decided"
@@ -110,22 +106,22 @@ def _part(anchor: str, merge: Merge) -> Part:
         blocks.append(
             Block("Targets", TARGET_RULE, table=tally_table(merge), id=f"{anchor}-targets", caption=caption)
         )
-    if merge.layers:
+    if merge.places:
         blocks += _layer_blocks(anchor, merge)
     return Part(anchor, f"Merge: {printable(merge.name)}", (outcome_of(merge),), blocks)
 
 
 def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
-    charts = [_by_layer(anchor, merge, name) for name in _names(merge)]
+    charts = [_by_layer(anchor, merge, name) for name in _names(merge) if name not in _UNDRAWN]
     yield Block(
         "Diagnostics by layer",
-        "Bars are intervals; a dashed line is a target. " + "; ".join(_intervals(merge)),
+        _note(merge),
         [chart for chart in charts if chart.curves],
         diagnostics_table(merge),
         f"{anchor}-layers",
         f"Diagnostics of {merge.name} by layer, targets in the head",
     )
-    ways = dict.fromkeys(way for one in merge.layers for way in one.attention_kl)
+    ways = dict.fromkeys(way for one in merge.places for way in one.attention_kl)
     if ways:
         yield Block(
             "Attention logits",
@@ -136,7 +132,7 @@ def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
             f"Attention KL of {merge.name} by layer and KV group, nats",
             is_folded=True,
         )
-    if any(one.mixer or one.ffn is not None for one in merge.layers):
+    if any(one.mixer or one.ffn is not None for one in merge.places):
         yield Block(
             PROFILE,
             "The teacher's share α by layer: of the mixer by KV group (or K head), and of the FFN.",
@@ -148,7 +144,8 @@ def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
         )
 
 
-def _facts(merge: Merge) -> Table:
+def facts_table(merge: Merge) -> Table:
+    """Return what was merged, how, and what came of it."""
     settings = ", ".join(f"{name} {value}" for name, value in merge.settings.items() if value is not None)
     protocol = ", ".join(f"{name} {value}" for name, value in merge.protocol.items() if value is not None)
     pairs = [
@@ -159,7 +156,7 @@ def _facts(merge: Merge) -> Table:
         ("recipe", settings),
         ("layers", _mapped(merge)),
         *((f"share of the {name}", f"{share:.4g}") for name, share in merge.shares.items()),
-        *((name.replace("_", " "), _full(figure)) for name, figure in merge.measures.items()),
+        *((_MEASURES.get(name, name), _full(figure)) for name, figure in merge.measures.items()),
         ("protocol", protocol),
     ]
     rows = [(Cell(printable(name)), Cell(printable(said, 1000))) for name, said in pairs if said]
@@ -168,7 +165,7 @@ def _facts(merge: Merge) -> Table:
 
 def _mapped(merge: Merge) -> str:
     return ", ".join(
-        f"{one.layer}←{one.teacher_layer}" for one in merge.layers if one.teacher_layer is not None
+        f"{one.layer}←{one.teacher_layer}" for one in merge.places if one.teacher_layer is not None
     )
 
 
@@ -191,30 +188,28 @@ def _trials(merge: Merge) -> Table:
 
 
 def _names(merge: Merge) -> list[str]:
-    """Return the diagnostics that some layer has or that have a target, known ones first."""
-    found = dict.fromkeys(name for one in merge.layers for name in one.figures)
-    found |= dict.fromkeys(name for name in merge.final if name not in found)
-    targets = {one.figure for one in merge.targets if one.figure != _ATTENTION_KL}
-    known = [name for name in _LABELS if name in found or name in targets]
-    return known + [name for name in found if name not in _LABELS]
-
-
-def _figures(merge: Merge, name: str) -> list[Figure | None]:
-    if name == _ATTENTION_KL:
-        return [figure for one in merge.layers for figure in one.attention_kl.get(_TAKEN_WAY, ())]
-    return [one.figures.get(name) for one in merge.layers]
+    """Return the diagnostics that some place has, known ones first."""
+    found = dict.fromkeys(name for one in merge.places for name in one.figures)
+    return [name for name in _LABELS if name in found] + [name for name in found if name not in _LABELS]
 
 
 def _by_layer(anchor: str, merge: Merge, name: str) -> Chart:
-    points = {one.layer: one.figures.get(name) for one in merge.layers}
-    unit = next((one.unit for one in points.values() if one is not None and one.unit), "")
-    curves = [curve_of(merge.name, points)] if any(one is not None for one in points.values()) else []
-    marks = [
-        Mark(f"target: {_bounds(one)}", one.low, one.high) for one in merge.targets if one.figure == name
-    ]
+    places = {one.layer: one for one in merge.places if one.layer is not None}
+    lines = {
+        merge.name: {layer: one.figures.get(name) for layer, one in places.items()},
+        LEAST_SQUARES: {layer: one.reference.get(name) for layer, one in places.items()},
+    }
+    curves = [curve_of(said, points) for said, points in lines.items() if any(points.values())]
+    unit = next((one.figures[name].unit for one in places.values() if name in one.figures), "")
+    marks = [_mark(one) for one in merge.targets if one.figure == name and one.low != one.high]
     title = _label(name)
     y = f"{title} ({unit})" if unit and unit not in title else title
     return Chart(f"{anchor}-{_anchor(name)}", "lines", f"{title} by layer", "layer", y, curves, marks)
+
+
+def _mark(target: MergeTarget) -> Mark:
+    said = "the pair's band" if target.is_band else "target"
+    return Mark(f"{said}: {_bounds(target)}", target.low, target.high)
 
 
 def _attention(anchor: str, merge: Merge, way: str) -> Chart:
@@ -224,7 +219,7 @@ def _attention(anchor: str, merge: Merge, way: str) -> Chart:
             [f"group {at}" for at in range(len(found))],
             [None if figure is None else figure.value for figure in found],
         )
-        for one in merge.layers
+        for one in merge.places
         if (found := one.attention_kl.get(way))
     ]
     return Chart(
@@ -233,13 +228,13 @@ def _attention(anchor: str, merge: Merge, way: str) -> Chart:
 
 
 def _attention_table(merge: Merge) -> Table:
-    most = max(len(found) for one in merge.layers for found in one.attention_kl.values())
+    most = max(len(found) for one in merge.places for found in one.attention_kl.values())
     rows = []
-    for one in merge.layers:
+    for one in merge.places:
         for way, found in one.attention_kl.items():
             figures = [*found, *[None] * (most - len(found))]
             cells = [Cell(figure_text(figure, "{:.4g}"), figure and figure.value) for figure in figures]
-            rows.append((Cell(f"layer {one.layer}", one.layer), Cell(_way(way)), *cells))
+            rows.append((_layer(one), Cell(_way(way)), *cells))
     columns = ("layer", "of", *(f"group {at}" for at in range(most)))
     return Table(columns, rows, [None] * len(rows))
 
@@ -249,17 +244,18 @@ def _way(way: str) -> str:
 
 
 def _profiles(anchor: str, merge: Merge) -> list[Chart]:
-    asked = [_shares(one, one.mixer, one.ffn) for one in merge.layers]
-    taken = [_shares(one, one.taken_mixer, one.taken_ffn) for one in merge.layers]
-    same = taken == asked or not any(one.y for one in taken)
-    says = PROFILE if same else "Merge profile by the rule"
+    layers = [one for one in merge.places if one.layer is not None]
+    asked = [_shares(one, one.mixer, one.ffn) for one in layers]
+    taken = [_shares(one, one.taken_mixer, one.taken_ffn) for one in layers]
+    same = taken == asked
+    says = PROFILE if same else "Merge profile as asked for"
     return [
         Chart(f"{anchor}-profile-map", "cells", says, "", "α", asked),
         *([] if same else [Chart(f"{anchor}-taken-map", "cells", TAKEN, "", "α", taken)]),
     ]
 
 
-def _shares(layer: MergeLayer, mixer: Sequence[float], ffn: float | None) -> Curve:
+def _shares(layer: MergePlace, mixer: Sequence[float], ffn: float | None) -> Curve:
     names = [f"group {at}" for at in range(len(mixer))]
     shares: list[float | None] = list(mixer)
     return Curve(
@@ -272,16 +268,21 @@ def _shares(layer: MergeLayer, mixer: Sequence[float], ffn: float | None) -> Cur
 def _profile_table(merge: Merge) -> Table:
     rows = [
         (
-            Cell(f"layer {one.layer}", one.layer),
+            _layer(one),
             Cell(_listed(one.mixer)),
             _share(one.ffn),
             Cell(_listed(one.taken_mixer)),
             _share(one.taken_ffn),
         )
-        for one in merge.layers
+        for one in merge.places
+        if one.layer is not None
     ]
     columns = ("layer", "α of the mixer, by group", "α of the FFN", "mixer as taken", "FFN as taken")
     return Table(columns, rows, [None] * len(rows))
+
+
+def _layer(one: MergePlace) -> Cell:
+    return Cell(_BEHIND) if one.layer is None else Cell(f"layer {one.layer}", one.layer)
 
 
 def _listed(shares: Sequence[float]) -> str:
@@ -292,14 +293,16 @@ def _share(share: float | None) -> Cell:
     return Cell("") if share is None else Cell(f"{share:.3g}", share)
 
 
-def _judged(figure: Figure | None, target: MergeTarget | None) -> Cell:
+def _judged(one: MergePlace, name: str) -> Cell:
+    figure = one.figures.get(name)
     if figure is None:
-        return Cell(UNMEASURED, mark="UNMEASURED" if target else "")
-    text = figure_text(figure, "{:.4g}")
-    if target is None:
+        return Cell(UNMEASURED if one.layer is not None else "")
+    text = figure_text(figure, "{:.4g}") if figure.low is not None else f"{figure.value:.4g}"
+    if name not in one.met:
         return Cell(text, figure.value)
-    said = met(figure, target)
-    return Cell(f"{text}: {said}", figure.value, said.replace(" ", "-"))
+    outcome = one.met[name]
+    said = {True: MET, False: NOT_MET, None: f"target {UNMEASURED}"}[outcome]
+    return Cell(f"{text}: {said}", figure.value, said.replace(" ", "-") if outcome is not None else "")
 
 
 def _head(name: str, target: MergeTarget | None) -> str:
@@ -310,13 +313,11 @@ def _bounds(target: MergeTarget) -> str:
     if target.low is not None and target.high is not None:
         return f"{target.low:.4g} … {target.high:.4g}"
     if target.low is not None:
-        return f"> {target.low:.4g}"
-    return UNMEASURED if target.high is None else f"< {target.high:.4g}"
+        return f"≥ {target.low:.4g}"
+    return UNMEASURED if target.high is None else f"≤ {target.high:.4g}"
 
 
 def _label(name: str) -> str:
-    if name == _ATTENTION_KL:
-        return "attention KL"
     return _LABELS.get(name, printable(name.replace("_", " ")))
 
 
@@ -328,7 +329,11 @@ def _full(figure: Figure) -> str:
     return f"{figure_text(figure, '{:.5g}')} {figure.unit}".strip()
 
 
-def _intervals(merge: Merge) -> list[str]:
-    figures = (figure for one in merge.layers for figure in one.figures.values())
-    kinds: Mapping[str, None] = dict.fromkeys(one.interval for one in figures if one.interval)
-    return [printable(f"{kind}.", 300) for kind in kinds if kind != UNMEASURED]
+def _note(merge: Merge) -> str:
+    """Return how the diagnostics were measured, and what was not."""
+    said = ", ".join(f"{name} {value}" for name, value in merge.diagnosed.items() if value is not None)
+    lost = dict.fromkeys(
+        f"{_label(name)}: {why}" for one in merge.places for name, why in one.unmeasured.items()
+    )
+    missing = f" Unmeasured: {'; '.join(lost)}." if lost else ""
+    return printable(f"Bars are intervals; a dashed line is a target. Measured on: {said}.{missing}", 2000)

@@ -8,7 +8,9 @@ from pathlib import Path
 from bitsmith.errors import OutputError
 from bitsmith.report import study_tables as tables
 from bitsmith.report.card_snippets import block, front_matter, snippets
+from bitsmith.report.experiment_parts import experiment_note, experiment_table
 from bitsmith.report.markdown import UNMEASURED, markdown_table, plain, write_markdown
+from bitsmith.report.merge_parts import facts_table, outcome_of, tally_table
 from bitsmith.report.study_json import GateLine, Study
 from bitsmith.report.study_page import summary_of, write_study_page
 from bitsmith.report.study_tables import Table
@@ -52,8 +54,8 @@ def model_card(study: Study, folder: Path | None = None) -> str:
     ):
         if table.rows:
             parts += [f"## {title}", *_markdown(table)]
-        if title == "Artifacts" and table.rows:
-            parts += _measured(study)
+        if title == "Artifacts":
+            parts += [*(_measured(study) if table.rows else ()), *_merges(study), *_experiments(study)]
     parts += snippets(study, folder)
     parts += _not_passed(study)
     parts += _samples(study)
@@ -72,6 +74,25 @@ def _measured(study: Study) -> Iterator[str]:
         said = ", ".join(f"{name} {value}" for name, value in protocol.settings.items() if value is not None)
         yield plain(f"Protocol {protocol.name}: {said}.")
     yield f"The same with plots, every tensor and every gate: {PAGE_NAME}; as data: {JSON_NAME}."
+
+
+def _merges(study: Study) -> Iterator[str]:
+    """Yield what each merge was made of, what was decided, and which targets its diagnostics meet."""
+    for one in study.merges:
+        yield f"## Merge: {plain(one.name)}"
+        yield plain(outcome_of(one))
+        for table in (facts_table(one), tally_table(one)):
+            if table.rows:
+                yield from _markdown(table)
+
+
+def _experiments(study: Study) -> Iterator[str]:
+    for at, one in enumerate(study.experiments):
+        if at == 0:
+            yield "## Experiments"
+        yield f"### {plain(one.name)}"
+        yield plain(experiment_note(one))
+        yield from _markdown(experiment_table(one))
 
 
 def _not_passed(study: Study) -> Iterator[str]:

@@ -184,35 +184,39 @@ class Claim(_Part):
 
 
 class MergeTarget(_Part):
-    """What a diagnostic of a merge should be: above `low`, below `high`; None is no bound on that side.
+    """What a diagnostic of a merge should be: `low` at least, `high` at most; None is no bound.
 
-    `words` say where the bounds are from.
+    `is_band` tells that the bounds are what the pair of models shows by itself.
     """
 
     figure: str
     low: float | None = None
     high: float | None = None
-    words: str = ""
+    is_band: bool = False
 
 
-class MergeLayer(_Part):
-    """One layer of a student: the teacher's layer it was merged with, its diagnostics, the teacher's share.
+class MergePlace(_Part):
+    """A layer of a student, or (`layer` None) what is behind all: the teacher's, diagnostics, shares.
 
-    `figures` are by the names of `bitsmith.run.merge_diagnostics`; `attention_kl` is one figure per KV group
-    for each way of comparing, as `bitsmith.run.merge_attention` names them. `mixer` and `ffn` are the shares
-    α that were asked for, `taken_mixer` and `taken_ffn` those of the result; a mixer's are by KV group or K
-    head.
+    `figures` are by the names of `bitsmith.run.merge_diagnostics`, `reference` the same by the pair's
+    least-squares map; `met` tells which targets are met, None where that cannot be told. `attention_kl` is
+    one figure per KV group for each way of comparing, as `bitsmith.run.merge_attention` names them. `mixer`
+    and `ffn` are the shares α that were asked for, `taken_mixer` and `taken_ffn` those of the result; a
+    mixer's are by KV group or K head.
     """
 
-    layer: int
+    layer: int | None
     teacher_layer: int | None = None
     kind: str = ""
     figures: Mapping[str, Figure] = Field(default_factory=dict)
+    reference: Mapping[str, Figure] = Field(default_factory=dict)
+    met: Mapping[str, bool | None] = Field(default_factory=dict)
     attention_kl: Mapping[str, tuple[Figure | None, ...]] = Field(default_factory=dict)
     mixer: tuple[float, ...] = ()
     ffn: float | None = None
     taken_mixer: tuple[float, ...] = ()
     taken_ffn: float | None = None
+    unmeasured: Mapping[str, str] = Field(default_factory=dict)
 
 
 class MergeTrial(_Part):
@@ -230,10 +234,11 @@ class MergeTrial(_Part):
 
 
 class Merge(_Part):
-    """How an artifact was merged: of what, by which recipe, what was decided and why, layer by layer.
+    """How an artifact was merged: of what, by which recipe, what was decided and why, place by place.
 
     `is_adopted` tells whether anything of the teacher is in it; where not, it is the student as it was.
-    `settings` are the recipe's, `shares` of embedding and head, `final` the diagnostics behind all layers.
+    `settings` are the recipe's, `shares` of embedding and head. `protocol` is of `measures` and trials,
+    `diagnosed` of the diagnostics.
     """
 
     name: str
@@ -243,12 +248,12 @@ class Merge(_Part):
     reason: str = ""
     settings: Mapping[str, JsonValue] = Field(default_factory=dict)
     protocol: Mapping[str, JsonValue] = Field(default_factory=dict)
+    diagnosed: Mapping[str, JsonValue] = Field(default_factory=dict)
     shares: Mapping[str, float] = Field(default_factory=dict)
     measures: Mapping[str, Figure] = Field(default_factory=dict)
     trials: tuple[MergeTrial, ...] = ()
     targets: tuple[MergeTarget, ...] = ()
-    layers: tuple[MergeLayer, ...] = ()
-    final: Mapping[str, Figure] = Field(default_factory=dict)
+    places: tuple[MergePlace, ...] = ()
 
 
 class ExperimentRow(_Part):

@@ -18,7 +18,7 @@ from bitsmith.report.assay_figures import ROLE_COLOURS, label
 from bitsmith.report.charts import chart_data
 from bitsmith.report.experiment_parts import experiment_parts
 from bitsmith.report.markdown import lines_of
-from bitsmith.report.merge_parts import merge_parts
+from bitsmith.report.merge_parts import merge_parts, outcome_of
 from bitsmith.report.page import FIGURE_STYLE, POLICY, STYLE, TOOLS_LEFT_OUT, plotly_source, script_json
 from bitsmith.report.study_figures import ALL_ROLES, groups_of, layer_choices, plot_data
 from bitsmith.report.study_json import Study
@@ -108,6 +108,7 @@ def summary_of(study: Study) -> list[str]:
     if study.seconds is not None:
         counts.append(f"{study.seconds:,.0f} s")
     said = [printable(line, _TEXT_CHARACTERS) for line in study.summary]
+    said += [outcome_of(one) for one in study.merges]
     return [*said, "; ".join(counts)] if counts else said
 
 

@@ -4,47 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 Json = Mapping[str, Any]
 
-_OWN = ("label", "ppl", "ppl_over_student", "kld_to_teacher")
-_ALPHAS = ("alpha_mixer", "alpha_ffn")
-_DISTILLED = ("trained_tokens", "best_step", "seconds", "peak_memory_bytes")
+_OWN = ("label", "series")
+_DISTILLED = ("trained_tokens", "seconds", "peak_memory_bytes")
+_ATTENTION = "attention_kl"
+_TEACHER = "teacher"
+_BAND = ("low", "high")
 
 
 def merge_line(record: Json, name: str) -> dict[str, Any]:
     """Return a `merge.json` as a `Merge` of the artifact called `name`."""
     diagnostics, decision = record["diagnostics"], record["decision"]
     alphas = record["alphas"]
+    places = zip(diagnostics["layers"], alphas["layers"], strict=True)
     return {
         "name": name,
         "teacher": name_of(record["teacher"]),
         "student": name_of(record["student"]),
         "is_adopted": decision["adopted"],
         "reason": decision["reason"],
-        "settings": {**record["recipe"], "layer map": record.get("layer_map"), "factor": decision["factor"]},
+        "settings": {**record["recipe"], "factor": decision["factor"]},
         "protocol": record["protocol"],
+        "diagnosed": diagnostics["protocol"],
         "shares": {end: alphas[end] for end in ("embedding", "head")},
-        "measures": {key: figure for key, value in record["measures"].items() if (figure := _figure(value))},
+        "measures": _figures(record["measures"]),
         "trials": [_trial(one) for one in decision["trials"]],
-        "targets": _targets(diagnostics["targets"]),
-        "layers": [
-            _layer(one, taken) for one, taken in zip(diagnostics["layers"], alphas["layers"], strict=True)
-        ],
-        "final": _figures(diagnostics["final"]),
+        "targets": [_target(*one) for one in diagnostics["targets"].items()],
+        "places": [*(_place(*one) for one in places), _place(diagnostics["final"])],
     }
 
 
 def experiment_lines(record: Json) -> Iterator[dict[str, Any]]:
     """Yield the experiments of a `merge-experiments.json`."""
     for one in record["experiments"]:
-        yield {
-            "name": one["name"],
-            "words": one["words"],
-            "rows": [_row(row) for row in one["rows"]],
-        }
+        yield {"name": one["name"], "words": one["words"], "rows": [_row(row) for row in one["rows"]]}
 
 
 def name_of(path: Any) -> str:
@@ -52,28 +48,37 @@ def name_of(path: Any) -> str:
     return Path(str(path)).name or str(path)
 
 
-def _layer(one: Json, taken: Json) -> dict[str, Any]:
+def _place(one: Json, taken: Json | None = None) -> dict[str, Any]:
+    known = {key: one[key] for key in ("teacher_layer", "kind") if key in one}
+    taken = taken or {"mixer": (), "ffn": None}
     return {
-        "layer": one["layer"],
-        "teacher_layer": one.get("teacher_layer"),
-        "kind": one.get("kind", ""),
+        **known,
+        "layer": one.get("layer"),
         "figures": _figures(one),
-        "attention_kl": _attention(one.get("attention_kl") or {}),
+        "reference": _figures(one["reference"]),
+        "met": one["met"],
+        _ATTENTION: dict(_attention(one)),
         "mixer": one.get("alpha_mixer", ()),
         "ffn": one.get("alpha_ffn"),
         "taken_mixer": taken["mixer"],
         "taken_ffn": taken["ffn"],
+        "unmeasured": one["unmeasured"],
     }
 
 
-def _attention(found: Any) -> dict[str, list[dict[str, Any] | None]]:
-    """Return figures by KV group, of each way of comparing."""
-    ways = found if isinstance(found, Mapping) else {"teacher": found}
-    return {way: [_figure(figure) for figure in figures] for way, figures in ways.items() if figures}
+def _attention(one: Json) -> Iterator[tuple[str, list[dict[str, Any] | None]]]:
+    """Yield figures by KV group, of each way of comparing."""
+    for name, figures in one.items():
+        if name.startswith(_ATTENTION) and figures:
+            yield name.removeprefix(_ATTENTION).strip("_") or _TEACHER, [_figure(one) for one in figures]
 
 
-def _targets(targets: Json) -> list[dict[str, Any]]:
-    return [{"figure": name, **target} for name, target in targets.items()]
+def _target(name: str, bounds: Json | None) -> dict[str, Any]:
+    known = bounds or {}
+    low, high = (
+        known.get(plain, known.get(end)) for plain, end in zip(("least", "most"), _BAND, strict=True)
+    )
+    return {"figure": name, "low": low, "high": high, "is_band": bounds is None or "low" in known}
 
 
 def _trial(one: Json) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def _trial(one: Json) -> dict[str, Any]:
 
 
 def _figures(one: Json) -> dict[str, Any]:
-    return {name: found for name, value in one.items() if name not in _ALPHAS and (found := _figure(value))}
+    return {name: found for name, value in one.items() if (found := _figure(value))}
 
 
 def _figure(value: Any) -> dict[str, Any] | None:
@@ -98,19 +103,11 @@ def _figure(value: Any) -> dict[str, Any] | None:
 
 
 def _row(row: Json) -> dict[str, Any]:
-    figures = _figures(row) | _figures(row.get("turned") or {})
+    figures = _figures(row)
     facts = {name: value for name, value in row.items() if name not in (*_OWN, *figures) and _is_plain(value)}
-    facts |= {name: row["distillation"][name] for name in _DISTILLED if row.get("distillation")}
-    facts |= _means(row.get("diagnostics") or {})
+    facts |= {name: row["distillation"][name] for name in _DISTILLED if name in row.get("distillation", {})}
     return {"label": row["label"], "figures": figures, "facts": facts}
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, str | int | float | bool)
-
-
-def _means(diagnostics: Json) -> dict[str, Any]:
-    """Return the mean over layers of each diagnostic that every layer has."""
-    layers = [_figures(one) for one in diagnostics.get("layers", ())]
-    names = [name for name in (layers[0] if layers else ()) if all(name in one for one in layers)]
-    return {f"mean {name}": fmean(one[name]["value"] for one in layers) for name in names}
