@@ -259,6 +259,25 @@ def lab_train(
     typer.echo(f"wrote {out}; losses in {out / 'training_log.jsonl'}")
 
 
+@lab.command("pair")
+def lab_pair(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: OUT/teacher, OUT/student.")],
+    teacher_minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Training of the teacher; default as for the bundled one.")
+    ] = None,
+    student_minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="Distillation of the student; default alike.")
+    ] = None,
+) -> None:
+    """Train a tiny dense Qwen3 teacher and distil a student of half its width and depth from it."""
+    from bitsmith.lab.pair import train_pair
+
+    given = {"teacher_minutes": teacher_minutes, "student_minutes": student_minutes}
+    with progress_bars() as progress:
+        train_pair(out, progress=progress, **{k: v for k, v in given.items() if v is not None})
+    typer.echo(f"wrote {out / 'teacher'} and {out / 'student'}")
+
+
 @lab.command("synth")
 def lab_synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, Hugging Face layout.")],

@@ -1,4 +1,4 @@
-"""The commands that measure a whole question: `study FILE`, `study claims`, `study formats`, `study spi`."""
+"""The commands that measure a whole question: `study FILE`, `study claims`, `study merge` …."""
 
 from __future__ import annotations
 
@@ -148,6 +148,66 @@ def study_claims(
     page = write_claims_page(found, out)
     print_claims(found)
     typer.echo(f"wrote {page}")
+    write_json(json_out, found.to_json())
+
+
+@study.command("merge")
+def study_merge(
+    teacher: Annotated[
+        Path | None, typer.Argument(metavar="TEACHER", help="The bigger model; default the lab's own pair.")
+    ] = None,
+    student: Annotated[Path | None, typer.Argument(metavar="STUDENT", help="The smaller model.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the result and its page.")] = Path(
+        "merge-study"
+    ),
+    text: Annotated[
+        Path | None, typer.Option("--text", help="UTF-8 text that maps are found on; default Python's code.")
+    ] = None,
+    held: Annotated[Path | None, typer.Option("--held", help="Text of that task to measure on.")] = None,
+    other: Annotated[
+        Path | None, typer.Option("--other", help="Text of a second task; default Python's docstrings.")
+    ] = None,
+    other_held: Annotated[Path | None, typer.Option("--other-held", help="The same to measure on.")] = None,
+    only: Annotated[
+        str | None, typer.Option("--only", metavar="NAME,…", help="Only these experiments.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens to pair at most.")] = 140_000,
+    ctx: Annotated[int, typer.Option("--ctx", min=8, help="Tokens per chunk.")] = 256,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, help="Held-out chunks at most.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the bootstrap and random folds.")] = 0,
+    overwrite: Overwrite = False,
+    json_out: JsonOut = None,
+) -> None:
+    """Run every experiment of the merging write-up on a pair of models: baselines, ablations, rivals, sweeps.
+
+    Nothing but the result and its page is written. A killed run goes on with the rows it had.
+    """
+    from bitsmith.lab.merge_experiments import RESULT_NAME, merge_experiments
+    from bitsmith.report.claims_table import print_cost
+    from bitsmith.report.model_card import write_report
+    from bitsmith.report.study_adapters import load_study
+    from bitsmith.report.study_terminal import print_study
+
+    with progress_bars() as progress:
+        found = merge_experiments(
+            teacher,
+            student,
+            out,
+            text=text,
+            held=held,
+            other=other,
+            other_held=other_held,
+            tokens=tokens,
+            ctx_tokens=ctx,
+            chunks=chunks,
+            seed=seed,
+            only=None if only is None else only.split(","),
+            overwrite=overwrite,
+            progress=progress,
+            say_cost=print_cost,
+        )
+    shown = load_study([out / RESULT_NAME])
+    print_study(shown, write_report(out, shown))
     write_json(json_out, found.to_json())
 
 
