@@ -272,7 +272,7 @@ def lab_pair(
     """Train a tiny dense Qwen3 teacher and distil a student of half its width and depth from it."""
     from bitsmith.lab.pair import train_pair
 
-    given = {"teacher_minutes": teacher_minutes, "student_minutes": student_minutes}
+    given: dict[str, Any] = {"teacher_minutes": teacher_minutes, "student_minutes": student_minutes}
     with progress_bars() as progress:
         train_pair(out, progress=progress, **{k: v for k, v in given.items() if v is not None})
     typer.echo(f"wrote {out / 'teacher'} and {out / 'student'}")
