@@ -131,7 +131,8 @@ class Bench:
         if not shares.decided:
             return _figures(trial.measure(plan.view(alphas))) | facts | alpha_facts(alphas)
         decision = decide(Shared(trial, plan.view), alphas, sweep_budget=shares.budget, ends=plan.recipe.ends)
-        measure = trial.split()[1].student if decision.judged is None else decision.judged
+        judged = [one.measure for one in decision.tried if one.half == "judge"]
+        measure = judged[-1] if decision.adopted and judged else trial.split()[1].student
         facts |= {"adopted": decision.adopted, "decision": decision.reason, "trials": len(decision.tried)}
         return _figures(measure) | facts | alpha_facts(decision.alphas)
 

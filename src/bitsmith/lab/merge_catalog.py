@@ -222,11 +222,12 @@ def _gqa(sizes: Sizes) -> list[AnyCase]:
         "prune": "heads pruned by importance, the others tied",
         "turn": "a rotation in each KV group",
         "frozen-kv": "the student's K and V, queries turned to them",
+        "regress": "heads mixed by least squares",
     }
     rows: list[AnyCase] = []
     for heads in HEADS:
         like = Merged("", recipe=replace(SEED, heads=heads), diagnosed=True)
-        rows += _under(words[heads], USUAL, like)
+        rows += _under(words.get(heads, heads), USUAL, like)
     return rows
 
 

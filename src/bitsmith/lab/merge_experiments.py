@@ -16,7 +16,7 @@ from bitsmith.lab.merge_cases import Sizes, Task
 from bitsmith.lab.merge_catalog import chosen_experiments
 from bitsmith.lab.merge_cost import experiments_cost
 from bitsmith.lab.merge_tasks import write_task_text
-from bitsmith.lab.models import DEMO_MODEL
+from bitsmith.lab.models import STUDENT_MODEL, TEACHER_MODEL
 from bitsmith.progress import Progress, silent
 from bitsmith.run.claim_evidence import sha256_of
 from bitsmith.run.evaluate import PROTOCOL, text_chunks
@@ -113,7 +113,10 @@ def merge_experiments(
         texts = _texts(out, given, wants_other)
         digests = {task: str(sha256_of(path)) for task, path in texts.items()}
         _expect_apart(texts, digests)
-        used = {task: _tokens(sides, path, ctx_tokens, tokens) for task, path in texts.items()}
+        used = {
+            task: _tokens(sides, path, ctx_tokens, tokens, 2 if task in ("text", "other") else 1)
+            for task, path in texts.items()
+        }
         setting = Setting(*models, texts, _names(given), used, ctx_tokens, chunks, seed)
         sizes = _sizes(sides, setting)
         rows = {name: list(one.rows(sizes)) for name, one in chosen.items()}
@@ -164,7 +167,7 @@ def _run(bench: Bench, chosen: Mapping[str, Any], rows: Mapping[str, Any], progr
 
 def _both(teacher: Path | None, student: Path | None) -> tuple[Path, Path]:
     if teacher is None and student is None:
-        return DEMO_MODEL.with_name("qwen3-teacher"), DEMO_MODEL.with_name("qwen3-student")
+        return TEACHER_MODEL, STUDENT_MODEL
     if teacher is None or student is None:
         raise BitsmithError("give both a teacher and a student, or neither for the bundled pair")
     for path in (teacher, student):
@@ -231,9 +234,16 @@ def _expect_apart(texts: Mapping[Task, Path], digests: Mapping[Task, str]) -> No
         seen[digest] = task
 
 
-def _tokens(sides: Sides, path: Path, ctx_tokens: int, limit: int) -> int:
-    """Return how many tokens of a text are used: whole chunks. Raises as `text_chunks` does."""
+def _tokens(sides: Sides, path: Path, ctx_tokens: int, limit: int, least: int) -> int:
+    """Return how many tokens of a text are used: whole chunks.
+
+    Raises BitsmithError for fewer than `least` chunks, and as `text_chunks` does.
+    """
     _, protocol = text_chunks(sides.student.model, path, ctx_tokens, None)
+    if protocol.chunks_available < least:
+        raise BitsmithError(
+            f"has {protocol.text_tokens} tokens, {least} chunks of {ctx_tokens} are the least", path=path
+        )
     return min(limit, protocol.text_tokens) // ctx_tokens * ctx_tokens
 
 

@@ -31,7 +31,7 @@ def over_layers(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
     """Return diagnostics of a merge as figures over its layers, and how many places meet each target."""
     layers = diagnostics["layers"]
     names = dict.fromkeys(name for layer in layers for name in layer)
-    found = {}
+    found: dict[str, Any] = {}
     for name in names:
         figures = [one for layer in layers for one in _figures(layer.get(name))]
         if figures:

@@ -10,6 +10,7 @@ import ast
 import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 
@@ -103,10 +104,17 @@ def _made(task: Callable[[str], str], source: str) -> str:
         return ""
 
 
+@cache
+def _sources() -> list[tuple[str, Path]]:
+    """Return the standard library's sources in the order of their names' digests."""
+    return sorted(source_files(), key=lambda one: hashlib.sha256(one[0].encode()).hexdigest())
+
+
 def _spread(held_out: bool) -> Iterator[str]:
     """Yield the sources of a split, those in UTF-8, in the order of their names' digests."""
-    named = [(name, path) for name, path in source_files() if is_held_out(name) == held_out]
-    for _, path in sorted(named, key=lambda one: hashlib.sha256(one[0].encode()).hexdigest()):
+    for name, path in _sources():
+        if is_held_out(name) != held_out:
+            continue
         try:
             yield path.read_text("utf-8")
         except UnicodeDecodeError:
