@@ -29,6 +29,56 @@ def tensors(nbytes: int, error: float) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def place(layer: int | None) -> dict[str, Any]:
+    """A layer of a merge; layer 1 misses its target for the cosine, layer 2 has no attention."""
+    number = layer or 0
+    found = {
+        "layer": layer, "teacher_layer": 2 * number, "kind": "full_attention",
+        "figures": {"cosine": figure(0.9 - 0.2 * number, "cosine", 0.01),
+                    "transition_cost": figure(0.3, "norm"),
+                    "variance_kept": {"value": 0.97, "unit": "share"}},
+        "reference": {"kurtosis_gap": figure(0.2, "excess kurtosis")},
+        "met": {"cosine": number == 0, "transition_cost": None}, "unmeasured": {"kurtosis_gap": HOSTILE},
+    }  # fmt: skip
+    if layer is None:
+        return found
+    shares = {"mixer": [0.1, 0.4], "ffn": 0.3, "taken_mixer": [0.05, 0.2], "taken_ffn": 0.15}
+    kl = {"teacher": [figure(0.5), None], HOSTILE: [figure(0.1), figure(0.2)]} if number < 2 else {}
+    return found | shares | {"attention_kl": kl}
+
+
+def merge() -> dict[str, Any]:
+    """A merge of three layers, hostile text wherever a file may bring some."""
+    return {
+        "name": HOSTILE, "teacher": HOSTILE, "student": "original", "is_adopted": True, "reason": HOSTILE,
+        "settings": {"map": HOSTILE, "alpha": 0.5}, "protocol": {"text": HOSTILE},
+        "diagnosed": {"tokens": 64}, "shares": {"embedding": 0.1},
+        "measures": {"ppl_merged_over_student": figure(0.99, "ratio")},
+        "trials": [{"label": HOSTILE, "half": "choose", "why": HOSTILE},
+                   {"label": "0.5 ×", "half": "judge", "figure": figure(0.98, "ratio"), "worst_end": 0.999}],
+        "targets": [{"figure": "cosine", "low": 0.8},
+                    {"figure": "transition_cost", "low": 0.1, "high": 0.4, "is_band": True}],
+        "places": [*map(place, range(3)), place(None)],
+    }  # fmt: skip
+
+
+def experiments() -> list[dict[str, Any]]:
+    """One by name, one over tokens of the text (a line each for two ways), one without figures."""
+    sizes = (1000, 10_000, 140_000)
+
+    def row(label: str, value: float) -> dict[str, Any]:
+        return {"label": label, "figures": {"ppl_over_student": figure(value, "ratio", 0.01)}}
+
+    return [
+        {"name": "baselines", "words": HOSTILE,
+         "rows": [row(HOSTILE, 1.2) | {"facts": {"judged_on": HOSTILE, "tokens": 5}},
+                  row("the merge", 0.99) | {"facts": {"judged_on": HOSTILE, "tokens": 7}}]},
+        {"name": "data-efficiency", "words": "How much text?",
+         "rows": [row(f"{n:,} tokens, {way}", 1 + 100 / n) for n in sizes for way in ("α by rule", HOSTILE)]},
+        {"name": "lost", "words": "", "rows": [{"label": "unmeasured", "facts": {"unmeasured": HOSTILE}}]},
+    ]  # fmt: skip
+
+
 def everything() -> dict[str, Any]:
     """Every part of a report, hostile text in each."""
     made = [
@@ -71,6 +121,7 @@ def everything() -> dict[str, Any]:
         ],
         "tasks": [{"name": "compress", "action": "compress", "status": "failed", "why": HOSTILE}],
         "claims": [{"claim": HOSTILE, "source": "published", "outcome": "NOT HELD", "found": "no better"}],
+        "merges": [merge()], "experiments": experiments(),
         "spectra": [
             {"name": HOSTILE, "role": HOSTILE, "layer": 0, "shape": [64, 64], "index": [1, 2, 64],
              "sigma": [4.0, 2.0, 0.5], "alpha": 3.5},

@@ -83,8 +83,8 @@ def experiment_table(one: Experiment) -> Table:
 
 
 def common_facts(one: Experiment) -> dict[str, JsonValue]:
-    """Return the facts that all rows have alike, or that are empty in all."""
-    first = one.rows[0].facts if one.rows else {}
+    """Return the facts that several rows have all alike."""
+    first = one.rows[0].facts if len(one.rows) > 1 else {}
     return {
         name: value
         for name, value in first.items()

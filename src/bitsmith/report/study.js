@@ -222,7 +222,7 @@ function cells(id, chart) {
     xgap: 2, ygap: 2, texttemplate: fits ? "%{z:.2~g}" : "", colorbar: {title: {text: chart.y}, thickness: 14}, hoverongaps: false,
     hovertemplate: "%{y}, %{x}: %{z:.4g}<extra></extra>"}], layout({...axis(""), showgrid: false, type: "category"},
     {...axis(""), autorange: "reversed", showgrid: false, type: "category"}, {height: 150 + 24 * Math.max(4, rows.length),
-      title: {text: chart.says, font: {size: 14}}}), `${chart.says}: ${ends(points, p => p[0], p => p[1])}`);
+      title: {text: chart.title, font: {size: 14}}}), `${chart.says}: ${ends(points, p => p[0], p => p[1])}`);
 }
 function chart(id) {
   const it = data.charts[id];
