@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from bitsmith import __version__
 from bitsmith.archs.tokenizer import tokenizer_folder
-from bitsmith.errors import BitsmithError, UnsupportedError
+from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
 from bitsmith.progress import Progress, silent
 from bitsmith.run.descent import Descent, Facts, Schedule, batches
 from bitsmith.run.distill import Lesson, Tokens
@@ -116,6 +116,8 @@ def distilled(
     started = time.monotonic()
     options = DistillOptions(steps, batch_chunks, learning_rate, kl_share, seed)
     _check_options(options)
+    if not out.absolute().parent.is_dir():
+        raise OutputError("is not in a folder that exists", path=out)
     with open_sides(teacher, student) as sides:
         model = sides.student.model
         if model.source is not model.checkpoint:

@@ -288,6 +288,17 @@ class _Run:
             self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
 
 
+def _check(out: Path, spec: TrainSpec) -> None:
+    if out.exists():
+        raise OutputError("exists; choose another folder", path=out)
+    if not out.absolute().parent.is_dir():
+        raise OutputError("is not in a folder that exists", path=out)
+    if spec.hidden_size % 128:
+        raise BitsmithError(f"hidden size {spec.hidden_size} is not a multiple of 128")
+    if not (spec.minutes > 0 and spec.steps > 0):
+        raise BitsmithError(f"{spec.minutes} minutes of at most {spec.steps} steps leave nothing to train")
+
+
 def _sha256(folder: Path) -> str:
     with open_checkpoint(folder) as checkpoint:
         return checkpoint.source_digest
@@ -325,13 +336,10 @@ def train(out: Path, spec: TrainSpec, progress: Progress = silent, *, teacher: P
     With a `teacher`, a Hugging Face folder, the model is distilled from it: it takes its tokenizer, and the
     loss is `kl_share` KL(teacher‖model) + (1 - `kl_share`) cross-entropy, at every position.
 
-    Raises OutputError if `out` exists, BitsmithError for a hidden size that is no multiple of 128, and for a
-    teacher with another vocabulary.
+    Raises OutputError if `out` exists or is in no folder, BitsmithError for a hidden size that is no multiple
+    of 128, for no steps or minutes, and for a teacher with another vocabulary.
     """
-    if out.exists():
-        raise OutputError("exists; choose another folder", path=out)
-    if spec.hidden_size % 128:
-        raise BitsmithError(f"hidden size {spec.hidden_size} is not a multiple of 128")
+    _check(out, spec)
     tokenizer = _tokenizer(spec, teacher)
     stream, held_out = (_token_stream(tokenizer, held_out=split) for split in (False, True))
     run = _Run(spec, out.with_name(f".{out.name}.training"), teacher)
