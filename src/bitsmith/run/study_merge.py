@@ -11,6 +11,8 @@ from bitsmith.run.merge_recipe import RULE, MergeRecipe
 from bitsmith.run.study_file import Merging, Study
 
 SWEEP = "sweep"
+SWEEP_TRIALS = 24
+"""Trials of `alpha: sweep` without a budget, as on the command line."""
 
 _RECIPE = ("map", "basis", "trunk", "heads", "ffn", "alpha_max", "seed")
 _OPTIONS = ("tokens", "chunks", "samples")
@@ -62,6 +64,8 @@ def _options(wanted: Merging) -> dict[str, Any]:
     found = {name: getattr(wanted, name) for name in _OPTIONS if getattr(wanted, name) is not None}
     if wanted.layers != "cka":
         found["layer_map"] = wanted.layers if isinstance(wanted.layers, str) else list(wanted.layers)
+    if wanted.alpha == SWEEP:
+        found["sweep_budget"] = wanted.budget or SWEEP_TRIALS
     if wanted.no_fallback:
         found["fallback"] = False
     return found
@@ -69,5 +73,5 @@ def _options(wanted: Merging) -> dict[str, Any]:
 
 def _recipe(wanted: Merging) -> MergeRecipe:
     given = {name: getattr(wanted, name) for name in _RECIPE}
-    alpha = RULE if wanted.alpha == SWEEP else wanted.alpha
+    alpha = RULE if isinstance(wanted.alpha, str) else wanted.alpha
     return MergeRecipe(**given, alpha=alpha, ends=not wanted.no_ends, activations=not wanted.no_activations)
