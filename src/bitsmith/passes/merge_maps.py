@@ -78,6 +78,12 @@ class ResidualMap:
     method: str
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """`D_t`, `D_s`."""
+        wide, narrow = self.forward.shape
+        return wide, narrow
+
+    @property
     def frame(self) -> Float64:
         """The orthonormal columns nearest to `forward`: `U Wᵀ` of its SVD."""
         return _polar(self.forward)

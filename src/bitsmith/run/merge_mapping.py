@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError
+from bitsmith.passes.merge_kept import MapFile
 from bitsmith.passes.merge_maps import (
     PairMoments,
     ResidualMap,
@@ -39,6 +40,7 @@ _PLAIN = {
     "ridge": ridge_map,
 }
 _OBLIQUE = ("cca", "ridge")
+_SPILL_BYTES = 256 << 20
 
 
 class Mapper:
@@ -47,14 +49,15 @@ class Mapper:
     def __init__(self, evidence: Evidence, recipe: MergeRecipe) -> None:
         self._evidence, self._recipe = evidence, recipe
         self._count = len(evidence.layer_map)
+        self._file = MapFile()
 
     def at(self, place: int) -> ResidualMap:
         """Return the map of a place's states."""
-        return self._global if self._is_global else self._found(self._evidence.moments(place), [place])
+        return self._global if self._is_global else self._kept(self._evidence.moments(place), [place])
 
     def embedding(self) -> ResidualMap:
         """Return the map of the states behind the embeddings."""
-        return self._global if self._is_global else self._found(self._evidence.embedded(), [0])
+        return self._global if self._is_global else self._kept(self._evidence.embedded(), [0])
 
     def between(self, number: int) -> ResidualMap:
         """Return the map of the states between a layer's mixer and its FFN: of both ends' mean moments."""
@@ -62,7 +65,7 @@ class Mapper:
             return self._global
         places = number, number + 1
         ends = [self._evidence.moments(place) for place in places]
-        return self._found([pooled(both) for both in zip(*ends, strict=True)], places)
+        return self._kept([pooled(both) for both in zip(*ends, strict=True)], places)
 
     def mean(self, moments: Sequence[PairMoments]) -> PairMoments:
         """Return the mean of several texts' moments by their shares."""
@@ -91,6 +94,12 @@ class Mapper:
         for place in range(self._count + 1):
             yield self._evidence.moments(place)[text]
         yield self._evidence.embedded()[text]
+
+    def _kept(self, moments: Sequence[PairMoments], places: Sequence[int]) -> ResidualMap:
+        """Return one of many maps: in a file where all of them would take much memory."""
+        found = self._found(moments, places)
+        many_bytes = (2 * self._count + 2) * 2 * 8 * found.forward.size
+        return self._file.put(found) if many_bytes > _SPILL_BYTES else found
 
     def _found(self, moments: Sequence[PairMoments], places: Sequence[int]) -> ResidualMap:
         maps = [self._map(one, places) for one in moments]
