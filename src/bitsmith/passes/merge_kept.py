@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
+import weakref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,10 @@ class MapFile:
     """A temporary file that maps are put into; it goes with the last of them."""
 
     def __init__(self) -> None:
-        self._file: Any = tempfile.TemporaryFile()  # noqa: SIM115
-        self._end = 0
+        descriptor, path = tempfile.mkstemp()
+        os.unlink(path)
+        self._descriptor, self._end = descriptor, 0
+        weakref.finalize(self, os.close, descriptor)
 
     def put(self, mapping: ResidualMap) -> ResidualMap:
         """Return the same map, read from here.
@@ -34,19 +36,23 @@ class MapFile:
         start = self._end
         try:
             for part in (mapping.forward, mapping.backward):
-                self._file.write(np.ascontiguousarray(part, np.float64).data)
-            self._file.flush()
+                self._write(np.ascontiguousarray(part, np.float64))
         except OSError as error:
             raise OutputError(f"no room in the temporary folder for a map: {error.strerror}") from error
-        self._end = start + 2 * mapping.forward.nbytes
         return _Kept(self, start, mapping.shape, mapping.method)
+
+    def _write(self, part: Float64) -> None:
+        view, done = part.reshape(-1).view(np.uint8), 0
+        while done < part.nbytes:
+            done += os.pwrite(self._descriptor, view[done:].data, self._end + done)
+        self._end += part.nbytes
 
     def read(self, start: int, shape: tuple[int, int]) -> Float64:
         """Return a matrix that begins at byte `start`."""
         made = np.empty(shape)
         view, done = made.reshape(-1).view(np.uint8), 0
         while done < made.nbytes:
-            count = os.preadv(self._file.fileno(), [view[done:].data], start + done)
+            count = os.preadv(self._descriptor, [view[done:].data], start + done)
             if not count:
                 raise OutputError("a map is no longer whole in its temporary file")
             done += count

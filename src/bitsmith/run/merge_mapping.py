@@ -49,7 +49,10 @@ class Mapper:
     def __init__(self, evidence: Evidence, recipe: MergeRecipe) -> None:
         self._evidence, self._recipe = evidence, recipe
         self._count = len(evidence.layer_map)
-        self._file = MapFile()
+
+    @cached_property
+    def _file(self) -> MapFile:
+        return MapFile()
 
     def at(self, place: int) -> ResidualMap:
         """Return the map of a place's states."""
