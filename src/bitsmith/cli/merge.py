@@ -100,6 +100,10 @@ def merge(
     Both are run on --text, layer beside layer. A killed run goes on where it was.
     """
     from bitsmith.report.merge_terminal import cost_lines, print_merge
+    from bitsmith.report.model_card import PAGE_NAME
+    from bitsmith.report.study_adapters import load_study
+    from bitsmith.report.study_page import write_study_page
+    from bitsmith.run.merge import RESULT_NAME
     from bitsmith.run.merge import merge as run
     from bitsmith.run.merge import merge_cost
     from bitsmith.run.merge_inputs import MergeAsk
@@ -150,7 +154,8 @@ def merge(
             progress=progress,
             say_cost=lambda cost: typer.echo("\n".join(cost_lines(cost))),
         )
-    print_merge(result)
+    page = write_study_page(result.folder / PAGE_NAME, load_study([result.folder / RESULT_NAME]))
+    print_merge(result, page)
     write_json(json_out, result.to_json())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -47,7 +48,7 @@ def cost_lines(cost: MergeCost) -> Iterator[str]:
     yield f"writing: about {bytes_text(cost.written_bytes)}"
 
 
-def print_merge(result: MergeResult) -> None:
+def print_merge(result: MergeResult, page: Path) -> None:
     """Print what was tried, the measures with intervals, the decision, and where everything lies."""
     record, console = result.record, Console()
     decision = record["decision"]
@@ -57,7 +58,7 @@ def print_merge(result: MergeResult) -> None:
         console.print(table(columns, rows, right=columns[2:]))
     measures = [(said, *_figure(record["measures"][name])) for name, said in _MEASURES.items()]
     console.print(table(("all held-out chunks", "value", "95 % interval"), measures, right=("value",)))
-    for line in _lines(result):
+    for line in (*_lines(result), f"the page: {page}"):
         console.print(escape(line), highlight=False, soft_wrap=True)
 
 

@@ -17,6 +17,7 @@ from bitsmith.run.compress import Written, compress, output_of
 from bitsmith.run.compress import plan as plan_packed
 from bitsmith.run.execute import MANIFEST_SUFFIX, peak_memory_bytes
 from bitsmith.run.job import Job
+from bitsmith.run.merge_diagnostics import merge_diagnostics
 from bitsmith.run.merge_inputs import MergeAsk, MergeInputs, open_inputs
 from bitsmith.run.merge_output import copy_student, output_key, write_merged
 from bitsmith.run.merge_plan import MergePlan, merge_plan
@@ -40,7 +41,7 @@ MODEL_NAME = "model"
 WORK_SUFFIX = ".merge"
 
 _MADE = "merged"
-_BEGUN, _WRITTEN, _PACKING = "begun", "written", "packing"
+_BEGUN, _DIAGNOSED, _WRITTEN, _PACKING = "begun", "diagnosed", "written", "packing"
 
 
 @dataclass(frozen=True)
@@ -235,12 +236,10 @@ class _Merge:
         ) as trial:
             decision = self._decided(trial, plan, place)
             measures = _measures(trial, decision)
-        try:
-            from bitsmith.run.merge_diagnostics import merge_diagnostics
-
+        diagnostics = place.journal.entries.get(_DIAGNOSED)
+        if diagnostics is None:
             diagnostics = merge_diagnostics(plan, progress=self._progress).to_json()
-        except ImportError:
-            diagnostics = {"kind": "merge-diagnostics", "targets": {}, "layers": [], "final": {}}
+            place.journal.add(_DIAGNOSED, diagnostics)
         written = self._write(plan, decision, place)
         record = self._record(plan, decision, texts) | {
             "measures": measures,
