@@ -283,13 +283,32 @@ def test_cka_is_blind_to_rotation_and_scale(rows) -> None:
     x, y = rows
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((WIDE, WIDE)))[0]
     assert linear_cka(x, x @ turn * 7 + 3) == pytest.approx(1.0, abs=1e-6)
+    assert linear_cka(x, y) == pytest.approx(
+        _unbiased(x, y) / np.sqrt(_unbiased(x, x) * _unbiased(y, y)), rel=1e-5
+    )
     a, b = (part - part.mean(0) for part in (x, y))
     expected = np.linalg.norm(a.T @ b) ** 2 / np.linalg.norm(a.T @ a) / np.linalg.norm(b.T @ b)
-    assert linear_cka(x, y) == pytest.approx(expected, rel=1e-5)
     assert moment_cka(a.T @ a, b.T @ b, a.T @ b) == pytest.approx(expected)
     assert linear_cka(x, np.zeros_like(y)) == 0.0
     with pytest.raises(BitsmithError, match="numbers of tokens"):
         cka_matrix([x[:5]], [y])
+
+
+def _unbiased(x: np.ndarray, y: np.ndarray) -> float:
+    """The estimator of Song et al. 2012 by its formula."""
+    k, m, n = x @ x.T, y @ y.T, len(x)
+    np.fill_diagonal(k, 0)
+    np.fill_diagonal(m, 0)
+    found = np.trace(k @ m) + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * (k @ m).sum()
+    return float(found / (n * (n - 3)))
+
+
+def test_cka_of_what_is_unrelated_is_zero_with_few_tokens() -> None:
+    random = np.random.default_rng(5)
+    found = [linear_cka(*random.standard_normal((2, 24, 200))) for _ in range(20)]
+    assert abs(np.mean(found)) < 0.02  # biased, it is 0.9
+    x = random.standard_normal((24, 200))
+    assert linear_cka(x, x + 0.1 * random.standard_normal(x.shape)) > 0.9
 
 
 def test_proportional_layers_of_the_published_pair() -> None:

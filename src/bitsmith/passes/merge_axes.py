@@ -30,12 +30,14 @@ class AxisMap:
     """A student's `n_s` channels out of a teacher's `n_t`.
 
     `producing` makes the rows of what writes the axis, `W'[j] = Σ_i producing[i, j] W[i]`; `reading` the
-    columns of what reads it, `W'[:, j] = Σ_i W[:, i] reading[i, j]`.
+    columns of what reads it, `W'[:, j] = Σ_i W[:, i] reading[i, j]`. With `keeps_producers` what writes the
+    axis stays the student's.
     """
 
     producing: Mixing
     reading: Mixing
     method: str
+    keeps_producers: bool = False
 
     @classmethod
     def selecting(cls, order: Sequence[int] | Index, method: str = "select") -> AxisMap:
@@ -135,6 +137,23 @@ def head_blocks(moment: Float64, dim: int) -> Float64:
     split = moment.reshape(-1, each, dim, each, dim)
     blocks: Float64 = np.einsum("gaiaj->gaij", split).reshape(-1, dim, dim)
     return blocks
+
+
+def regression(cross: Float64, student: Float64, ridge: float) -> Float64:
+    """Return M (`n_t n_s`) with `t ≈ M s`, by least squares: `E[t sᵀ] (E[s sᵀ] + λ)⁻¹`.
+
+    `student` is E[s sᵀ] whole (`n_s n_s`) or in blocks, between which nothing is taken to correlate; `ridge`
+    is λ as a share of the mean power.
+    """
+    blocks = student[None] if student.ndim == 2 else student.reshape(len(student), *student.shape[1:])
+    power = diagonal_of(student)
+    unit = float(power.mean())
+    found, size = np.empty_like(cross), blocks.shape[-1]
+    for n, block in enumerate(blocks):
+        at = slice(n * size, (n + 1) * size)
+        damped = block + ridge * (unit if unit > 0 else 1.0) * np.eye(size)
+        found[:, at] = np.linalg.solve(damped, cross[:, at].T).T
+    return found
 
 
 def correlations(cross: Float64, teacher: Float64, student: Float64) -> Float64:

@@ -223,7 +223,8 @@ class _LayerPair:
 
     def _alpha(self, role: str) -> Float64:
         if role.startswith("ffn."):
-            return np.asarray(self._merge.alpha.ffn, np.float64)
+            kept = self._merge.ffn.keeps_producers and role != "ffn.down"
+            return np.asarray(0.0 if kept else self._merge.alpha.ffn, np.float64)
         return self._merge.heads.share(role, self._groups)
 
     def _norm_of(self, spec: TensorSpec) -> str | None:
@@ -355,9 +356,8 @@ def _constant(stored: TensorRef, value: float) -> TensorRef:
 
 def _expect_map(mapping: ResidualMap, teacher: Model, student: Model) -> None:
     expected = teacher.arch.number("hidden_size"), student.arch.number("hidden_size")
-    for part in (mapping.forward, mapping.backward):
-        if part.shape != expected:
-            raise BitsmithError(f"a residual map has shape {part.shape}, the models call for {expected}")
+    if mapping.shape != expected:
+        raise BitsmithError(f"a residual map has shape {mapping.shape}, the models call for {expected}")
 
 
 def _expect_axis(mixing: Mixing | None, theirs: TensorSpec, ours: TensorSpec, axis: int) -> None:

@@ -64,6 +64,7 @@ class HeadMap:
     `shared` the teacher's KV head of each of the student's. `value_turns` and `query_turns` (`K_s d d`) turn
     the channels of a KV group, `x' = Rᵀ x`: values (undone by o), or queries (towards the student's keys).
     `frozen_kv` keeps the student's k and v. A `gated` q_proj holds `d` gate rows behind a head's `d` queries.
+    With `regressed` (`Q_t·d Q_s·d`) q, k and v stay the student's, and the columns of o are made by it.
     """
 
     query: Mixing
@@ -77,6 +78,7 @@ class HeadMap:
     value_turns: Float64 | None = None
     query_turns: Float64 | None = None
     frozen_kv: bool = False
+    regressed: Float64 | None = None
 
     def rows(self, role: str) -> Mixing | None:
         """Return how the rows of a role's matrix are made; None where they stay as they are."""
@@ -89,13 +91,15 @@ class HeadMap:
 
     def columns(self, role: str) -> Mixing | None:
         """Return how the columns of a role's matrix are made; None where they stay as they are."""
-        if role != "attn.o":
-            return None
+        if role != "attn.o" or self.regressed is not None:
+            return self.regressed if role == "attn.o" else None
         turns = None if self.value_turns is None else np.repeat(self.value_turns, self.student.each, axis=0)
         return _turned(self.output, self.teacher.heads, self.head_dim, turns)
 
     def share(self, role: str, alpha: Float64) -> Float64:
         """Return α for each entry of a role's tensor, broadcastable, from α by KV group (`K_s`)."""
+        if self.regressed is not None and role != "attn.o":
+            return np.zeros(())
         if role in ("attn.q", "attn.o"):
             wide = np.repeat(
                 alpha, self.student.each * self.head_dim * (1 + (self.gated and role == "attn.q"))
@@ -120,7 +124,7 @@ class DeltaMap:
     """A student's DeltaNet heads out of a teacher's: K heads `keys` (`K_s`), V heads `values` (`V_s`).
 
     `output` mixes V heads (`V_t V_s`) for the columns of out_proj. Convolution, l2 norm, SiLU and decay allow
-    no other change than choosing heads.
+    no other change than choosing heads. With `regressed` (`V_t·d V_s·d`) all but out_proj is the student's.
     """
 
     keys: Index
@@ -131,6 +135,7 @@ class DeltaMap:
     key_dim: int
     value_dim: int
     method: str
+    regressed: Float64 | None = None
 
     def rows(self, role: str) -> Mixing | None:
         """Return how the rows of a role's tensor are made; None where they stay as they are."""
@@ -144,11 +149,15 @@ class DeltaMap:
 
     def columns(self, role: str) -> Mixing | None:
         """Return how the columns of a role's matrix are made; None where they stay as they are."""
-        return by_channel(self.output, self.value_dim) if role == "delta.out" else None
+        if role != "delta.out" or self.regressed is not None:
+            return self.regressed if role == "delta.out" else None
+        return by_channel(self.output, self.value_dim)
 
     def share(self, role: str, alpha: Float64) -> Float64:
         """Return α for each entry of a role's tensor, broadcastable, from α by K head (`K_s`)."""
         heads = np.repeat(alpha, self.student.each)
+        if self.regressed is not None and role != "delta.out":
+            return np.zeros(())
         if role in ("delta.in_qkv", "delta.conv"):
             keys = np.repeat(alpha, self.key_dim)
             return np.concatenate([keys, keys, np.repeat(heads, self.value_dim)])[:, None]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from bitsmith.archs import Architecture
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.axes import Layer
-from bitsmith.passes.merge_axes import AxisMap, correlations, diagonal_of, is_selection
+from bitsmith.passes.merge_axes import AxisMap, correlations, diagonal_of, is_selection, regression
 from bitsmith.passes.merge_ffn import matched_neurons, strongest_neurons, with_rest_solved, with_rest_tied
 from bitsmith.passes.merge_heads import (
     DeltaMap,
@@ -35,8 +35,11 @@ from bitsmith.passes.transform import Model
 
 Float64 = NDArray[np.float64]
 Side = tuple[Layer, Model]
-HeadMethod = Literal["match", "pair", "prune", "turn", "frozen-kv"]
-FfnMethod = Literal["match", "strongest", "solve", "tie"]
+HeadMethod = Literal["match", "pair", "prune", "turn", "frozen-kv", "regress"]
+FfnMethod = Literal["match", "strongest", "solve", "tie", "regress"]
+
+RIDGE = 1e-4
+"""What regression adds to a moment's diagonal, as a share of the diagonal's mean."""
 
 
 class Moments(Protocol):
@@ -61,7 +64,7 @@ class HeadsSeen:
 
     `cross` is E[o_t o_sᵀ] (`H_t·d H_s·d`), `traces` E[o_h · o_h'] of the teacher (`H_t H_t`), `cross_traces`
     of both (`H_t H_s`), `importance` what a teacher's head adds to the stream (`H_t`), `student_power`
-    the student's E|o|² (`H_s`).
+    the student's E|o|² (`H_s`), `student_moment` its E[o oᵀ], None where it is not known.
     """
 
     likeness: Float64
@@ -71,14 +74,15 @@ class HeadsSeen:
     cross_traces: Float64
     importance: Float64
     student_power: Float64
+    student_moment: Float64 | None
 
 
 @dataclass(frozen=True)
 class NeuronsSeen:
     """What neurons are compared by: `cross` (`n_t n_s`) over the root of both powers (`n_t`, `n_s`).
 
-    `importance` is what a teacher's neuron adds to the stream (`n_t`), `moment` the teacher's E[h hᵀ], None
-    where it is not known.
+    `importance` is what a teacher's neuron adds to the stream (`n_t`), `moment` the teacher's E[h hᵀ],
+    `student_moment` the student's, None where they are not known.
     """
 
     cross: Float64
@@ -86,6 +90,7 @@ class NeuronsSeen:
     student_power: Float64
     importance: Float64
     moment: Float64 | None
+    student_moment: Float64 | None
 
 
 def groups_of(layer: Layer, arch: Architecture) -> Groups:
@@ -129,6 +134,7 @@ def heads_by_activations(teacher: Side, student: Side, mixer: Moments) -> HeadsS
         cross_traces=head_traces(mixer.ts, dim),
         importance=head_importance(writer, mixer.tt, len(powers[0])),
         student_power=powers[1],
+        student_moment=mixer.ss,
     )
 
 
@@ -136,7 +142,7 @@ def neurons_by_activations(teacher: Side, ffn: Moments) -> NeuronsSeen:
     """Return what neurons are compared by: the moments of what down_proj reads."""
     power = diagonal_of(ffn.tt)
     adds = power * (_weights(teacher, "ffn.down") ** 2).sum(0)
-    return NeuronsSeen(ffn.ts, power, diagonal_of(ffn.ss), adds, ffn.tt)
+    return NeuronsSeen(ffn.ts, power, diagonal_of(ffn.ss), adds, ffn.tt, ffn.ss)
 
 
 @one_blas_thread()
@@ -155,7 +161,7 @@ def heads_by_weights(teacher: Side, student: Side, mapping: ResidualMap) -> Head
     student_power = np.diagonal(_inner_products(ours, ours)).copy()
     likeness = correlations(cross, power, student_power)
     left, right = (values.reshape(-1, values.shape[2]) for _, values in (theirs, ours))
-    return HeadsSeen(likeness, likeness, left @ right.T, traces, cross, power, student_power)
+    return HeadsSeen(likeness, likeness, left @ right.T, traces, cross, power, student_power, None)
 
 
 @one_blas_thread()
@@ -171,7 +177,7 @@ def neurons_by_weights(teacher: Side, student: Side, mapping: ResidualMap) -> Ne
             right = _gained(ours, student, "norm.ffn")
         total += correlations(left @ right.T, (left**2).sum(1), (right**2).sum(1)) / 3
     adds = (_weights(teacher, "ffn.down") ** 2).sum(0)
-    return NeuronsSeen(total, np.ones(len(total)), np.ones(total.shape[1]), adds, None)
+    return NeuronsSeen(total, np.ones(len(total)), np.ones(total.shape[1]), adds, None, None)
 
 
 def mixer_map(
@@ -182,13 +188,17 @@ def mixer_map(
     `match` takes the most alike; of attention, `pair` mixes blocks of heads (`paired_heads`), `prune` takes
     the most important (`pruned_heads`), `turn` turns values towards the student's (`with_turned_values`),
     `frozen-kv` keeps the student's keys and values and turns towards them (`with_frozen_kv`; values where no
-    gate forbids). DeltaNet's heads are matched whatever the method. `states` is E[x_t x_sᵀ] in front of the
-    mixer. Raises BitsmithError as `most_alike` and `with_turned_values` do.
+    gate forbids). DeltaNet's heads are matched whatever of these is asked for. `regress` keeps all of the
+    student's heads and finds by least squares what o_proj or out_proj has to make of them to write what the
+    teacher's write. `states` is E[x_t x_sᵀ] in front of the mixer. Raises BitsmithError as `most_alike` and
+    `with_turned_values` do.
     """
     (theirs, big), (ours, small) = teacher, student
     turns = ours.has("attn.o") and (method == "turn" or (method == "frozen-kv" and not _is_gated(ours)))
     likeness = seen.turned_likeness if turns else seen.likeness
     chosen = most_alike((theirs, big.arch), (ours, small.arch), likeness)
+    if method == "regress":
+        return _with_regressed_output(chosen, seen)
     if isinstance(chosen, DeltaMap):
         return chosen
     if method == "pair":
@@ -224,16 +234,21 @@ def ffn_map(method: FfnMethod, seen: NeuronsSeen) -> AxisMap:
     """Return how the teacher's neurons become the student's.
 
     `match` takes the most alike, `strongest` the most important; `solve` and `tie` match and fold those left
-    out into down_proj (`with_rest_solved`, `with_rest_tied`). Raises BitsmithError for fewer neurons than the
-    student has, and as those two do; without activations for the last two.
+    out into down_proj (`with_rest_solved`, `with_rest_tied`); `regress` keeps the student's neurons and finds
+    what down_proj makes of them by least squares. Raises BitsmithError for fewer neurons than the
+    student has, and as those two do; without activations for the last three.
     """
     if method == "strongest":
         return strongest_neurons(seen.cross, seen.teacher_power, seen.student_power, seen.importance)
     chosen = matched_neurons(seen.cross, seen.teacher_power, seen.student_power)
     if method == "match":
         return chosen
-    if seen.moment is None:
+    if seen.moment is None or seen.student_moment is None:
         raise BitsmithError(f"ffn {method} takes the neurons' activations: it cannot do without")
+    if method == "regress":
+        _expect_correlated(seen.student_moment, "neurons")
+        reading = regression(seen.cross, seen.student_moment, RIDGE)
+        return AxisMap(chosen.producing, reading, "ffn.regress", keeps_producers=True)
     return with_rest_solved(chosen, seen.moment) if method == "solve" else with_rest_tied(chosen, seen.moment)
 
 
@@ -244,6 +259,21 @@ def neuron_likeness(ffn: AxisMap, seen: NeuronsSeen) -> float:
     power = seen.teacher_power[kept] * seen.student_power
     found = np.divide(cross, np.sqrt(np.maximum(power, 0)), out=np.zeros(len(kept)), where=power > 0)
     return float(found.mean())
+
+
+def _with_regressed_output(chosen: HeadMap | DeltaMap, seen: HeadsSeen) -> HeadMap | DeltaMap:
+    """Return the map that keeps the student's heads and lets them write what the teacher's do."""
+    if seen.student_moment is None:
+        raise BitsmithError("heads regress takes the heads' activations: it cannot do without")
+    _expect_correlated(seen.student_moment, "heads")
+    mixing = regression(seen.cross, seen.student_moment, RIDGE)
+    kind = "delta" if isinstance(chosen, DeltaMap) else "heads"
+    return replace(chosen, regressed=mixing, method=f"{kind}.regress")
+
+
+def _expect_correlated(moment: Float64, what: str) -> None:
+    if moment.ndim == 1:
+        raise BitsmithError(f"the {what}' second moment is kept as a diagonal: regress needs more of it")
 
 
 def _head_dim(theirs: Layer, ours: Layer) -> int:

@@ -22,9 +22,11 @@ _TIES = 1e-9
 
 
 def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Return the linear centred kernel alignment of two sets of activations (`N D`, `N D'`), 0 … 1.
+    """Return the linear centred kernel alignment of two sets of activations (`N D`, `N D'`), at most 1.
 
-    `|Xᵀ Y|² / (|Xᵀ X| |Yᵀ Y|)` with columns centred (Kornblith et al. 2019); 0 where one does not vary.
+    `⟨K, L⟩ / (|K| |L|)` of both kernels `X Xᵀ`, debiased: centred with their diagonals left out, so that
+    of unrelated activations it is 0 in the mean also where tokens are fewer than columns (Székely & Rizzo
+    2014, Nguyen et al. 2021). 0 where one does not vary; with fewer than 4 tokens biased.
     """
     return float(cka_matrix([x], [y])[0, 0])
 
@@ -108,12 +110,23 @@ def _path(best: Float64, narrow: int) -> tuple[int, ...]:
 
 
 def _gram(layer: NDArray[Any]) -> NDArray[np.float32]:
-    """Return `X Xᵀ` (`N N`) of centred columns, divided by its Frobenius norm; zeros for what is constant."""
+    """Return `X Xᵀ` (`N N`), U-centred and divided by its Frobenius norm; zeros for what is constant."""
     x = layer.astype(np.float64)
     x = x - x.mean(0)
-    gram = x @ x.T
+    gram = _u_centred(x @ x.T) if len(x) > 3 else x @ x.T
     size, seen = float(np.linalg.norm(gram)), float(np.square(layer.astype(np.float64)).sum())
     if size <= 1e-12 * seen:
         return np.zeros(gram.shape, np.float32)
     normed: NDArray[np.float32] = (gram / size).astype(np.float32)
     return normed
+
+
+def _u_centred(gram: Float64) -> Float64:
+    """Return a kernel without its diagonal, from which the bias comes, and with the rest of it centred."""
+    count = len(gram)
+    np.fill_diagonal(gram, 0.0)
+    rows = gram.sum(0)
+    gram -= (rows[:, None] + rows) / (count - 2)
+    gram += rows.sum() / ((count - 1) * (count - 2))
+    np.fill_diagonal(gram, 0.0)
+    return gram

@@ -59,6 +59,9 @@ class Evidence(Protocol):
     def samples(self, place: int) -> Samples:
         """Return states of a place that are not in the moments."""
 
+    def between(self, pair: int) -> Samples:
+        """Return states between mixer and FFN of a pair of layers that are not in the moments."""
+
     def embedded_samples(self) -> Samples:
         """Return states behind the embeddings that are not in the moments."""
 
@@ -119,6 +122,14 @@ class TextEvidence:
         """Return the held-out states of a place."""
         teacher = (*self.layer_map, self.parts[0][0].manifest.teacher.layers)[place]
         return self._samples(teacher, place)
+
+    def between(self, pair: int) -> Samples:
+        """Return the held-out states between mixer and FFN of a pair of layers."""
+
+        def side(name: SideName, layer: int) -> Float32:
+            return np.concatenate([in_pieces(one.samples_between(name, layer)) for one, _ in self.parts])
+
+        return side("teacher", self.layer_map[pair]), side("student", pair)
 
     def embedded_samples(self) -> Samples:
         """Return the held-out states behind the embeddings."""
@@ -184,6 +195,11 @@ class WeightEvidence:
     def samples(self, place: int) -> Samples:
         """Return embeddings."""
         del place
+        return self.embedded_samples()
+
+    def between(self, pair: int) -> Samples:
+        """Return embeddings."""
+        del pair
         return self.embedded_samples()
 
     def embedded_samples(self) -> Samples:

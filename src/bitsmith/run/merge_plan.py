@@ -207,11 +207,14 @@ class _Planner:
         return LayerMerge(chosen, before, between, after, heads, ffn, gains), facts
 
     def _gains(self, number: int, before: ResidualMap, between: ResidualMap) -> tuple[float, float]:
-        """Return what the norms in front of mixer and FFN lose; states between are taken as the middle."""
+        """Return what the norms in front of mixer and FFN lose."""
         if not self._recipe.gains:
             return 1.0, 1.0
-        entering, leaving = (self._teacher_rows(self._evidence.samples(number + n)) for n in (0, 1))
-        return norm_gain(before, entering), norm_gain(between, (entering + leaving) / 2)
+        entering, inside = (
+            self._teacher_rows(found)
+            for found in (self._evidence.samples(number), self._evidence.between(number))
+        )
+        return norm_gain(before, entering), norm_gain(between, inside)
 
     def _ends(self, embedding: ResidualMap, final: ResidualMap) -> EndsMerge:
         place = len(self._evidence.layer_map)

@@ -11,8 +11,8 @@ from bitsmith.passes.merge_fold import LayerAlpha
 
 MapName = Literal["tiered", "joint", "svd", "cross", "cca", "ridge", "random-fold", "sparse-fold"]
 Basis = Literal["global", "layer"]
-Heads = Literal["match", "pair", "prune", "turn", "frozen-kv"]
-Ffn = Literal["match", "strongest", "solve", "tie"]
+Heads = Literal["match", "pair", "prune", "turn", "frozen-kv", "regress"]
+Ffn = Literal["match", "strongest", "solve", "tie", "regress"]
 
 MAPS: tuple[MapName, ...] = get_args(MapName)
 HEADS: tuple[Heads, ...] = get_args(Heads)
