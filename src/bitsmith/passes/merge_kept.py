@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ class MapFile:
 
     def __init__(self) -> None:
         descriptor, path = tempfile.mkstemp()
-        os.unlink(path)
+        Path(path).unlink()
         self._descriptor, self._end = descriptor, 0
         weakref.finalize(self, os.close, descriptor)
 
