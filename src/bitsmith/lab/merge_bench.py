@@ -149,7 +149,7 @@ class Bench:
             tokens=tokens,
             ctx_tokens=setting.ctx_tokens,
             samples=SAMPLES,
-            steps=max(1, case.passes * tokens // (setting.ctx_tokens * DistillOptions.batch_chunks)),
+            steps=max(1, tokens // (setting.ctx_tokens * DistillOptions.batch_chunks)),
             seed=setting.seed,
             overwrite=True,
             progress=self._progress,
@@ -226,12 +226,19 @@ class Bench:
         if not source.fixed:
             return self._pairing(source, "cka")
         layers = self._paired(Source()).layer_map
-        own = self._pairing(replace(source, fixed=False), "cka")
-        return own if own.layer_map == layers else self._pairing(source, layers)
+        free = replace(source, fixed=False)
+        if self._name(free) in self._journal.entries:
+            found = self._pairing(free, "cka")
+            if found.layer_map == layers:
+                return found
+        return self._pairing(source, layers)
+
+    def _name(self, source: Source) -> str:
+        return f"paired-{source.task}-{self._tokens_of(source)}-{source.part}{'-fixed' * source.fixed}"
 
     def _pairing(self, source: Source, layers: LayerMap) -> Paired:
         """Return what this run, or the one it goes on with, has in its folder; else make it."""
-        name = f"paired-{source.task}-{self._tokens_of(source)}-{source.part}{'-fixed' * source.fixed}"
+        name = self._name(source)
         path, entries = self._folder / name, self._journal.entries
         if name in entries and (path / MANIFEST_NAME).exists():
             return open_paired(path)

@@ -106,11 +106,10 @@ class Merged(Case):
 
 @dataclass(frozen=True)
 class Distilled(Case):
-    """The student trained on the same tokens by back-propagation, the teacher's logits its targets."""
+    """The student trained once over the same tokens by back-propagation, the teacher's logits its targets."""
 
     kind: ClassVar[str] = "distilled"
     source: Source = field(default_factory=Source)
-    passes: int = 1
 
 
 @dataclass(frozen=True)

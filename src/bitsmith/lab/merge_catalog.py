@@ -23,7 +23,7 @@ from bitsmith.lab.merge_cases import (
     everywhere,
 )
 from bitsmith.lab.merge_turns import Span
-from bitsmith.run.merge_recipe import HEADS, Basis, MergeRecipe
+from bitsmith.run.merge_recipe import FFNS, HEADS, Basis, MergeRecipe
 
 WORKING = 0.1
 """A share at which a merge still writes sentences; at 1 nothing of the student is left to hide behind."""
@@ -37,9 +37,9 @@ DECIDED = (
 DATA_TOKENS = (1_000, 10_000, 50_000, 140_000)
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LAYER_SWEEP = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
-SPARSE_CHUNKS = (2, 8, 32, 128)
+ONCE = "once over the same tokens"
+SPARSE_CHUNKS = (2, 8, 32)
 BLENDS = (0.3, 0.5, 0.7)
-PASSES = (1, 4)
 
 SHARED_TOKENS = 50_000
 """Of each of two tasks that are held against each other, at most."""
@@ -80,12 +80,8 @@ def _baselines(sizes: Sizes) -> list[AnyCase]:
         Merged("uniform α 0.5", shares=everywhere(0.5)),
         Merged("no activation information, α by rule", recipe=weights),
         Merged("no activation information, α 0.5", recipe=weights, shares=everywhere(0.5)),
-        *(Distilled(f"distillation by back-propagation, {_passes(n)}", passes=n) for n in PASSES),
+        Distilled(f"distillation by back-propagation, {ONCE}"),
     ]
-
-
-def _passes(count: int) -> str:
-    return f"{count} {'pass' if count == 1 else 'passes'} over the same tokens"
 
 
 def _ablations(sizes: Sizes) -> list[AnyCase]:
@@ -100,7 +96,7 @@ def _ablations(sizes: Sizes) -> list[AnyCase]:
         "embedding and head left as they are": replace(SEED, ends=False),
     }
     uniform: AnyCase = Merged("layer-specific α off, the rule's mean everywhere", shares=Shares("mean"))
-    neurons = {f"FFN: {ffn}": replace(SEED, ffn=ffn) for ffn in ("strongest", "solve", "tie")}
+    neurons = {f"FFN: {ffn}": replace(SEED, ffn=ffn) for ffn in FFNS if ffn != SEED.ffn}
     return [*_recipes(named), uniform, *_recipes(neurons)]
 
 
@@ -128,9 +124,7 @@ def _data_efficiency(sizes: Sizes) -> list[AnyCase]:
     for tokens in _data_sizes(sizes):
         source, said = Source("text", tokens), f"{tokens or sizes.tokens:,} tokens"
         rows += _under(said, USUAL, Merged("", source=source))
-        rows.append(
-            Distilled(f"{said}, distillation, {_passes(PASSES[-1])}", source=source, passes=PASSES[-1])
-        )
+        rows.append(Distilled(f"{said}, distillation, {ONCE}", series="distillation", source=source))
     return rows
 
 

@@ -40,8 +40,8 @@ def experiments_cost(
     pairs = _users(rows, sources_of)
     texts = _users(rows, lambda case: [] if isinstance(case, Turned) else [case.judged])
     merges = _users(rows, lambda case: [case.key] if isinstance(case, Merged) else [])
-    taught = _users(rows, lambda c: [(c.source, c.passes)] if isinstance(c, Distilled) else [])
-    lessons = sum(sizes.of(source) * passes for source, passes in taught)
+    taught = _users(rows, lambda c: [c.source] if isinstance(c, Distilled) else [])
+    lessons = sum(map(sizes.of, taught))
     found = [
         Cost(
             "paired activations",

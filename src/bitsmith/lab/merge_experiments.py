@@ -13,7 +13,7 @@ from bitsmith import __version__
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.lab.merge_bench import Bench, Json, Setting
 from bitsmith.lab.merge_cases import Sizes, Task
-from bitsmith.lab.merge_catalog import chosen_experiments
+from bitsmith.lab.merge_catalog import SHARED_TOKENS, chosen_experiments
 from bitsmith.lab.merge_cost import experiments_cost
 from bitsmith.lab.merge_tasks import write_task_text
 from bitsmith.lab.models import STUDENT_MODEL, TEACHER_MODEL
@@ -35,7 +35,7 @@ CTX_TOKENS = 256
 CHUNKS = 32
 
 _PIECE_CHARACTERS = 2_000  # of each task by turns
-_BYTES = {"code": 560_000, "prose": 240_000}
+_TOKEN_BYTES = 4  # more than a token of these texts takes, on average
 _HELD_BYTES = 60_000
 _MADE: Mapping[Task, tuple[str, bool]] = {
     "text": ("code", False),
@@ -110,7 +110,7 @@ def merge_experiments(
     _check_options(given, tokens, ctx_tokens, chunks)
     with open_sides(*models) as sides:
         result_folder(out, RESULT_NAME, overwrite)
-        texts = _texts(out, given, wants_other)
+        texts = _texts(out, given, wants_other, tokens)
         digests = {task: str(sha256_of(path)) for task, path in texts.items()}
         _expect_apart(texts, digests)
         used = {
@@ -193,7 +193,7 @@ def _check_options(given: Mapping[Task, Path | None], tokens: int, ctx_tokens: i
             raise BitsmithError("does not exist", path=path)
 
 
-def _texts(out: Path, given: Mapping[Task, Path | None], wants_other: bool) -> dict[Task, Path]:
+def _texts(out: Path, given: Mapping[Task, Path | None], wants_other: bool, tokens: int) -> dict[Task, Path]:
     """Return the texts that are needed; what was not given is made, unless a run to go on with made it."""
     found: dict[Task, Path] = {}
     resumes = (out / JOURNAL_NAME).exists()
@@ -204,7 +204,9 @@ def _texts(out: Path, given: Mapping[Task, Path | None], wants_other: bool) -> d
         if path is None:
             path = out / f"{name}{'.held' if held_out else ''}.txt"
             if not (resumes and path.exists()):
-                write_task_text(name, path, _HELD_BYTES if held_out else _BYTES[name], held_out=held_out)
+                wanted = tokens if task == "text" else min(tokens, SHARED_TOKENS)
+                limit = _HELD_BYTES if held_out else _TOKEN_BYTES * wanted
+                write_task_text(name, path, limit, held_out=held_out)
         found[task] = path
     if wants_other:
         found["mixed"] = _mixed(found["held"], found["other_held"], out / "mixed.held.txt")
