@@ -31,9 +31,9 @@ _LABELS = {
 }
 _MEASURES = {
     "ppl_student": "perplexity of the student",
-    "ppl_teacher": "of the teacher",
-    "ppl_merged": "of what was written",
-    "ppl_merged_over_student": "of it over the student's",
+    "ppl_teacher": "perplexity of the teacher",
+    "ppl_merged": "perplexity of what was written",
+    "ppl_merged_over_student": "perplexity of it over the student's",
     "kld_student": "mean KLD from the teacher, student",
     "kld_merged": "mean KLD from the teacher, what was written",
 }

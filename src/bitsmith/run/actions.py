@@ -142,11 +142,11 @@ def merge(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Fact
     from bitsmith.run.merge import merge as run  # noqa: PLC0415
     from bitsmith.run.study_merge import merge_options  # noqa: PLC0415
 
-    options, written = merge_options(params), out / MODEL_NAMES[-1]
-    places = [options.pop(name) for name in ("teacher", "student", "text")]
-    run(*places, written, overwrite=True, progress=progress, **options)
+    written = out / MODEL_NAMES[-1]
+    run(out=written, overwrite=True, progress=progress, **merge_options(params))
     result = out / MERGE / RESULT_NAME
     record = _settled(json.loads(result.read_bytes()), params, {**inputs, written.name: written})
+    del record["paired"]["sha256"]  # of a manifest that tells places
     shutil.rmtree(out / MERGE)
     (out / MERGE).mkdir()
     write_result(result, record)

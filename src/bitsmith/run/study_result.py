@@ -290,7 +290,7 @@ def _row_name(model: str, recipe: str) -> str:
 def _made_of(study: Study, model: str) -> str:
     """Return what a merge is of; nothing for other models."""
     found = study.merges.get(model)
-    return "" if found is None else f"{found.teacher} merged into {found.student}"
+    return "" if found is None else f"{study.teacher(model).name} merged into {found.student}"
 
 
 def _size(facts: Mapping[str, Any]) -> dict[str, Any]:
