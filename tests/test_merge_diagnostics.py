@@ -197,7 +197,7 @@ def test_attention_is_that_of_plain_transformers(pair: Merged) -> None:
         entropy = -(part * logs).sum(-1)[:, :, 1:].mean((0, 2))
         side = "teacher" if model is pair.teacher else "student"
         found_entropy = head_entropy(model, number, pair.paired.samples(side, number))
-        np.testing.assert_allclose(found_entropy, entropy, rtol=1e-4)
+        np.testing.assert_allclose([one.value for one in found_entropy], entropy, rtol=1e-4)
 
 
 def test_a_head_stands_beside_the_one_it_is_mapped_to(qwen3: Merged) -> None:
@@ -296,6 +296,7 @@ def test_least_squares_maps_lie_in_the_tolerance_that_they_make(qwen3_5: Merged)
     assert delta["kind"] == "linear_attention" and delta["attention_kl"] == []
     assert "no attention logits" in delta["unmeasured"]["attention_kl"]
     assert len(found["layers"][0]["attention_kl"]) == 1
+    assert len(found["layers"][0]["teacher_head_entropy"]) == 4
 
 
 def test_an_embedded_teacher_meets_every_target(tmp_path: Path) -> None:

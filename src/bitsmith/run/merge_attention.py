@@ -84,11 +84,11 @@ def attention_kl(
     )
 
 
-def head_entropy(model: Model, layer: int, states: Float32) -> Float64:
-    """Return the mean entropy of each query head's attention (`H`), in nats, on states (`chunks T D`).
+def head_entropy(model: Model, layer: int, states: Float32) -> list[Estimate]:
+    """Return the mean entropy of each query head's attention in nats, on states (`chunks T D`).
 
-    Low for a head that looks at few tokens, at most the mean of `ln t`. Raises BitsmithError for a layer
-    without attention.
+    Low for a head that looks at few tokens, at most the mean of `ln t`. Intervals draw chunks. Raises
+    BitsmithError for a layer without attention.
     """
     attention = AttentionLayer(model, model.view(), layer)
 
@@ -98,9 +98,9 @@ def head_entropy(model: Model, layer: int, states: Float32) -> Float64:
         for heads in _each_group(attention.groups):
             for logs in seen.logarithms(heads):
                 found[heads] -= (logs.exp() * logs.nan_to_num(neginf=0.0)).sum((1, 2))
-        return np.asarray((found / max(1, states.shape[1] - 1)).numpy())
+        return np.asarray(found.numpy())
 
-    return np.asarray(np.mean(_by_chunk(entropy, len(states), attention, states.shape[1]), axis=0))
+    return _means(_by_chunk(entropy, len(states), attention, states.shape[1]), max(1, states.shape[1] - 1))
 
 
 def mapped_heads(heads: HeadMap) -> Index:
@@ -206,9 +206,13 @@ def _by_group(
         )
 
     chunks, tokens = states[0].shape[:2]
-    found = np.stack(_by_chunk(sums, chunks, own, tokens))
-    rows = np.full(chunks, own.groups.each * max(1, tokens - 1))
-    return [ratio_of_sums(column, rows) or Estimate(0.0, None, None) for column in found.T]
+    return _means(_by_chunk(sums, chunks, own, tokens), own.groups.each * max(1, tokens - 1))
+
+
+def _means(sums: Sequence[Float64], rows: int) -> list[Estimate]:
+    """Return the mean of each column of every chunk's sums over `rows`, with its interval."""
+    counts = np.full(len(sums), rows)
+    return [ratio_of_sums(column, counts) or Estimate(0.0, None, None) for column in np.stack(sums).T]
 
 
 def _divergence(ours: Seen, theirs: Seen, heads: Index, places: Index) -> float:

@@ -19,7 +19,7 @@ from bitsmith.passes.merge_maps import PairMoments, ResidualMap, ridge_map, tran
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluation import INTERVAL, Measure
 from bitsmith.run.merge_alpha import PlaceFacts
-from bitsmith.run.merge_attention import attention_kl
+from bitsmith.run.merge_attention import attention_kl, head_entropy
 from bitsmith.run.merge_plan import MergePlan
 from bitsmith.run.merge_trial import UNMEASURED, figure
 from bitsmith.store.paired import CrossMoments, Paired
@@ -29,6 +29,7 @@ Float64 = NDArray[np.float64]
 
 CHANNELS = 128
 """Channels of the student's stream that kurtosis and mutual information are taken of, evenly spread."""
+_ENTROPY = "teacher_head_entropy"
 _BAND_TOKENS = 2  # in the moments for each of the teacher's dimensions, for the least-squares map to be one
 _NO_INTERVAL = "of maps alone: held-out text does not enter"
 _NO_LOGITS = "a DeltaNet layer has no attention logits"
@@ -62,7 +63,8 @@ class PlaceDiagnostics:
     """Figures of one place: the states that enter a layer of the student, or its final norm.
 
     `figures` and the `reference`, the same by the least-squares map of this place, are by name; a list has
-    one figure for each KV group. `unmeasured` says by name why a figure is missing.
+    one figure for each KV group (of `teacher_head_entropy`: each query head). `unmeasured` says by name why
+    a figure is missing.
     """
 
     facts: Mapping[str, Any]
@@ -122,10 +124,10 @@ def merge_diagnostics(plan: MergePlan, *, progress: Progress = silent) -> MergeD
 
     `|T - I|` of the maps in front of and behind a layer; the share of the teacher's held-out energy within
     the map; the mean cosine of `x_t A` and `x_s`; of `CHANNELS` channels the gap in kurtosis and the mutual
-    information of the two; KL of attention by KV group; and the shares that the plan has. The tolerance of
-    the gap and the information is what this pair of models shows by itself: the range, over all places, under
-    each place's least-squares map. Intervals draw held-out chunks; a single one has none. Raises as
-    `Paired.samples` and `attention_kl` do.
+    information of the two; KL of attention by KV group and the entropy of the teacher's heads; and the shares
+    that the plan has. The tolerance of the gap and the information is what this pair of models shows by
+    itself: the range, over all places, under each place's least-squares map. Intervals draw held-out chunks;
+    a single one has none. Raises as `Paired.samples` and `attention_kl` do.
     """
     count = len(plan.layers)
     layers = []
@@ -207,15 +209,18 @@ def _certainty(facts: PlaceFacts) -> Measure:
 def _attention(
     plan: MergePlan, number: int, states: tuple[Float32, Float32]
 ) -> tuple[dict[str, list[Measure]], dict[str, str]]:
-    """Return the KL of attention by name, and why what is missing is."""
+    """Return the KL of attention and the teacher's heads' entropy by name, and why what is missing is."""
     merge = replace(plan.layers[number], alpha=plan.alphas.layers[number])
     names = {"teacher": "attention_kl"} | {
         part: f"attention_kl_{part}" for part in ("merged", "folded", "unturned")
     }
     if not isinstance(merge.heads, HeadMap):
-        return {name: [] for name in names.values()}, dict.fromkeys(names.values(), _NO_LOGITS)
+        missing = *names.values(), _ENTROPY
+        return {name: [] for name in missing}, dict.fromkeys(missing, _NO_LOGITS)
     found = vars(attention_kl(plan.teacher, plan.student, number, merge, states))
     measured = {name: [_measure(one, "nats") for one in found[part] or []] for part, name in names.items()}
+    entropy = head_entropy(plan.teacher, merge.teacher, states[0])
+    measured[_ENTROPY] = [_measure(one, "nats") for one in entropy]
     return measured, {} if found["unturned"] else {names["unturned"]: _NO_TURNS}
 
 
