@@ -88,10 +88,11 @@ def pairwise_information(
     bins = bins_for(chunks * tokens)
     shifts = _shifts(chunks, tokens, seed)
     pointwise, null = np.zeros(chunks), np.zeros(len(shifts))
+    weight = np.arange(chunks * tokens + 1) * np.log(np.arange(chunks * tokens + 1).clip(1))
     for one, other in zip(_binned(first, bins), _binned(second, bins), strict=True):
         cells = one * bins + other
         pointwise += _logarithms(cells, bins)[cells].reshape(chunks, tokens).sum(1)
-        null += [_shifted(one, other, shift, bins) for shift in shifts]
+        null += _shifted(one, other, shifts, weight)
     null /= channels
     found = ratio_of_sums(pointwise, np.full(chunks, tokens * channels), resamples, seed)
     bias = float(null.mean())
@@ -142,9 +143,18 @@ def _logarithms(cells: NDArray[np.intp], bins: int) -> Float64:
     return found.reshape(-1)
 
 
-def _shifted(one: NDArray[np.intp], other: NDArray[np.intp], shift: int, bins: int) -> float:
-    cells = one * bins + np.roll(other, shift)
-    return float(_logarithms(cells, bins)[cells].mean())
+def _shifted(one: NDArray[np.intp], other: NDArray[np.intp], shifts: list[int], weight: Float64) -> Float64:
+    """Return the information of bins (`N`) at each shift of `other`; `weight[n]` is `n ln n`.
+
+    `I = ln N + (Σ n_ab ln n_ab - Σ n_a ln n_a - Σ n_b ln n_b) / N`.
+    """
+    count, bins = len(one), int(max(one.max(), other.max())) + 1
+    alone = sum(float(weight[np.bincount(part)].sum()) for part in (one, other))
+    rows, twice = one * bins, np.concatenate([other, other])
+    starts = [count - shift % count for shift in shifts]
+    joint = np.array([weight[np.bincount(rows + twice[at : at + count])].sum() for at in starts])
+    found: Float64 = np.log(count) + (joint - alone) / count
+    return found
 
 
 def _less(estimate: Estimate, bias: float) -> Estimate:
