@@ -333,7 +333,7 @@ def test_everything_is_drawn(tab: Tab, tmp_path: Path, dark: bool) -> None:
         assert tab.do(f"{count}('#{plot}.js-plotly-plot svg.main-svg[aria-hidden]')") >= 1, plot
     assert tab.do(f"{count}('.trace.scatter')") >= 9
     assert tab.do(f"{count}('.trace.bars')") == 3
-    assert tab.do(f"{count}('.hm')") == 1
+    assert tab.do(f"{count}('#allocation .hm')") == 1
     assert tab.do(f"{count}('.errorbar')") >= 6
     assert tab.do(f"{count}('.modebar-btn')") > 0
     assert tab.do(f"{count}('[data-title*=loud], [data-title*=hart]')") == 0, "a button sends figures away"

@@ -89,37 +89,39 @@ def tally_table(merge: Merge) -> Table:
 
 
 def _part(anchor: str, merge: Merge) -> Part:
+    name = printable(merge.name)
     blocks = [
         Block(
             "",
             "",
             table=facts_table(merge),
             id=f"{anchor}-facts",
-            caption=f"Merge {merge.name}: what was done",
+            caption=f"Merge {name}: what was done",
         )
     ]
     if merge.trials:
-        caption = f"Shares tried for {merge.name}, and what was decided"
+        caption = f"Shares tried for {name}, and what was decided"
         blocks.append(Block("", "", table=_trials(merge), id=f"{anchor}-trials", caption=caption))
     if merge.targets:
-        caption = f"Targets of {merge.name}: layers that meet them"
+        caption = f"Targets of {name}: layers that meet them"
         blocks.append(
             Block("Targets", TARGET_RULE, table=tally_table(merge), id=f"{anchor}-targets", caption=caption)
         )
     if merge.places:
         blocks += _layer_blocks(anchor, merge)
-    return Part(anchor, f"Merge: {printable(merge.name)}", (outcome_of(merge),), blocks)
+    return Part(anchor, f"Merge: {name}", (outcome_of(merge),), blocks)
 
 
 def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
-    charts = [_by_layer(anchor, merge, name) for name in _names(merge) if name not in _UNDRAWN]
+    name = printable(merge.name)
+    charts = [_by_layer(anchor, merge, one) for one in _names(merge) if one not in _UNDRAWN]
     yield Block(
         "Diagnostics by layer",
         _note(merge),
         [chart for chart in charts if chart.curves],
         diagnostics_table(merge),
         f"{anchor}-layers",
-        f"Diagnostics of {merge.name} by layer, targets in the head",
+        f"Diagnostics of {name} by layer, targets in the head",
     )
     ways = dict.fromkeys(way for one in merge.places for way in one.attention_kl)
     if ways:
@@ -129,7 +131,7 @@ def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
             [_attention(anchor, merge, way) for way in ways],
             _attention_table(merge),
             f"{anchor}-attention",
-            f"Attention KL of {merge.name} by layer and KV group, nats",
+            f"Attention KL of {name} by layer and KV group, nats",
             is_folded=True,
         )
     if any(one.mixer or one.ffn is not None for one in merge.places):
@@ -139,7 +141,7 @@ def _layer_blocks(anchor: str, merge: Merge) -> Iterator[Block]:
             _profiles(anchor, merge),
             _profile_table(merge),
             f"{anchor}-profile",
-            f"Teacher's shares α of {merge.name} by layer and group",
+            f"Teacher's shares α of {name} by layer and group",
             is_folded=True,
         )
 
@@ -233,7 +235,10 @@ def _attention_table(merge: Merge) -> Table:
     for one in merge.places:
         for way, found in one.attention_kl.items():
             figures = [*found, *[None] * (most - len(found))]
-            cells = [Cell(figure_text(figure, "{:.4g}"), figure and figure.value) for figure in figures]
+            cells = [
+                Cell(UNMEASURED) if kl is None else Cell(figure_text(kl, "{:.4g}"), kl.value)
+                for kl in figures
+            ]
             rows.append((_layer(one), Cell(_way(way)), *cells))
     columns = ("layer", "of", *(f"group {at}" for at in range(most)))
     return Table(columns, rows, [None] * len(rows))
