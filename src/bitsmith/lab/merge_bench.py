@@ -270,10 +270,9 @@ class Bench:
         if source.part == 0:
             return whole
         path = self._folder / f"{source.task}-{source.part}.txt"
-        if not path.exists():
-            read = whole.read_text("utf-8")
-            with atomic_file(path, overwrite=True) as stream:
-                stream.write(read[len(read) * source.part // PARTS :].encode())
+        read = whole.read_text("utf-8")
+        with atomic_file(path, overwrite=True) as stream:
+            stream.write(read[len(read) * source.part // PARTS :].encode())
         return path
 
 

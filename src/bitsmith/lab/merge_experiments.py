@@ -194,19 +194,17 @@ def _check_options(given: Mapping[Task, Path | None], tokens: int, ctx_tokens: i
 
 
 def _texts(out: Path, given: Mapping[Task, Path | None], wants_other: bool, tokens: int) -> dict[Task, Path]:
-    """Return the texts that are needed; what was not given is made, unless a run to go on with made it."""
+    """Return the texts that are needed; what was not given is made."""
     found: dict[Task, Path] = {}
-    resumes = (out / JOURNAL_NAME).exists()
     for task, (name, held_out) in _MADE.items():
         if not wants_other and task.startswith("other"):
             continue
         path = given[task]
         if path is None:
             path = out / f"{name}{'.held' if held_out else ''}.txt"
-            if not (resumes and path.exists()):
-                wanted = tokens if task == "text" else min(tokens, SHARED_TOKENS)
-                limit = _HELD_BYTES if held_out else _TOKEN_BYTES * wanted
-                write_task_text(name, path, limit, held_out=held_out)
+            wanted = tokens if task == "text" else min(tokens, SHARED_TOKENS)
+            limit = _HELD_BYTES if held_out else _TOKEN_BYTES * wanted
+            write_task_text(name, path, limit, held_out=held_out)
         found[task] = path
     if wants_other:
         found["mixed"] = _mixed(found["held"], found["other_held"], out / "mixed.held.txt")
