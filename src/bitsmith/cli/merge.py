@@ -103,9 +103,8 @@ def merge(
     from bitsmith.report.model_card import PAGE_NAME
     from bitsmith.report.study_adapters import load_study
     from bitsmith.report.study_page import write_study_page
-    from bitsmith.run.merge import RESULT_NAME
+    from bitsmith.run.merge import RESULT_NAME, merge_cost
     from bitsmith.run.merge import merge as run
-    from bitsmith.run.merge import merge_cost
     from bitsmith.run.merge_inputs import MergeAsk
     from bitsmith.run.merge_recipe import MergeRecipe
 

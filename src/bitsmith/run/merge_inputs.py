@@ -225,10 +225,11 @@ def _chunks(ask: MergeAsk, sides: Sides, texts: Texts, folder: Path) -> tuple[Co
         )
     seen = [] if corpus is None else [corpus.tokens]
     seen += [open_paired(one).tokens()[0] for one in ask.given]
-    shared = max(shared_runs(one, tokens) for one in seen)
+    shared = max((shared_runs(one, tokens) for one in seen), key=lambda shares: float(shares.mean()))
     if ask.held is not None or ask.given:
         refuse_shared(shared, named[held])
-    return corpus, Held(protocol, shared, shared_runs(tokens[::2], tokens[1::2]))
+    repeated = shared_runs(tokens[::2], tokens[1::2])
+    return corpus, Held(protocol, float(shared.mean()), float(repeated.mean()))
 
 
 def _refuse_strangers(ask: MergeAsk, teacher: Model, student: Model) -> None:

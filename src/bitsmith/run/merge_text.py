@@ -25,6 +25,8 @@ _HELD_SHARE = 5  # a fifth of the text
 _MOST_HELD_CHUNKS = 64
 _SLACK_TOKENS = 16  # that a cut may add or remove on either side
 _RUN_TOKENS = 16
+_BASE = np.uint64(6364136223846793005)  # Knuth's multiplier: runs that differ rarely get one number
+_FEW = 20
 MOST_SHARED = 0.5
 """Of the runs of tokens in one text that may occur in another that is to say something new."""
 
@@ -65,40 +67,41 @@ def read_texts(
 
     The last part is a fifth of the text, at most 64 chunks, at least 4, and with `tokens` no more than they
     leave; it begins at a line where one begins near. Raises BitsmithError for what is not UTF-8, for a text
-    that is too short for both, and for a held-out text that is in the text.
+    that is too short for both.
     """
     raw = _read(text)
     if held is None:
         fit, rest = _cut(student, raw.decode(), tokens, ctx_tokens, text)
         return Texts(fit.encode(), rest.encode(), None, None)
     other = _read(held)
-    if other.strip() in raw:
-        raise BitsmithError("is in the text that the merge is made of: it is not held out", path=held)
     return Texts(raw, other, text, held)
 
 
-def shared_runs(seen: Tokens, held: Tokens) -> float:
-    """Return which share of the runs of 16 tokens in `held` (`chunks T`) also occur in `seen`."""
-    known = {run.tobytes() for run in _runs(seen)}
-    found = [run.tobytes() in known for run in _runs(held)]
-    return sum(found) / max(1, len(found))
+def shared_runs(seen: Tokens, held: Tokens) -> NDArray[np.float64]:
+    """Return for each chunk of `held` (`chunks T`) which share of its runs of 16 tokens is in `seen` too."""
+    found = np.isin(_runs(held), _runs(seen))
+    return found.mean(1, dtype=np.float64)
 
 
-def refuse_shared(share: float, path: Path) -> None:
-    """Raise BitsmithError for a held-out text of which more than half is in what the merge is made of."""
-    if share > MOST_SHARED:
+def refuse_shared(shares: NDArray[np.float64], path: Path) -> None:
+    """Raise BitsmithError where more than one held-out chunk in twenty is in what the merge is made of."""
+    count = int((shares > MOST_SHARED).sum())
+    if count > len(shares) // _FEW:
         raise BitsmithError(
-            f"shares {share:.0%} of its runs of {_RUN_TOKENS} tokens with what the merge is made of: it is "
-            "not held out",
+            f"{count} of its {len(shares)} chunks are in the text that the merge is made of: it is not held "
+            "out",
             path=path,
         )
 
 
-def _runs(tokens: Tokens) -> Tokens:
-    """Return every run of tokens in chunks (`n 16`)."""
+def _runs(tokens: Tokens) -> NDArray[np.uint64]:
+    """Return a number for every run of tokens in each chunk (`chunks n`)."""
     length = min(_RUN_TOKENS, tokens.shape[1])
-    windows = np.lib.stride_tricks.sliding_window_view(tokens, length, axis=1)
-    return np.ascontiguousarray(windows.reshape(-1, length))
+    count = tokens.shape[1] - length + 1
+    found = np.zeros((len(tokens), count), np.uint64)
+    for place in range(length):
+        found = found * _BASE + tokens[:, place : place + count].astype(np.uint64)
+    return found
 
 
 def _read(path: Path) -> bytes:
