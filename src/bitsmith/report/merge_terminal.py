@@ -45,6 +45,10 @@ def cost_lines(cost: MergeCost) -> Iterator[str]:
         f"judging: {cost.held_tokens:,} held-out tokens, the teacher once, the student once, at most "
         f"{cost.trials} merges on half of them each; {cost.trial_multiply_adds:.3g} multiply-adds"
     )
+    yield (
+        f"maps: {cost.plan_multiply_adds:.3g} multiply-adds; folding: {cost.fold_multiply_adds:.3g} for each "
+        "merge that is tried, and again to write"
+    )
     yield f"writing: about {bytes_text(cost.written_bytes)}"
 
 

@@ -9,19 +9,24 @@ from rich.markup import escape
 
 from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED
-from bitsmith.report.study_json import Study
+from bitsmith.report.study_json import Experiment, Study
 from bitsmith.report.study_page import summary_of
 from bitsmith.report.study_tables import MEASURES, figure_text
 from bitsmith.report.terminal import Rows, table
 from bitsmith.run.study import StudyStatus
 
 _MEASURES = ("mean_kld", "ppl_ratio")
+_EXPERIMENT = {"ppl_over_student": "PPL / student's", "kld_to_teacher": "KLD, nats", "explained": "explained"}
 
 
 def print_study(study: Study, files: tuple[Path, ...]) -> None:
-    """Print a study's artifacts with their figures, the tasks that are not done, and the files written."""
+    """Print artifacts and experiments with their figures, the tasks that are not done, and the files."""
     console = Console()
-    console.print(table(*_artifact_rows(study), right=("bytes", "bpw")))
+    if study.artifacts:
+        console.print(table(*_artifact_rows(study), right=("bytes", "bpw")))
+    for one in study.experiments:
+        console.print(escape(f"\n{printable(one.name)}: {printable(one.words, 300)}"), soft_wrap=True)
+        console.print(table(*_experiment_rows(one)))
     for line in (*summary_of(study), *_not_done(study), f"wrote {', '.join(map(str, files))}"):
         console.print(escape(printable(line, 1000)), highlight=False, soft_wrap=True)
 
@@ -57,6 +62,16 @@ def _artifact_rows(study: Study) -> Rows:
         )
         for row in study.artifacts
     ]
+
+
+def _experiment_rows(one: Experiment) -> Rows:
+    """Return a narrow row per row of an experiment; the page has all its figures and facts."""
+    kept = [name for name in _EXPERIMENT if any(name in row.figures for row in one.rows)]
+    rows = [
+        (printable(row.label, 100), *(figure_text(row.figures.get(name), "{:.3f}") for name in kept))
+        for row in one.rows
+    ]
+    return ("row", *(_EXPERIMENT[name] for name in kept)), rows
 
 
 def _not_done(study: Study) -> list[str]:
