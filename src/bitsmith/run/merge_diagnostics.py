@@ -30,6 +30,7 @@ Float64 = NDArray[np.float64]
 CHANNELS = 128
 """Channels of the student's stream that kurtosis and mutual information are taken of, evenly spread."""
 _ENTROPY = "teacher_head_entropy"
+_RANK = 1e-12
 _BAND_TOKENS = 2  # in the moments for each of the teacher's dimensions, for the least-squares map to be one
 _NO_INTERVAL = "of maps alone: held-out text does not enter"
 _NO_LOGITS = "a DeltaNet layer has no attention logits"
@@ -229,17 +230,9 @@ def _place(
     mapping: ResidualMap, states: tuple[Float32, Float32], paired: Paired, moments: CrossMoments
 ) -> PlaceDiagnostics:
     """Measure a map on held-out states (`chunks T D_t`, `chunks T D_s`)."""
-    teacher, student = states
-    mapped = teacher.astype(np.float64) @ mapping.forward
-    figures = {
-        "variance_kept": _measure(_kept(mapping, teacher), "share"),
-        "cosine": _measure(_cosine(mapped, student), "cosine"),
-    }
-    channels = _channels(student.shape[-1])
-    gap, information = _higher(mapped[..., channels], student[..., channels])
-    null = Measure(0.0, "nats", information.null_low, information.null_high, "95 % band of shifted tokens")
-    reference: dict[str, Measure] = {}
-    unmeasured = {} if len(student) > 1 else {"intervals": _ONE_CHUNK}
+    channels = _channels(states[1].shape[-1])
+    unmeasured = {} if len(states[1]) > 1 else {"intervals": _ONE_CHUNK}
+    fitted: Float64 | None = None
     if len(moments.tt) * _BAND_TOKENS > paired.manifest.fit_tokens:
         unmeasured["reference"] = (
             f"{paired.manifest.fit_tokens} tokens in the moments are too few for a least-squares map of "
@@ -247,15 +240,51 @@ def _place(
         )
     else:
         fitted = ridge_map(PairMoments(moments.tt, moments.ss, moments.ts)).forward[:, channels]
-        reference = _named(*_higher(teacher.astype(np.float64) @ fitted, student[..., channels]))
-    found = _named(gap, information)
+    seen = _Swept(mapping, fitted, channels, states)
+    gap, information = seen.higher(seen.mapped)
+    null = Measure(0.0, "nats", information.null_low, information.null_high, "95 % band of shifted tokens")
+    reference = {} if seen.fitted is None else _named(*seen.higher(seen.fitted))
     if gap is None:
         unmeasured["kurtosis_gap"] = _CONSTANT
-    return PlaceDiagnostics({}, figures | found, null, reference, unmeasured)
+    figures = {
+        "variance_kept": _measure(_ratio(seen.kept, seen.energy), "share"),
+        "cosine": _measure(_ratio(seen.cosines, np.full(len(seen.cosines), states[1].shape[1])), "cosine"),
+    }
+    return PlaceDiagnostics({}, figures | _named(gap, information), null, reference, unmeasured)
 
 
-def _higher(mapped: NDArray[Any], student: NDArray[Any]) -> tuple[Estimate | None, Information]:
-    return kurtosis_gap(mapped, student), pairwise_information(mapped, student)
+class _Swept:
+    """What is kept of held-out states, chunk by chunk: sums by chunk, and some channels of every token.
+
+    `kept` and `energy` are the teacher's energy within the map and all of it, `cosines` the sums over tokens
+    (0 for a token where one state is zero); `mapped`, `aim` and `fitted` are `chunks T K`.
+    """
+
+    def __init__(
+        self,
+        mapping: ResidualMap,
+        fitted: Float64 | None,
+        channels: NDArray[np.intp],
+        states: tuple[Float32, Float32],
+    ) -> None:
+        basis, sizes, _ = linalg.svd(mapping.forward, full_matrices=False)
+        basis = basis[:, sizes > _RANK * sizes[0]]
+        shape = *states[1].shape[:2], len(channels)
+        self.kept, self.energy, self.cosines = np.empty((3, len(states[1])))
+        self.mapped, self.aim = np.empty(shape), states[1][..., channels]
+        self.fitted = None if fitted is None else np.empty(shape)
+        for chunk in range(shape[0]):
+            x, y = (side[chunk].astype(np.float64) for side in states)
+            mapped = x @ mapping.forward
+            self.kept[chunk], self.energy[chunk] = ((x @ basis) ** 2).sum(), (x**2).sum()
+            self.cosines[chunk] = _cosines(mapped, y).sum()
+            self.mapped[chunk] = mapped[:, channels]
+            if self.fitted is not None:
+                self.fitted[chunk] = x @ fitted
+
+    def higher(self, mapped: Float64) -> tuple[Estimate | None, Information]:
+        """Return kurtosis gap and mutual information of mapped channels and the student's."""
+        return kurtosis_gap(mapped, self.aim), pairwise_information(mapped, self.aim)
 
 
 def _named(gap: Estimate | None, information: Information) -> dict[str, Measure]:
@@ -263,20 +292,11 @@ def _named(gap: Estimate | None, information: Information) -> dict[str, Measure]
     return found | {"pairwise_mi": _measure(information.estimate, "nats")}
 
 
-def _kept(mapping: ResidualMap, teacher: Float32) -> Estimate:
-    """Return the share of the states' energy in the span of the map."""
-    basis, sizes, _ = linalg.svd(mapping.forward, full_matrices=False)
-    basis = basis[:, sizes > 1e-12 * sizes[0]]
-    x = teacher.astype(np.float64)
-    return _ratio(((x @ basis) ** 2).sum((1, 2)), (x**2).sum((1, 2)))
-
-
-def _cosine(mapped: Float64, student: Float32) -> Estimate:
-    """Return the mean cosine over tokens; 0 for a token where one is zero."""
-    aim = student.astype(np.float64)
+def _cosines(mapped: Float64, aim: Float64) -> Float64:
+    """Return the cosine of each row; 0 where one is zero."""
     sizes = np.linalg.norm(mapped, axis=-1) * np.linalg.norm(aim, axis=-1)
-    cosines = np.divide((mapped * aim).sum(-1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
-    return _ratio(cosines.sum(1), np.full(len(cosines), cosines.shape[1]))
+    found: Float64 = np.divide((mapped * aim).sum(-1), sizes, out=np.zeros_like(sizes), where=sizes > 0)
+    return found
 
 
 def _ratio(top: Float64, bottom: NDArray[Any]) -> Estimate:
