@@ -253,6 +253,7 @@ class Bench:
             samples=SAMPLES,
             sparse=True,
             overwrite=True,
+            progress=self._progress,
         )
         self._journal.add(name, made.digest)
         return made

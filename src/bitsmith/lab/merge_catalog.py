@@ -25,7 +25,7 @@ from bitsmith.lab.merge_cases import (
 from bitsmith.lab.merge_turns import Span
 from bitsmith.run.merge_recipe import FFNS, HEADS, Basis, MergeRecipe
 
-WORKING = 0.1
+WORKING = 0.05
 """A share at which a merge still writes sentences; at 1 nothing of the student is left to hide behind."""
 BUDGET = 24
 USUAL = (RULE, everywhere(WORKING), everywhere(0.5), everywhere(1.0))

@@ -12,8 +12,8 @@ from typing import Any
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.lab.merge_bench import Bench, Json, Setting
-from bitsmith.lab.merge_cases import Sizes, Task
-from bitsmith.lab.merge_catalog import SHARED_TOKENS, chosen_experiments
+from bitsmith.lab.merge_cases import AnyCase, Sizes, Task
+from bitsmith.lab.merge_catalog import SHARED_TOKENS, Experiment, chosen_experiments
 from bitsmith.lab.merge_cost import experiments_cost
 from bitsmith.lab.merge_tasks import write_task_text
 from bitsmith.lab.models import STUDENT_MODEL, TEACHER_MODEL
@@ -103,57 +103,89 @@ def merge_experiments(
     unmeasured and says why.
     """
     started = time.monotonic()
-    chosen = chosen_experiments(only)
-    models = _both(teacher, student)
-    wants_other = any(one.needs_other for one in chosen.values())
     given: dict[Task, Path | None] = {"text": text, "held": held, "other": other, "other_held": other_held}
+    chosen, models = chosen_experiments(only), _both(teacher, student)
     _check_options(given, tokens, ctx_tokens, chunks)
     with open_sides(*models) as sides:
         result_folder(out, RESULT_NAME, overwrite)
-        texts = _texts(out, given, wants_other, tokens)
-        digests = {task: str(sha256_of(path)) for task, path in texts.items()}
-        _expect_apart(texts, digests)
-        used = {
-            task: _tokens(sides, path, ctx_tokens, tokens, 2 if task in ("text", "other") else 1)
-            for task, path in texts.items()
-        }
-        setting = Setting(*models, texts, _names(given), used, ctx_tokens, chunks, seed)
-        sizes = _sizes(sides, setting)
-        rows = {name: list(one.rows(sizes)) for name, one in chosen.items()}
-        cost = experiments_cost(sides, sizes, rows, chunks)
-        options = [__version__, digests, tokens, ctx_tokens, chunks, seed]
-        keys = [content_key(side.model.source, options) for _, side in sides.named]
+        job = _prepared(sides, models, given, chosen, out, (tokens, ctx_tokens, chunks, seed))
     if say_cost is not None:
-        say_cost(cost)
-    with Journal(out / JOURNAL_NAME, hashlib.sha256("".join(keys).encode()).hexdigest()) as journal:
+        say_cost(job.cost)
+    with Journal(out / JOURNAL_NAME, job.key) as journal:
         resumed = len(journal.entries)
-        with Bench(setting, out / WORK_NAME, journal, progress) as bench:
-            found = _run(bench, chosen, rows, progress)
-        result = MergeExperiments(
-            teacher=printable(str(models[0])),
-            student=printable(str(models[1])),
-            texts={
-                task: {"name": setting.names[task], "path": printable(str(path)), "sha256": digests[task]}
-                for task, path in texts.items()
-            },
-            protocol=_protocol(setting),
-            tokens=used["text"],
-            ctx_tokens=ctx_tokens,
-            chunks=chunks,
-            seed=seed,
-            cost=cost,
-            experiments=found,
-            resumed=resumed,
-            seconds=time.monotonic() - started,
-        )
+        with Bench(job.setting, out / WORK_NAME, journal, progress) as bench:
+            found = _run(bench, chosen, job.rows, progress)
+        result = _result(job, found, resumed, time.monotonic() - started)
         write_result(out / RESULT_NAME, result.to_json())
         remove(out / WORK_NAME)
         journal.remove()
     return result
 
 
-def _run(bench: Bench, chosen: Mapping[str, Any], rows: Mapping[str, Any], progress: Progress) -> list[Json]:
-    total, done, found = sum(map(len, rows.values())), 0, []
+@dataclass(frozen=True)
+class _Job:
+    """What is run: the texts' digests and the rows by experiment, what it costs, the journal's key."""
+
+    setting: Setting
+    digests: dict[Task, str]
+    rows: dict[str, list[AnyCase]]
+    cost: tuple[Cost, ...]
+    key: str
+
+
+def _prepared(
+    sides: Sides,
+    models: tuple[Path, Path],
+    given: Mapping[Task, Path | None],
+    chosen: Mapping[str, Experiment],
+    out: Path,
+    window: tuple[int, int, int, int],
+) -> _Job:
+    """Make the texts that are not given and count what is run; `window` is tokens, context, chunks, seed."""
+    tokens, ctx_tokens, chunks, seed = window
+    texts = _texts(out, given, any(one.needs_other for one in chosen.values()), tokens)
+    digests = {task: str(sha256_of(path)) for task, path in texts.items()}
+    _expect_apart(texts, digests)
+    used = {
+        task: _tokens(sides, path, ctx_tokens, tokens, 2 if task in ("text", "other") else 1)
+        for task, path in texts.items()
+    }
+    setting = Setting(*models, texts, _names(given), used, ctx_tokens, chunks, seed)
+    sizes = _sizes(sides, setting)
+    rows = {name: list(one.rows(sizes)) for name, one in chosen.items()}
+    options = [__version__, digests, *window]
+    keys = "".join(content_key(side.model.source, options) for _, side in sides.named)
+    cost = experiments_cost(sides, sizes, rows, chunks)
+    return _Job(setting, digests, rows, cost, hashlib.sha256(keys.encode()).hexdigest())
+
+
+def _result(job: _Job, found: list[Json], resumed: int, seconds: float) -> MergeExperiments:
+    setting, names = job.setting, job.setting.names
+    texts = {
+        str(task): {"name": names[task], "path": printable(str(path)), "sha256": job.digests[task]}
+        for task, path in setting.texts.items()
+    }
+    return MergeExperiments(
+        teacher=printable(str(setting.teacher)),
+        student=printable(str(setting.student)),
+        texts=texts,
+        protocol=_protocol(setting),
+        tokens=setting.tokens["text"],
+        ctx_tokens=setting.ctx_tokens,
+        chunks=setting.chunks,
+        seed=setting.seed,
+        cost=job.cost,
+        experiments=found,
+        resumed=resumed,
+        seconds=seconds,
+    )
+
+
+def _run(
+    bench: Bench, chosen: Mapping[str, Experiment], rows: Mapping[str, Sequence[AnyCase]], progress: Progress
+) -> list[Json]:
+    total, done = sum(map(len, rows.values())), 0
+    found: list[Json] = []
     for name, cases in rows.items():
         made = []
         for case in cases:
