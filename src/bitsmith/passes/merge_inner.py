@@ -217,8 +217,12 @@ def mixer_map(
 def group_likeness(heads: HeadMap | DeltaMap, seen: HeadsSeen) -> tuple[float, ...]:
     """Return by student group the mean likeness of its heads' outputs to those of the heads they take.
 
-    Of heads that are mixed, `E[o' · o_s]` over the root of both powers; of turned ones, the best turn's.
+    Of heads that are mixed, `E[o' · o_s]` over the root of both powers; of turned ones, the best turn's; of
+    `regress` the multiple correlation of all of the teacher's outputs with the student's.
     """
+    if heads.regressed is not None:
+        explained = _multiple_correlation(heads.regressed, seen.cross, float(np.trace(seen.traces)))
+        return (explained,) * heads.student.groups
     taken = heads.values if isinstance(heads, DeltaMap) else heads.query
     if is_selection(taken):
         is_turned = isinstance(heads, HeadMap) and heads.value_turns is not None
@@ -253,12 +257,23 @@ def ffn_map(method: FfnMethod, seen: NeuronsSeen) -> AxisMap:
 
 
 def neuron_likeness(ffn: AxisMap, seen: NeuronsSeen) -> float:
-    """Return the mean correlation of the student's neurons with those they take."""
+    """Return the mean correlation of the student's neurons with those they take.
+
+    Of `regress` the multiple correlation of all of the teacher's neurons with the student's.
+    """
+    if ffn.keeps_producers:
+        return _multiple_correlation(ffn.reading, seen.cross, float(seen.teacher_power.sum()))
     kept = ffn.producing
     cross = seen.cross[kept, np.arange(len(kept))]
     power = seen.teacher_power[kept] * seen.student_power
     found = np.divide(cross, np.sqrt(np.maximum(power, 0)), out=np.zeros(len(kept)), where=power > 0)
     return float(found.mean())
+
+
+def _multiple_correlation(mixing: Float64, cross: Float64, power: float) -> float:
+    """Return the root of the share of `power` that a regression explains: `tr(M E[s tᵀ])` over it."""
+    explained = max(float(np.vdot(mixing, cross)), 0.0)
+    return float(np.sqrt(explained / power)) if power > 0 else 0.0
 
 
 def _with_regressed_output(chosen: HeadMap | DeltaMap, seen: HeadsSeen) -> HeadMap | DeltaMap:
