@@ -27,7 +27,7 @@ from bitsmith.run.merge_weights import FACTORS, Bench, Decision, decide
 from bitsmith.run.merge_written import PACKED_AS
 from bitsmith.run.paired import paired as pair
 from bitsmith.run.paired_cost import PairedCost, cost_of
-from bitsmith.run.paired_inputs import LayerMap
+from bitsmith.run.paired_inputs import LayerMap, Sides
 from bitsmith.run.workplace import Workplace, beside, digest, refuse_output
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.journal import write_result
@@ -49,13 +49,17 @@ class MergeCost:
     """What a merge takes: pairing (None where that is done), and measuring on `held_tokens` held-out tokens.
 
     The teacher runs over all of them once, the student once, and merges of the student `trials` times at most
-    over half of them. `written_bytes` are those of the student's weights.
+    over half of them. `plan_multiply_adds` are those of finding the maps, `fold_multiply_adds` of folding
+    every layer and the vocabulary's tables, which each merge tried and the one that is written take.
+    `written_bytes` are those of the student's weights.
     """
 
     paired: PairedCost | None
     held_tokens: int
     trials: int
     trial_multiply_adds: int
+    plan_multiply_adds: int
+    fold_multiply_adds: int
     written_bytes: int
 
     def to_json(self) -> dict[str, Any]:
@@ -220,7 +224,8 @@ class _Merge:
         """Make the checkpoint; return its record and digest."""
         inputs, ask = self._inputs, self._ask
         texts = inputs.texts.placed(place.folder)
-        place.journal.add(_BEGUN, None)
+        if _BEGUN not in place.journal.entries:
+            place.journal.add(_BEGUN, None)
         found = self._paired(place, texts[0])
         others = [(open_paired(path), share) for path, share in ask.blend]
         plan = merge_plan(found, inputs.teacher, inputs.student, ask.recipe, others)
@@ -422,4 +427,28 @@ def _cost(inputs: MergeInputs, *, measure: bool) -> MergeCost:
     tokens = held.chunks * held.ctx_tokens
     adds = [tokens * sum(side.matrix_weights) for _, side in sides.named]
     written = sum(ref.nbytes for ref in inputs.student.checkpoint.values())
-    return MergeCost(pairing, tokens, trials, adds[0] + adds[1] + trials * adds[1] // 2, written)
+    return MergeCost(
+        paired=pairing,
+        held_tokens=tokens,
+        trials=trials,
+        trial_multiply_adds=adds[0] + adds[1] + trials * adds[1] // 2,
+        plan_multiply_adds=_plan_multiply_adds(sides, ask.recipe),
+        fold_multiply_adds=_fold_multiply_adds(sides, ends=ask.recipe.ends),
+        written_bytes=written,
+    )
+
+
+def _plan_multiply_adds(sides: Sides, recipe: MergeRecipe) -> int:
+    """Return those of eigenvectors (about 5 n³ a model and map) and of what each place's map keeps."""
+    wide, narrow = sides.teacher.hidden, sides.student.hidden
+    places = sides.student.n_layers + 1
+    maps = 1 if recipe.basis == "global" else 2 * places
+    return maps * 5 * (wide**3 + narrow**3) + places * wide * wide * narrow
+
+
+def _fold_multiply_adds(sides: Sides, *, ends: bool) -> int:
+    """Return those of one merge: each weight of the student is made of as many as the teacher is wide."""
+    student = sides.student
+    tables = 3 if student.model.arch.tied else 2  # a tied head is found by going through the vocabulary
+    vocabulary = tables * student.model.embedding.size if ends else 0
+    return sides.teacher.hidden * (sum(student.matrix_weights) + vocabulary)
