@@ -117,6 +117,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("basis", ["global", "layer"])
 def test_memory_does_not_grow_with_the_layers(basis: str, tmp_path: Path) -> None:
     """A layer's moments are 40 MB, its maps 16 MB: six more layers that stayed would show."""
