@@ -107,7 +107,7 @@ def _curve(one: Curve) -> dict[str, Any]:
         "name": printable(one.name),
         "label": label(one.name),
         "x": [label(x) if isinstance(x, str) else x for x in one.x],
-        "names": [printable(str(x)) for x in one.x],
+        "names": [printable(x) if isinstance(x, str) else f"{x:,.6g}" for x in one.x],
         "y": list(one.y),
         "low": list(one.low) or none,
         "high": list(one.high) or none,

@@ -109,7 +109,8 @@ def _block(anchor: str, one: Experiment) -> Block:
 
 def experiment_note(one: Experiment) -> str:
     """Return an experiment's question, and the facts that all its rows have alike."""
-    said = [f"{name.replace('_', ' ')}: {value}" for name, value in common_facts(one).items() if value != ""]
+    same = common_facts(one).items()
+    said = [f"{name.replace('_', ' ')}: {_fact(value).text}" for name, value in same if value != ""]
     every = f" Of all rows: {'; '.join(said)}." if said else ""
     return printable(f"{one.words}{every}", 2000)
 

@@ -222,20 +222,22 @@ function cells(id, chart) {
     xgap: 2, ygap: 2, texttemplate: fits ? "%{z:.2~g}" : "", colorbar: {title: {text: chart.y}, thickness: 14}, hoverongaps: false,
     hovertemplate: "%{y}, %{x}: %{z:.4g}<extra></extra>"}], layout({...axis(""), showgrid: false, type: "category"},
     {...axis(""), autorange: "reversed", showgrid: false, type: "category"}, {height: 150 + 24 * Math.max(4, rows.length),
-      title: {text: chart.title, font: {size: 14}}}), `${chart.says}: ${ends(points, p => p[0], p => p[1])}`);
+      title: {text: chart.title, font: {size: 14}, x: 0, xref: "paper", xanchor: "left"}}), `${chart.says}: ${ends(points, p => p[0], p => p[1])}`);
 }
 function chart(id) {
   const it = data.charts[id];
   if (it.kind === "cells") return cells(id, it);
   const flat = it.kind === "points", tones = ["#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2"];
-  const traces = it.curves.map((line, at) => ({type: "scatter", mode: flat ? "markers" : "lines+markers", name: line.label,
-    x: flat ? line.y : line.x, y: flat ? line.x : line.y, line: {width: 2, color: tones[at % tones.length]},
-    marker: {color: tones[at % tones.length], size: 8}, [flat ? "error_x" : "error_y"]: {type: "data", symmetric: false, thickness: 1.2,
+  const traces = it.curves.map((line, at) => ({type: "scatter", mode: flat ? "markers" : "lines+markers", name: line.label, showlegend: it.curves.length > 1,
+    x: flat ? line.y : line.x, y: flat ? line.x : line.y, line: {width: 2, color: tones[at % tones.length],
+      dash: DASHES[Math.floor(at / tones.length) % DASHES.length]}, marker: {color: tones[at % tones.length], size: 8}, [flat ? "error_x" : "error_y"]: {type: "data", symmetric: false, thickness: 1.2,
       width: 4, color: tones[at % tones.length], array: line.y.map((v, i) => line.high[i] === null ? 0 : Math.max(0, line.high[i] - v)),
       arrayminus: line.y.map((v, i) => line.low[i] === null ? 0 : Math.max(0, v - line.low[i]))},
     customdata: line.y.map((v, i) => line.low[i] === null ? "interval unmeasured" : `${short(line.low[i])} … ${short(line.high[i])}`),
     hovertemplate: flat ? "%{y}: %{x:.5g} (%{customdata})<extra></extra>" : "%{x:,.5~g}: %{y:.5g} (%{customdata})"}));
   const rows = it.curves.flatMap(c => c.x), span = flat ? [] : [Math.min(...rows), Math.max(...rows)];
+  const high = flat ? 150 + 26 * Math.max(3, rows.length) : 350 + 20 * Math.ceil(it.curves.length / 4);
+  const cut = name => narrow() && name.length > 22 ? `${name.slice(0, 22).replace(/&[^;]*$/, "")}…` : name;
   const shapes = [], where = flat ? "x" : "y", across = flat ? "y" : "x";
   for (const mark of it.marks) for (const value of [mark.low, mark.high]) if (value !== null) {
     shapes.push({type: "line", [`${where}0`]: value, [`${where}1`]: value, [`${across}ref`]: `${across} domain`, [`${across}0`]: 0,
@@ -246,13 +248,12 @@ function chart(id) {
   for (const mark of it.marks) traces.push({type: "scatter", mode: "lines", x: [null], y: [null], name: mark.name,
     line: {color: "#d0564e", width: 1.5, dash: "dash"}});
   const all_y = it.curves.flatMap(c => c.y), wide = Math.min(...all_y) > 0 && Math.max(...all_y) > 5 * Math.min(...all_y) && it.marks.length;
-  const value = axis(flat ? it.x : it.y, wide), xs = [...new Set(rows)].sort((a, b) => a - b), points = it.curves.flatMap(c => c.y.map((v, i) => [v, c.names[i], c.name]));
+  const value = {...axis(flat ? it.x : it.y, wide), ...(wide ? {dtick: "D2"} : {})}, xs = [...new Set(rows)].sort((a, b) => a - b), points = it.curves.flatMap(c => c.y.map((v, i) => [v, c.names[i], c.name]));
   const names = it.curves.length > 1 ? p => `${p[2]}, ${p[1]}` : p => flat ? p[1] : `${it.plain} ${p[1]}`;
   draw(id, traces, layout(flat ? value : it.log ? {...axis(it.x, true), tickvals: xs, tickformat: "~s"} : it.x === "layer" ? depth_axis(it.x, it.curves) : axis(it.x),
-    flat ? {...axis(""), type: "category", autorange: "reversed"} : value, {height: flat ? 150 + 26 * Math.max(3, rows.length) : 340,
-    shapes, title: {text: it.title, font: {size: 14}}, showlegend: it.marks.length > 0 || it.curves.length > 1, legend: flat
-      ? {...LEGEND, y: -90 / (150 + 26 * Math.max(3, rows.length))} : LEGEND}), `${it.says}: ${ends(points, p => p[0], names)}`
-    + it.marks.map(mark => ` ${mark.plain}.`).join(""));
+    flat ? {...axis(""), type: "category", autorange: "reversed", tickvals: rows, ticktext: rows.map(cut)} : value, {height: high,
+    shapes, title: {text: it.title, font: {size: 14}, x: 0, xref: "paper", xanchor: "left"}, showlegend: it.marks.length > 0 || it.curves.length > 1, legend: {...LEGEND, y: -80 / (high - 90)}}), `${it.says}: ${ends(points, p => p[0], names)}`
+    + it.marks.map(mark => ` Dashed: ${mark.plain}.`).join(""));
 }
 
 const marks = new Set(data.marks);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -67,7 +68,7 @@ def _artifact_rows(study: Study) -> Rows:
 def _experiment_rows(one: Experiment) -> Rows:
     """Return a narrow row per row of an experiment; the page has all its figures and facts."""
     kept = [name for name in _EXPERIMENT if any(name in row.figures for row in one.rows)]
-    rows = [
+    rows: list[Sequence[str]] = [
         (printable(row.label, 100), *(figure_text(row.figures.get(name), "{:.3f}") for name in kept))
         for row in one.rows
     ]
