@@ -34,8 +34,8 @@ SAHC = "model.sahc"
 """The folder of a `sahc`'s own files, which is there without a model too."""
 GATE_LOG = "audit.jsonl"
 """Beside an artifact's files, and no part of them: what the gates of its recipe said, and when."""
-MERGE = "model.merge"
-"""The folder of a merge's own record, beside its model."""
+MERGE_SUFFIX = ".merge"
+"""Of the folder of a merge's own record, beside its model, which is called as the merge is."""
 MODEL_NAMES = ("model.gguf", "model.cellm", "model")
 """What a compressed model is called in its artifact; a folder has no suffix."""
 
@@ -59,7 +59,9 @@ def model_in(artifact: Path) -> Path:
 
     Raises BitsmithError for a recipe's artifact that has none.
     """
-    found = next((artifact / name for name in MODEL_NAMES if (artifact / name).exists()), artifact)
+    merged = (path.with_suffix("") for path in artifact.glob(f"*{MERGE_SUFFIX}"))
+    known = (artifact / name for name in MODEL_NAMES)
+    found = next((path for path in (*known, *merged) if path.exists()), artifact)
     if found is artifact and (artifact / SAHC).exists():
         raise BitsmithError("the recipe wrote no model: the gates of what it made did not pass")
     return found
@@ -134,7 +136,7 @@ def compress(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
 
 
 def merge(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts:
-    """Merge `teacher` into `student` on `text`, by a `recipe`; what was paired is not kept.
+    """Merge `teacher` into `student` on `text`, by a `recipe`, as `output`; what was paired is not kept.
 
     Where the merge is no better than the student on held-out text, the student is what is written.
     """
@@ -142,13 +144,13 @@ def merge(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Fact
     from bitsmith.run.merge import merge as run  # noqa: PLC0415
     from bitsmith.run.study_merge import merge_options  # noqa: PLC0415
 
-    written = out / MODEL_NAMES[-1]
+    written = out / params["output"]
     run(out=written, overwrite=True, progress=progress, **merge_options(params))
-    result = out / MERGE / RESULT_NAME
+    result = out / f"{written.name}{MERGE_SUFFIX}" / RESULT_NAME
     record = _settled(json.loads(result.read_bytes()), params, {**inputs, written.name: written})
     del record["paired"]["sha256"]  # of a manifest that tells places
-    shutil.rmtree(out / MERGE)
-    (out / MERGE).mkdir()
+    shutil.rmtree(result.parent)
+    result.parent.mkdir()
     write_result(result, record)
     return {**_size(written), "path": written.name, "sha256": digest_of(written), "merge": record}
 

@@ -25,7 +25,12 @@ def merge_params(study: Study, name: str) -> dict[str, Any]:
     places |= {"text": study.text(wanted.text)}
     if wanted.held is not None:
         places["held"] = study.text(wanted.held)
-    options: dict[str, Any] = {"ctx_tokens": wanted.ctx, "seed": wanted.seed, **_options(wanted)}
+    options: dict[str, Any] = {
+        "output": name,
+        "ctx_tokens": wanted.ctx,
+        "seed": wanted.seed,
+        **_options(wanted),
+    }
     return {
         **{key: str(path) for key, path in places.items()},
         **options,
@@ -52,7 +57,7 @@ def refuse_merges(study: Study) -> None:
 
 def merge_options(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `merge` and `MergeAsk` take of a task's parameters."""
-    found = {key: value for key, value in params.items() if key != "recipe"}
+    found = {key: value for key, value in params.items() if key not in ("recipe", "output")}
     for key in ("teacher", "student", "text", "held"):
         if key in found:
             found[key] = Path(found[key])
