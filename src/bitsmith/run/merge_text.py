@@ -79,8 +79,8 @@ def read_texts(
 
 def shared_runs(seen: Tokens, held: Tokens) -> NDArray[np.float64]:
     """Return for each chunk of `held` (`chunks T`) which share of its runs of 16 tokens is in `seen` too."""
-    found = np.isin(_runs(held), _runs(seen))
-    return found.mean(1, dtype=np.float64)
+    shares: NDArray[np.float64] = np.isin(_runs(held), _runs(seen)).mean(1, dtype=np.float64)
+    return shares
 
 
 def refuse_shared(shares: NDArray[np.float64], path: Path) -> None:
