@@ -307,7 +307,8 @@ def _sha256(folder: Path) -> str:
 def _frozen(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with quiet_transformers(), open_model(folder) as stored:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        made: Any = AutoModelForCausalLM
+        model = made.from_config(config, dtype=torch.float32)
         weights = {name: plain(ref) for name, ref in stored.checkpoint.items()}
         model.load_state_dict({"lm_head.weight": plain(stored.head)} | weights)
     return model.requires_grad_(False).train(False)
