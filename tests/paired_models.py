@@ -97,7 +97,7 @@ def in_eight_bits(weight: np.ndarray, block: int = 32) -> tuple[np.ndarray, np.n
     scale, codes = np.zeros(sizes, np.float32), np.zeros(weight.shape, np.uint8)
     for row, column in np.ndindex(*sizes):
         at = tuple(slice(block * n, block * n + block) for n in (row, column))
-        scale[row, column] = np.abs(weight[at]).max() / 448
+        scale[row, column] = np.abs(weight[at]).max() / 448 or 1.0
         near = np.searchsorted(grid, np.abs(weight[at]) / scale[row, column]).clip(max=126)
         codes[at] = near + 128 * (weight[at] < 0)
     wide = scale.repeat(block, 0).repeat(block, 1)[: weight.shape[0], : weight.shape[1]]
