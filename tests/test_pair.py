@@ -182,7 +182,7 @@ def few_documents() -> dict[bool, list[str]]:
 @pytest.fixture
 def small_corpus(few_documents: dict[bool, list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (training.__name__, "bitsmith.lab.corpus"):
-        monkeypatch.setattr(f"{module}.documents", few_documents.__getitem__)
+        monkeypatch.setattr(f"{module}.documents", lambda held_out: few_documents[held_out])
 
 
 @pytest.mark.usefixtures("small_corpus")
