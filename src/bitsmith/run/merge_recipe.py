@@ -29,12 +29,13 @@ class MergeRecipe:
     (`trunk` dimensions, None: half the student's width), `joint` one Procrustes of both, `svd` no alignment,
     `cross` of all subspaces the one that meets the student best, `cca` and `ridge` rivals that are not
     orthogonal, `random-fold` and `sparse-fold` tiered with a residual that superposes. One map for all layers
-    (`global`), or one a `layer`. `heads` and `ffn` say what becomes of the inner axes (`merge_inner.mixer_map`,
-    `ffn_map`; `regress` keeps the student's heads or neurons and teaches what writes them alone). `gains` makes
-    up for what RMSNorm loses by the width. `alpha` is the teacher's share: a number for all, or `rule`, at most
-    `alpha_max`. Without `activations` nothing of the text is used: the map is found from the embeddings'
-    shared vocabulary, heads and neurons from weights alone, layers proportionally. `ends` takes embedding and
-    head in. `seed` is of `random-fold`. Raises BitsmithError for what is none of these.
+    (`global`), or one a `layer`. `heads` and `ffn` say what becomes of the inner axes (`mixer_map` and
+    `ffn_map` of `passes.merge_inner`; `regress` keeps the student's heads or neurons and changes only what
+    they write). `gains` makes up for what RMSNorm loses by the width. `alpha` is the teacher's share: a
+    number for all, or `rule`, at most `alpha_max`. Without `activations` nothing of the text is used: the map
+    is found from the embeddings' shared vocabulary, heads and neurons from weights alone, layers
+    proportionally. `ends` takes embedding and head in. `seed` is of `random-fold`. Raises BitsmithError
+    for what is none of these.
     """
 
     map: MapName = "tiered"
