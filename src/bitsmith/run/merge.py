@@ -22,7 +22,7 @@ from bitsmith.run.merge_inputs import MergeAsk, MergeInputs, open_inputs
 from bitsmith.run.merge_output import copy_student, output_key, write_merged
 from bitsmith.run.merge_plan import MergePlan, merge_plan
 from bitsmith.run.merge_recipe import MergeRecipe
-from bitsmith.run.merge_trial import HeldOut, Trial, TrialMeasure, figure
+from bitsmith.run.merge_trial import HeldOut, TrialMeasure, figure, held_out
 from bitsmith.run.merge_weights import FACTORS, Bench, Decision, decide
 from bitsmith.run.merge_written import PACKED_AS
 from bitsmith.run.paired import paired as pair
@@ -229,18 +229,18 @@ class _Merge:
         found = self._paired(place, texts[0])
         others = [(open_paired(path), share) for path, share in ask.blend]
         plan = merge_plan(found, inputs.teacher, inputs.student, ask.recipe, others)
-        with Trial(
-            ask.student,
+        trial = held_out(
+            inputs.sides.student.model,
+            inputs.sides.teacher.model,
             texts[1],
             ctx_tokens=ask.ctx_tokens,
             chunks=ask.chunks,
             seed=ask.seed,
-            teacher=ask.teacher,
             progress=self._progress,
             kept=place.journal,
-        ) as trial:
-            decision = self._decided(trial, plan, place)
-            measures = _measures(trial, decision)
+        )
+        decision = self._decided(trial, plan, place)
+        measures = _measures(trial, decision)
         diagnostics = place.journal.entries.get(_DIAGNOSED)
         if diagnostics is None:
             diagnostics = merge_diagnostics(plan, progress=self._progress).to_json()
@@ -392,7 +392,7 @@ def _notes(student: Model) -> list[str]:
     return notes
 
 
-def _measures(trial: Trial, decision: Decision) -> dict[str, Any]:
+def _measures(trial: HeldOut, decision: Decision) -> dict[str, Any]:
     """Return figures of what is written, on all held-out chunks."""
     student, teacher = trial.student, trial.teacher
     merged = decision.whole(student)

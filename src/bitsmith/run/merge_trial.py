@@ -181,6 +181,25 @@ class Trial(HeldOut):
         self._opened.close()
 
 
+def held_out(
+    student: TextModel,
+    teacher: TextModel,
+    text: Path,
+    *,
+    ctx_tokens: int,
+    chunks: int | None,
+    seed: int,
+    progress: Progress,
+    kept: Kept,
+) -> HeldOut:
+    """Return the chunks of a text for models that are open: whatever becomes of their files meanwhile.
+
+    Raises as `text_chunks` does.
+    """
+    tokens, protocol = text_chunks(student, text, ctx_tokens, chunks, seed)
+    return HeldOut(_Baseline(student, teacher, tokens, progress, kept), slice(0, len(tokens)), protocol)
+
+
 class _Baseline:
     """What merges are measured against: of all chunks, the even ones first, in text `order`.
 
