@@ -1,10 +1,12 @@
 """Paired activations against transformers' whole models, their layer maps, cost, resuming and refusals."""
 
+import gc
 import json
 import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,7 @@ from safetensors.torch import save_file
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.run.paired import SampledLayers, paired
 from bitsmith.run.paired_cost import PairedCost, paired_cost
-from bitsmith.run.paired_forward import Step, run_pair
+from bitsmith.run.paired_forward import Step, pair_shapes, run_pair
 from bitsmith.run.paired_inputs import held_chunks, open_sides
 from bitsmith.run.paired_sums import PlaceShape, PlaceSums
 from bitsmith.store.paired import MANIFEST_NAME, Paired, open_paired
@@ -303,6 +305,25 @@ def test_an_fp8_teacher_is_read_by_its_scales(
     one, other = (each.manifest for each in found)
     assert one.teacher.sha256 != other.teacher.sha256
     assert one.files == other.files and one.layer_map == other.layer_map
+
+
+def test_a_layers_weights_go_with_it(models: dict[str, tuple[Path, Path]], tmp_path: Path) -> None:
+    """Without a collection of garbage: two layers of a big model may not fit."""
+    with open_sides(*models["qwen3"]) as sides:
+        step = Step(*(random_states(tmp_path, side) for _, side in sides.named))
+        layers = sides.teacher.loaded(1), sides.student.loaded(1)
+        sums = {
+            place: PlaceSums(shape)
+            for place, shape in pair_shapes(sides.teacher, sides.student, (1, 1), 4096).items()
+        }
+        gc.disable()
+        try:
+            list(run_pair(*layers, step, sums))
+            weights = [weakref.ref(next(one.module.parameters())) for one in layers]
+            del layers
+            assert [weight() for weight in weights] == [None, None]
+        finally:
+            gc.enable()
 
 
 def test_samples_are_spread_and_one_chunk_in_eight_at_most() -> None:

@@ -76,11 +76,12 @@ class Loaded:
     """A layer in memory that shows what enters its writers and its FFN's norm; threads may share it."""
 
     def __init__(self, side: Side, number: int, module: torch.nn.Module, paths: Mapping[str, str]) -> None:
-        self.side, self._number, self._module = side, number, module
-        self._here = threading.local()
+        self.side, self._number, self.module = side, number, module
+        # The hooks do not know this object: in a cycle the weights would stay until garbage is collected.
+        self._here = here = threading.local()
         for place, path in paths.items():
             module.get_submodule(path).register_forward_pre_hook(
-                lambda _, inputs, place=place: self._here.seen.__setitem__(place, inputs[0])
+                lambda _, inputs, place=place: here.seen.__setitem__(place, inputs[0])
             )
 
     def run(self, states: Float32) -> dict[str, torch.Tensor]:
@@ -92,7 +93,7 @@ class Loaded:
         """
         self._here.seen = {}
         before = torch.from_numpy(states).double().flatten(0, 1)
-        if not self.side.forward.network.run(self._module, states, None):
+        if not self.side.forward.network.run(self.module, states, None):
             raise BitsmithError(
                 f"layer {self._number} makes NaN or infinite hidden states",
                 path=self.side.model.checkpoint.path,
@@ -185,8 +186,10 @@ def side_bytes(side: Side, ctx_tokens: int) -> int:
     return token_bytes * ctx_tokens * max(1, TASK_TOKENS // ctx_tokens)
 
 
-def add_states(teacher: States, student: States, sums: PlaceSums) -> None:
-    """Add the states of all tokens."""
+def add_states(
+    teacher: States, student: States, sums: PlaceSums, eps: tuple[float, float] | None = None
+) -> None:
+    """Add the states of all tokens; with `eps` of both norms what these make of them, `x / rms(x)`."""
     chunks, tokens = teacher.shape[:2]
     batch, turns = max(1, TASK_TOKENS // tokens), Turns()
 
@@ -195,12 +198,18 @@ def add_states(teacher: States, student: States, sums: PlaceSums) -> None:
         with turns.task(number):
             parts = (torch.from_numpy(side.read(number * batch, stop)) for side in (teacher, student))
             ours, theirs = (part.double().flatten(0, 1) for part in parts)
+            if eps is not None:
+                ours, theirs = (_normed(rows, one) for rows, one in zip((ours, theirs), eps, strict=True))
             _add(turns, {"states": sums}, {"states": (ours, theirs)})
         return stop - number * batch
 
     task_bytes = 24 * batch * tokens * (teacher.shape[2] + student.shape[2])
     for _ in _tasks(task, -(-chunks // batch), task_bytes):
         pass
+
+
+def _normed(rows: torch.Tensor, eps: float) -> torch.Tensor:
+    return rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps)
 
 
 def _add(turns: Turns, sums: Mapping[str, PlaceSums], rows: Rows) -> None:
