@@ -274,22 +274,33 @@ def test_a_result_is_kept_and_its_cost_is_said_first(
     models: tuple[Path, Path], texts: dict[str, Path], tmp_path: Path
 ) -> None:
     out, said = tmp_path / "out", list[Any]()
-    record = run(models, out, texts, only=["blend"], say_cost=said.extend)
-    assert {one.piece for one in said} == {"paired activations", "both models", "merges"}
-    assert all(one.claims == ("blend",) and one.multiply_adds > 0 for one in said)
+    record = run(models, out, texts, only=["gqa-rotations"], say_cost=said.extend)
+    assert [one.piece for one in said] == ["paired activations"]
+    assert all(one.claims == ("gqa-rotations",) and one.multiply_adds > 0 for one in said)
     assert json.loads((out / RESULT_NAME).read_text()) == json.loads(json.dumps(record))
     assert not (out / WORK_NAME).exists() and not (out / JOURNAL_NAME).exists()
+    with pytest.raises(OutputError, match="pass --overwrite"):
+        run(models, out, texts, only=["gqa-rotations"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_blend_lies_between_two_tasks(
+    models: tuple[Path, Path], texts: dict[str, Path], tmp_path: Path
+) -> None:
+    said = list[Any]()
+    record = run(models, tmp_path / "out", texts, only=["blend"], say_cost=said.extend)
+    assert {one.piece for one in said} == {"paired activations", "both models", "merges"}
     rows = rows_of(record, "blend")
     half = rows["0.5 of the task's map, 0.5 of the other's, judged on both by turns, α 0.5"]
-    assert (
-        half["blend"] == [["other.txt", 0.5]] and half["judged_on"] == "held.txt and other_held.txt by turns"
-    )
+    assert half["blend"] == [["other.txt", 0.5]]
+    assert half["judged_on"] == "held.txt and other_held.txt by turns"
     ends = [rows[f"{n} of the task's map, {1 - n} of the other's, judged on the task, α 0.5"] for n in (0, 1)]
     assert len({row["ppl"]["value"] for row in (*ends, half)}) == 3
-    with pytest.raises(OutputError, match="pass --overwrite"):
-        run(models, out, texts, only=["blend"])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_report_shows_every_row(
     models: tuple[Path, Path], texts: dict[str, Path], tmp_path: Path
 ) -> None:
