@@ -55,6 +55,7 @@ from bitsmith.passes.merge_maps import (
     procrustes_map,
     random_fold,
     ridge_map,
+    solved_reading,
     sparse_fold,
     subspace_map,
     tiered_map,
@@ -86,6 +87,24 @@ def moments(rows: tuple[Rows, Rows]) -> PairMoments:
 
 
 # ---------------------------------------------------------------- residual maps
+
+
+def test_a_reader_is_solved_for_between_the_text_and_the_students_own() -> None:
+    """The gradient of `|x_s w - x_t w_t|² / N + λ |w - w_s|²` is zero at the solution."""
+    random = np.random.default_rng(7)
+    x_t = random.normal(size=(400, 12))
+    x_s = x_t @ random.normal(size=(12, 6)) + 0.3 * random.normal(size=(400, 6))
+    w_t, w_s = random.normal(size=(5, 12)), random.normal(size=(5, 6))
+    moments, ridge = PairMoments.of(x_t, x_s), 0.1
+    solved = solved_reading(moments, ridge)
+    w = w_t @ solved.theirs + w_s @ solved.own
+    damping = ridge * np.trace(moments.ss) / 6
+    gradient = (x_s @ w.T - x_t @ w_t.T).T @ x_s / 400 + damping * (w - w_s)
+    assert np.abs(gradient).max() < 1e-10
+    assert np.abs(w_t @ solved_reading(moments, 1e9).theirs).max() < 1e-6  # no text: the student's own
+    exact = solved_reading(PairMoments.of(x_t, x_t[:, :6]), 1e-4)
+    same = np.hstack([w_s, np.zeros((5, 6))])
+    np.testing.assert_allclose(same @ exact.theirs + w_s @ exact.own, w_s, atol=1e-10)
 
 
 @pytest.mark.parametrize("solve", ORTHONORMAL)

@@ -53,6 +53,7 @@ class Case:
     def __init__(self, folder: Path, kind: str) -> None:
         layers = {"layer_types": [DELTA, FULL]} if kind == "qwen3.5" else {"num_hidden_layers": 2}
         sizes = HYBRID | {"linear_num_value_heads": 4} if kind == "qwen3.5" else DENSE
+        sizes = sizes | {"tie_word_embeddings": kind == "tied"}
         wide = {"k_heads": 3, "v_heads": 9} if kind == "qwen3.5" else {}
         self.folder = folder
         self.paths = folder / "teacher", write_model(folder / "student", 2, **sizes, **STUDENT, **layers)
@@ -221,6 +222,35 @@ def test_weights_alone_find_a_teacher_of_the_same_depth(kind: str, case: Any, tm
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tied", "qwen3.5"])
+def test_a_head_that_is_solved_for_is_the_students_own_tensor(kind: str, case: Any) -> None:
+    found = case(kind)
+    plan = found.plan(replace(ONE, head="solve"))
+    view = plan.view()
+    assert view.config["tie_word_embeddings"] is False
+    assert view["lm_head.weight"].shape == found.student.tensors["model.embed_tokens.weight"][1].shape
+    assert found.error(view) <= EXACT
+    assert plan.head_fit is not None and plan.head_fit.low == pytest.approx(1, abs=1e-4)
+    ruled = found.plan(MergeRecipe(head="solve", alpha_max=0.5))
+    assert ruled.alphas.head == pytest.approx(0.5 * plan.head_fit.low)
+    alone = plan.view(plan.alphas.head_alone)
+    assert found.error(alone) <= EXACT
+    assert (
+        alone["model.layers.0.mlp.up_proj.weight"]
+        is found.student.checkpoint["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+def test_a_head_is_solved_for_where_the_student_has_its_own(case: Any) -> None:
+    for kind in ("qwen3", "tied"):
+        found = case(kind)
+        assert found.student.arch.tied == (kind == "tied")
+        assert (found.plan(MergeRecipe()).head_fit is None) == (kind == "tied")
+        assert found.plan(MergeRecipe(head="map")).head_fit is None
+    with pytest.raises(BitsmithError, match="solved for from activations"):
+        MergeRecipe(head="solve", activations=False)
+
+
 def test_two_texts_are_blended_along_the_geodesic(case: Any) -> None:
     found = case("qwen3")
     prose = Path(json.__file__).read_text()

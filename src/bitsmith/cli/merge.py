@@ -15,8 +15,8 @@ from bitsmith.errors import BitsmithError, printable
 _TRIALS = 24
 _NAMES = {
     "map": "tiered, joint, svd, cross, cca, ridge, random-fold or sparse-fold",
-    "heads": "match, pair, prune, turn or frozen-kv",
-    "ffn": "match, strongest, solve or tie",
+    "heads": "match, pair, prune, turn, frozen-kv or regress",
+    "ffn": "match, strongest, solve, tie or regress",
 }  # as in run.merge_recipe, which checks them
 
 
@@ -73,6 +73,14 @@ def merge(
         ),
     ] = None,
     ends: Annotated[bool, typer.Option("--ends/--no-ends", help="Merge embedding and head too.")] = True,
+    head: Annotated[
+        str,
+        typer.Option(
+            "--head",
+            help="map it, solve it from the teacher's logits (unties a tied student), or auto: "
+            "solve where the student has a head of its own.",
+        ),
+    ] = "auto",
     activations: Annotated[
         bool, typer.Option("--activations/--no-activations", help="Find maps by activations, or by weights.")
     ] = True,
@@ -111,7 +119,7 @@ def merge(
     sweeps = alpha == "sweep"
     if budget is not None and not sweeps:
         raise BitsmithError("--budget is for --alpha sweep")
-    named: dict[str, Any] = {"map": map_name, "basis": basis, "heads": heads, "ffn": ffn}
+    named: dict[str, Any] = {"map": map_name, "basis": basis, "heads": heads, "ffn": ffn, "head": head}
     recipe = MergeRecipe(
         **named,
         trunk=trunk,

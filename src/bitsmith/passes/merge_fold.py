@@ -20,10 +20,10 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.threads import in_order, one_blas_thread
 from bitsmith.passes.axes import Layer, layers_of
-from bitsmith.passes.fold import DropMtp
+from bitsmith.passes.fold import DropMtp, Untie
 from bitsmith.passes.merge_axes import AxisMap, Mixing, is_selection
 from bitsmith.passes.merge_heads import DeltaMap, HeadMap
-from bitsmith.passes.merge_maps import ResidualMap
+from bitsmith.passes.merge_maps import ResidualMap, SolvedReading
 from bitsmith.passes.merge_rows import as_matrix, folded
 from bitsmith.passes.transform import Model
 from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef, View
@@ -75,13 +75,17 @@ class LayerMerge:
 
 @dataclass(frozen=True)
 class EndsMerge:
-    """What the embedding and the head take: their maps, c of the final norm, and their shares."""
+    """What the embedding and the head take: their maps, c of the final norm, and their shares.
+
+    With `solved` the head is not the teacher's mapped, but solved for from the normed states.
+    """
 
     embedding: ResidualMap
     final: ResidualMap
     gain: float = 1.0
     alpha: float = 1.0
     head_alpha: float = 1.0
+    solved: SolvedReading | None = None
 
 
 class _Merged(TensorRef):
@@ -160,10 +164,13 @@ def merged_view(
 
     `layers` is by student layer; layers that it leaves out, and ends of None, stay as they are. A student's
     MTP layers are left out, as they read what the final norm made. A tied student stays tied: its embedding
-    is mapped, and its final norm's weight is fitted by column so that the head meets the teacher's best.
+    is mapped, and its final norm's weight is fitted by column so that the head meets the teacher's best; only
+    a head that is solved for becomes a tensor of its own.
     Raises BitsmithError for vocabularies, layers or maps that do not fit.
     """
     student = DropMtp().restructured(student)
+    if ends is not None and ends.solved is not None and ends.head_alpha > 0:
+        student = Untie().restructured(student)
     changed: dict[str, TensorRef] = {}
     theirs, ours = (
         [layer for layer in layers_of(model) if layer.instance.startswith("layers.")]
@@ -322,9 +329,13 @@ class _Ends:
         if alpha <= 0:
             return np.asarray(own, np.float64)
         spec = (self._teacher.having("head") or self._teacher.having("embed"))[0]
-        gain = self._merge.gain * _gain(self._teacher, self._teacher.having("norm.final")[0])
+        gain = _gain(self._teacher, self._teacher.having("norm.final")[0])
         theirs = self._teacher.ref(spec.name).read(start, stop).astype(np.float64)
-        return np.asarray(alpha * (theirs @ (gain[:, None] * self._merge.final.backward)) + (1 - alpha) * own)
+        if self._merge.solved is None:
+            folded = theirs @ ((self._merge.gain * gain)[:, None] * self._merge.final.backward)
+        else:
+            folded = (theirs * gain) @ self._merge.solved.theirs + own @ self._merge.solved.own
+        return np.asarray(alpha * folded + (1 - alpha) * own)
 
     def _tied_norm(self) -> Float64:
         """Return the weight g for which `E' diag(g)` comes nearest to the head, column by column."""

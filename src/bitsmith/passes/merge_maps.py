@@ -24,6 +24,8 @@ Float64 = NDArray[np.float64]
 
 RIDGE = 1e-6
 """Added to a moment's diagonal before it is inverted, as a share of the diagonal's mean."""
+SOLVE_RIDGE = 1e-4
+"""The same where a reader is solved for: what the text hardly shows stays the student's."""
 _LEAST_RIDGE = 1e-12
 _UNKNOWN = 1e-12
 _ORTHONORMAL = 1e-10
@@ -87,6 +89,17 @@ class ResidualMap:
     def frame(self) -> Float64:
         """The orthonormal columns nearest to `forward`: `U Wᵀ` of its SVD."""
         return _polar(self.forward)
+
+
+@dataclass(frozen=True)
+class SolvedReading:
+    """A reader's rows `w_t` (teacher's) and `w_s` (student's) solved for the student's states.
+
+    They become `w_t theirs + w_s own` (`D_t D_s`, `D_s D_s`).
+    """
+
+    theirs: Float64
+    own: Float64
 
 
 def pooled(moments: Iterable[PairMoments]) -> PairMoments:
@@ -238,6 +251,19 @@ def ridge_map(moments: PairMoments, ridge: float = RIDGE) -> ResidualMap:
     forward = np.linalg.solve(_damped(moments.tt, ridge), moments.ts)
     backward = np.linalg.solve(_damped(moments.ss, ridge), moments.ts.T).T
     return ResidualMap(np.asarray(forward, np.float64), np.asarray(backward, np.float64), "ridge")
+
+
+@one_blas_thread()
+def solved_reading(moments: PairMoments, ridge: float = SOLVE_RIDGE) -> SolvedReading:
+    """Return what solves for a reader of the student's states that gives what the teacher's gives.
+
+    Of rows w_t and w_s the solution is `w_s + (w_t C_ts - w_s C_ss) (C_ss + λ)⁻¹`, λ `ridge` times the mean
+    variance: the least-squares reader, held to the student's own where the text says little.
+    """
+    damped = _damped(moments.ss, ridge)
+    theirs = np.linalg.solve(damped, moments.ts.T).T
+    own = np.eye(moments.width) - np.linalg.solve(damped, moments.ss).T
+    return SolvedReading(np.asarray(theirs, np.float64), np.asarray(own, np.float64))
 
 
 def norm_gain(mapping: ResidualMap, states: NDArray[Any]) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.passes.merge_fold import MergedView
 from bitsmith.passes.transform import Model
 from bitsmith.progress import Progress, silent
 from bitsmith.run.compress import Written, compress, output_of
@@ -204,7 +205,7 @@ class _Merge:
         own = [file for file in sources if file not in self._ask.given and file != self._ask.held]
         if at.work.exists() and any(file.parent.samefile(at.work) for file in own):
             raise OutputError("holds an input, and the run works there: choose another output", path=at.work)
-        refuse_output(at.model, at.work, RESULT_NAME, at.overwrite, sources, (_MADE, PAIRED_NAME))
+        refuse_output(at.out, at.model, at.work / RESULT_NAME, at.overwrite, sources, (_MADE, PAIRED_NAME))
         key = output_key(self._inputs.key, at.type_name, at.shard_bytes)
         with Workplace(
             at.model, at.work, key, at.overwrite, sources, result=RESULT_NAME, made=_MADE
@@ -307,6 +308,7 @@ class _Merge:
             bench,
             plan.alphas,
             factors=FACTORS if self._is_ruled else (1.0,),
+            apart=self._is_ruled,
             sweep_budget=self._ask.sweep_budget,
             ends=plan.recipe.ends,
             fallback=self._ask.fallback,
@@ -321,9 +323,10 @@ class _Merge:
         folder, source = place.folder / _MADE, self._inputs.student.checkpoint
         if decision.alphas.is_zero:
             return copy_student(source, folder, progress=self._progress) | {"notes": []}
-        notes = _notes(self._inputs.student)
+        view = plan.view(decision.alphas)
+        notes = _notes(self._inputs.student, view)
         return {"notes": notes} | write_merged(
-            plan.view(decision.alphas),
+            view,
             folder,
             output_key(self._inputs.key, decision.alphas.to_json(), plan.paired.digest),
             shard_bytes=self._at.shard_bytes,
@@ -380,9 +383,13 @@ class _Merge:
         return compress(replace(job, overwrite=job.overwrite or is_left), self._progress)
 
 
-def _notes(student: Model) -> list[str]:
-    """Return what a merge does not keep of its student."""
-    notes = []
+def _notes(student: Model, view: MergedView) -> list[str]:
+    """Return what a merge does not keep of its student, and what it adds."""
+    notes = [
+        f"{name} is added, {ref.size:,} parameters: the student's head was its embedding"
+        for name, ref in view.items()
+        if name not in student.tensors
+    ]
     dropped = sum(spec.component == "mtp" for spec, _ in student.tensors.values())
     if dropped:
         notes.append(f"{dropped} MTP tensors of the student are left out: they read states that have changed")
@@ -423,7 +430,7 @@ def _cost(inputs: MergeInputs, *, measure: bool) -> MergeCost:
             widest_square=inputs.widest_square,
             measure=measure,
         )
-    trials = 1 + (len(FACTORS) if ask.fallback else 0) + (ask.sweep_budget or 0)
+    trials = 1 + (2 * len(FACTORS) if ask.fallback else 0) + (ask.sweep_budget or 0)
     tokens = held.chunks * held.ctx_tokens
     adds = [tokens * sum(side.matrix_weights) for _, side in sides.named]
     written = sum(ref.nbytes for ref in inputs.student.checkpoint.values())

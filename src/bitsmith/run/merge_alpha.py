@@ -2,7 +2,8 @@
 
 `α = α_max · clip((c - 0.5) / 0.3, 0, 1)`, and 0 where the map keeps less than 0.95 of the teacher's variance;
 c is the lower end of the 95 % interval of the mean cosine between mapped and own states on held-out tokens.
-A mixer's share is that times each group's likeness of its heads' outputs, an FFN's times its neurons'.
+A mixer's share is that times each group's likeness of its heads' outputs, an FFN's times its neurons'. A head
+that is solved for takes α_max times the share of the teacher's final states that the student's explain.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from bitsmith.numerics.divergence import Estimate
 from bitsmith.numerics.resampling import ratio_of_sums
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.merge_fold import LayerAlpha
-from bitsmith.passes.merge_maps import ResidualMap
+from bitsmith.passes.merge_maps import ResidualMap, SolvedReading
 
 Float64 = NDArray[np.float64]
 
@@ -77,6 +78,26 @@ def cosine_of(mapping: ResidualMap, teacher: NDArray[Any], student: NDArray[Any]
     return found or Estimate(0.0, None, None)
 
 
+@one_blas_thread()
+def explained(reading: SolvedReading, teacher: NDArray[Any], student: NDArray[Any]) -> Estimate:
+    """Return the share of the teacher's final states that the student's explain, with its interval.
+
+    `1 - Σ |x̂_t - x̂_s theirsᵀ|² / Σ |x̂_t|²`, `x̂ = x / rms(x)` of held-out states (`n T D_t`, `n T D_s`);
+    pieces are drawn.
+    """
+    aim, known = (_normed(rows) for rows in (teacher, student))
+    missed = ((aim - known @ reading.theirs.T) ** 2).sum((-1, -2))
+    found = ratio_of_sums(missed, (aim**2).sum((-1, -2)))
+    if found is None or found.low is None or found.high is None:
+        return Estimate(0.0 if found is None else 1 - found.value, None, None)
+    return Estimate(1 - found.value, 1 - found.high, 1 - found.low)
+
+
+def head_share(fit: Estimate, alpha_max: float) -> float:
+    """Return the rule's share of a head that is solved for: the lower end of what is explained."""
+    return alpha_max * _clipped(fit.low or 0.0)
+
+
 def share_of(facts: Sequence[PlaceFacts], alpha_max: float) -> float:
     """Return the rule's share for what reads or writes at several places: that of the worst one."""
     return min(
@@ -91,6 +112,13 @@ def layer_share(facts: LayerFacts, alpha_max: float) -> LayerAlpha:
     """Return the rule's shares in a layer, by group and of the FFN."""
     share = share_of((facts.before, facts.after), alpha_max)
     return LayerAlpha(tuple(share * _clipped(one) for one in facts.groups), share * _clipped(facts.neurons))
+
+
+def _normed(rows: NDArray[Any]) -> Float64:
+    wide = rows.astype(np.float64)
+    sizes = np.sqrt((wide**2).mean(-1, keepdims=True))
+    normed: Float64 = np.divide(wide, sizes, out=np.zeros_like(wide), where=sizes > 0)
+    return normed
 
 
 def _clipped(value: float) -> float:

@@ -62,6 +62,9 @@ class Evidence(Protocol):
     def between(self, pair: int) -> Samples:
         """Return states between mixer and FFN of a pair of layers that are not in the moments."""
 
+    def normed(self) -> list[PairMoments]:
+        """Return the moments of the final states by their root mean squares, one for each text."""
+
     def embedded_samples(self) -> Samples:
         """Return states behind the embeddings that are not in the moments."""
 
@@ -117,6 +120,10 @@ class TextEvidence:
     def embedded(self) -> list[PairMoments]:
         """Return the moments of the states behind the embeddings, one for each text."""
         return [_checked(one.embedded()) for one, _ in self.parts]
+
+    def normed(self) -> list[PairMoments]:
+        """Return the moments of the final states by their root mean squares, one for each text."""
+        return [_checked(one.normed()) for one, _ in self.parts]
 
     def samples(self, place: int) -> Samples:
         """Return the held-out states of a place."""
@@ -191,6 +198,10 @@ class WeightEvidence:
     def embedded(self) -> list[PairMoments]:
         """Return the moments of the embeddings: every token counts alike."""
         return [self._vocabulary]
+
+    def normed(self) -> list[PairMoments]:
+        """Return nothing: weights tell no final states."""
+        return []
 
     def samples(self, place: int) -> Samples:
         """Return embeddings."""

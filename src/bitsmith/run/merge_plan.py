@@ -12,14 +12,17 @@ from typing import Any
 import numpy as np
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.divergence import Estimate
 from bitsmith.passes.merge_fold import EndsMerge, LayerAlpha, LayerMerge, MergedView, merged_view
 from bitsmith.passes.merge_inner import ffn_map, group_likeness, mixer_map, neuron_likeness
-from bitsmith.passes.merge_maps import ResidualMap, norm_gain, transition_cost, variance_kept
+from bitsmith.passes.merge_maps import ResidualMap, norm_gain, solved_reading, transition_cost, variance_kept
 from bitsmith.passes.transform import Model
 from bitsmith.run.merge_alpha import (
     LayerFacts,
     PlaceFacts,
     cosine_of,
+    explained,
+    head_share,
     layer_share,
     share_of,
 )
@@ -35,7 +38,8 @@ class MergePlan:
 
     `maps` are of the states in front of each of the student's layers, `final` before the final norms,
     `embedding` behind the embeddings. `layers` is by the student's number, without shares; `alphas` are what
-    the recipe says, `facts` by layer what its rule saw (`end_facts`: of embedding and final states).
+    the recipe says, `facts` by layer what its rule saw (`end_facts`: of embedding and final states;
+    `head_fit`: what of the teacher's final states a head that is solved for has to go on).
     """
 
     recipe: MergeRecipe
@@ -52,6 +56,7 @@ class MergePlan:
     alphas: Alphas
     facts: tuple[LayerFacts, ...]
     end_facts: tuple[PlaceFacts, PlaceFacts]
+    head_fit: Estimate | None
 
     def view(self, alphas: Alphas | None = None) -> MergedView:
         """Return the student with the teacher's shares in it, computed on read; `alphas` instead of its own.
@@ -78,6 +83,8 @@ class MergePlan:
                 **self.end_facts[1].to_json(),
                 "map": self.final.method,
                 "gain": self.ends.gain,
+                "head": "map" if self.head_fit is None else "solve",
+                "explained": None if self.head_fit is None else vars(self.head_fit),
             },
         }
 
@@ -151,7 +158,7 @@ class _Planner:
         embedding = self._mapper.embedding()
         places = [self._place(place, maps[place]) for place in range(count + 1)]
         made = [self._layer(n, maps, places) for n in range(count)]
-        ends = self._ends(embedding, maps[-1])
+        ends, head_fit = self._ends(embedding, maps[-1])
         end_facts = self._embedded(embedding), places[-1]
         facts = tuple(one for _, one in made)
         return MergePlan(
@@ -166,9 +173,10 @@ class _Planner:
             embedding=embedding,
             layers={n: one for n, (one, _) in enumerate(made)},
             ends=ends,
-            alphas=_alphas(self._recipe, facts, end_facts, made),
+            alphas=_alphas(self._recipe, facts, end_facts, made, head_fit),
             facts=facts,
             end_facts=end_facts,
+            head_fit=head_fit,
         )
 
     def _place(self, place: int, mapping: ResidualMap) -> PlaceFacts:
@@ -216,10 +224,20 @@ class _Planner:
         )
         return norm_gain(before, entering), norm_gain(between, inside)
 
-    def _ends(self, embedding: ResidualMap, final: ResidualMap) -> EndsMerge:
-        place = len(self._evidence.layer_map)
-        gain = norm_gain(final, self._teacher_rows(self._evidence.samples(place)))
-        return EndsMerge(embedding, final, gain if self._recipe.gains else 1.0)
+    def _ends(self, embedding: ResidualMap, final: ResidualMap) -> tuple[EndsMerge, Estimate | None]:
+        """Return what becomes of the ends, and how far a head that is solved for can be trusted."""
+        samples = self._evidence.samples(len(self._evidence.layer_map))
+        gain = norm_gain(final, self._teacher_rows(samples)) if self._recipe.gains else 1.0
+        if not self._solves_head:
+            return EndsMerge(embedding, final, gain), None
+        solved = solved_reading(self._mapper.mean(self._evidence.normed()))
+        return EndsMerge(embedding, final, gain, solved=solved), explained(solved, *samples)
+
+    @property
+    def _solves_head(self) -> bool:
+        recipe = self._recipe
+        wanted = recipe.head == "solve" or (recipe.head == "auto" and not self._models[1].arch.tied)
+        return wanted and recipe.ends and recipe.activations
 
     @staticmethod
     def _teacher_rows(samples: Samples) -> Any:
@@ -231,6 +249,7 @@ def _alphas(
     facts: Sequence[LayerFacts],
     ends: tuple[PlaceFacts, PlaceFacts],
     made: Sequence[tuple[LayerMerge, LayerFacts]],
+    head_fit: Estimate | None,
 ) -> Alphas:
     if recipe.alpha != RULE:
         share = float(recipe.alpha)
@@ -238,4 +257,5 @@ def _alphas(
         return Alphas(layers, share, share)
     layers = tuple(layer_share(one, recipe.alpha_max) for one in facts)
     embedding, final = (share_of([one], recipe.alpha_max) for one in ends)
-    return Alphas(layers, embedding, final)
+    head = final if head_fit is None else head_share(head_fit, recipe.alpha_max)
+    return Alphas(layers, embedding, head)

@@ -12,6 +12,7 @@ from bitsmith.passes.merge_fold import LayerAlpha
 MapName = Literal["tiered", "joint", "svd", "cross", "cca", "ridge", "random-fold", "sparse-fold"]
 Basis = Literal["global", "layer"]
 Heads = Literal["match", "pair", "prune", "turn", "frozen-kv", "regress"]
+Head = Literal["auto", "map", "solve"]
 Ffn = Literal["match", "strongest", "solve", "tie", "regress"]
 
 MAPS: tuple[MapName, ...] = get_args(MapName)
@@ -34,8 +35,10 @@ class MergeRecipe:
     they write). `gains` makes up for what RMSNorm loses by the width. `alpha` is the teacher's share: a
     number for all, or `rule`, at most `alpha_max`. Without `activations` nothing of the text is used: the map
     is found from the embeddings' shared vocabulary, heads and neurons from weights alone, layers
-    proportionally. `ends` takes embedding and head in. `seed` is of `random-fold`. Raises BitsmithError
-    for what is none of these.
+    proportionally. `ends` takes embedding and head in; a head is mapped (`map`) or solved for by least
+    squares so that it gives the teacher's logits (`solve`, which unties a tied student; `auto`: where the
+    student has a head of its own). `seed` is of `random-fold`. Raises BitsmithError for what is none of
+    these.
     """
 
     map: MapName = "tiered"
@@ -46,18 +49,27 @@ class MergeRecipe:
     alpha: float | Literal["rule"] = RULE
     alpha_max: float = ALPHA_MAX
     ends: bool = True
+    head: Head = "auto"
     gains: bool = True
     activations: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check names and shares."""
-        for name, known in (("map", MAPS), ("basis", get_args(Basis)), ("heads", HEADS), ("ffn", FFNS)):
+        for name, known in (
+            ("map", MAPS),
+            ("basis", get_args(Basis)),
+            ("heads", HEADS),
+            ("ffn", FFNS),
+            ("head", get_args(Head)),
+        ):
             value = getattr(self, name)
             if value not in known:
                 raise BitsmithError(
                     f"{name} is {printable(str(value))!r}, expected one of {', '.join(known)}"
                 )
+        if self.head == "solve" and not (self.ends and self.activations):
+            raise BitsmithError("a head is solved for from activations, with the ends: do not leave them out")
         shares = {"alpha_max": self.alpha_max} | ({} if self.alpha == RULE else {"alpha": self.alpha})
         for name, share in shares.items():
             if isinstance(share, str) or not 0 <= share <= 1:
@@ -83,6 +95,11 @@ class Alphas:
             for one in self.layers
         )
         return Alphas(layers, factor * self.embedding, factor * self.head)
+
+    @property
+    def head_alone(self) -> Alphas:
+        """The head's share, and none of anything else."""
+        return replace(self.scaled(0.0), head=self.head)
 
     def with_layer(self, number: int, alpha: LayerAlpha) -> Alphas:
         """Return these with another share of one layer."""

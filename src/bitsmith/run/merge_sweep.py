@@ -37,7 +37,8 @@ class Coordinate:
     label: str
     mixers: frozenset[tuple[int, int]] = frozenset()
     ffns: frozenset[int] = frozenset()
-    ends: bool = False
+    embedding: bool = False
+    head: bool = False
 
     def moved(self, alphas: Alphas, up: bool) -> Alphas:
         """Return `alphas` with these shares twice as large, or half as large."""
@@ -56,18 +57,23 @@ class Coordinate:
             )
             for n, layer in enumerate(alphas.layers)
         )
-        ends = {name: share(getattr(alphas, name), self.ends) for name in ("embedding", "head")}
-        return replace(alphas, layers=layers, **ends)
+        return replace(
+            alphas,
+            layers=layers,
+            embedding=share(alphas.embedding, self.embedding),
+            head=share(alphas.head, self.head),
+        )
 
 
 def coordinates(alphas: Alphas, ends: bool) -> list[Coordinate]:
-    """Return what a sweep moves: all mixers, all FFNs, the ends; then layer by layer; then group by group."""
+    """Return what a sweep moves: head, mixers, FFNs, embedding; then single layers; then single groups."""
     groups = [len(listed(layer.mixer)) for layer in alphas.layers]
     mixers = [frozenset((n, g) for g in range(count)) for n, count in enumerate(groups)]
     found = [
+        *([Coordinate("head", head=True)] if ends else []),
         Coordinate("all mixers", mixers=frozenset().union(*mixers)),
         Coordinate("all FFNs", ffns=frozenset(range(len(groups)))),
-        *([Coordinate("ends", ends=True)] if ends else []),
+        *([Coordinate("embedding", embedding=True)] if ends else []),
     ]
     for n in range(len(groups)):
         found.append(Coordinate(f"layer {n} mixer", mixers=mixers[n]))

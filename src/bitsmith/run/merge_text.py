@@ -26,7 +26,7 @@ _MOST_HELD_CHUNKS = 64
 _SLACK_TOKENS = 16  # that a cut may add or remove on either side
 _RUN_TOKENS = 16
 _BASE = np.uint64(6364136223846793005)  # Knuth's multiplier: runs that differ rarely get one number
-_FEW = 20
+_FEW = 4
 MOST_SHARED = 0.5
 """Of the runs of tokens in one text that may occur in another that is to say something new."""
 
@@ -84,7 +84,7 @@ def shared_runs(seen: Tokens, held: Tokens) -> NDArray[np.float64]:
 
 
 def refuse_shared(shares: NDArray[np.float64], path: Path) -> None:
-    """Raise BitsmithError where more than one held-out chunk in twenty is in what the merge is made of."""
+    """Raise BitsmithError where more than a quarter of the held-out chunks is in what the merge is made of."""
     count = int((shares > MOST_SHARED).sum())
     if count > len(shares) // _FEW:
         raise BitsmithError(

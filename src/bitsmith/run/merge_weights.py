@@ -35,6 +35,7 @@ REPEATS = (
     "the held-out text repeats itself or what is paired ({:.0%}): it judges nothing; the student is kept"
 )
 STRETCHES = 10
+_ALL, _HEAD = "the shares asked for", "the head's share alone"
 _TAIL = 0.975
 
 
@@ -67,7 +68,8 @@ class Tried:
 class Decision:
     """What is written and why: `alphas` of none at all is the student itself.
 
-    `factor` multiplies the shares that were asked for; None where a sweep moved them apart.
+    `factor` multiplies the shares that were asked for; None where a sweep moved them apart, or where only the
+    head's was kept.
     """
 
     adopted: bool
@@ -185,12 +187,14 @@ def decide(
     factors: Sequence[float] = FACTORS,
     sweep_budget: int | None = None,
     ends: bool = True,
+    apart: bool = True,
     fallback: bool = True,
     repeated: float = 0.0,
 ) -> Decision:
     """Return what of `alphas` is written.
 
-    Of the shares times each of the falling `factors`, the best on the chunks that choose; with `sweep_budget`
+    Of the shares times each of the falling `factors`, and (`apart`) of the head's alone, the best on the
+    chunks that choose; with `sweep_budget`
     so many further trials move single shares from there (`ends`: those of embedding and head too). What is
     chosen is judged once, on the other chunks. Without `fallback` it is written whatever they say, and shares
     that are not swept are taken as they were asked for. Chunks that judge are no judges where more than half
@@ -203,7 +207,11 @@ def decide(
         return Decision(False, nothing, 0.0, RULED_OUT, ())
     if not fallback and sweep_budget is None:
         factors = (1.0,)
-    best, factor = _backed_off(bench, alphas, factors)
+    best, factor = _backed_off(bench, _ALL, alphas, factors)
+    if apart and alphas.head > 0 and alphas != alphas.head_alone:
+        head, _ = _backed_off(bench, _HEAD, alphas.head_alone, factors)
+        if best is None or (head is not None and head.nll < best.nll):
+            best, factor = head, None
     if sweep_budget is not None:
         start = _least(best, bench.student_as_tried(nothing))
         best = sweep(start, bench.try_out, sweep_budget, ends)
@@ -220,12 +228,14 @@ def decide(
     return Decision(False, nothing, 0.0, f"{said}: the student is kept", tuple(bench.tried))
 
 
-def _backed_off(bench: Bench, alphas: Alphas, factors: Sequence[float]) -> tuple[Tried | None, float | None]:
+def _backed_off(
+    bench: Bench, said: str, alphas: Alphas, factors: Sequence[float]
+) -> tuple[Tried | None, float | None]:
     """Return the best of the shares times falling factors; ends when less no longer helps."""
     best: Tried | None = None
     found: float | None = None
     for factor in () if alphas.is_zero else factors:
-        tried = bench.try_out(f"{factor:g} × the shares asked for", alphas.scaled(factor))
+        tried = bench.try_out(f"{factor:g} × {said}", alphas.scaled(factor))
         if best is None or tried.nll < best.nll:
             best, found = tried, factor
         elif best.nll < _mean(bench.student().nll):

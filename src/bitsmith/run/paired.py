@@ -37,8 +37,8 @@ from bitsmith.store.paired import (
     EMBED_NAME,
     FINAL_NAME,
     MANIFEST_NAME,
-    STATE_PLACES,
     TOKENS_NAME,
+    WIDE_PLACES,
     Paired,
     PairedManifest,
     PairedModel,
@@ -365,20 +365,24 @@ class _Work:
         return self._entry(pair_name(pair), sums, [ours[1], theirs[1]])
 
     def _final(self, teacher_layers: int, student_layers: int) -> dict[str, Any]:
-        """Keep the moments of the states before the final norms."""
+        """Keep the moments of the states before the final norms, and behind them."""
         ends = self._fit_states("teacher", teacher_layers), self._fit_states("student", student_layers)
-        return self._entry(FINAL_NAME, self._summed(*ends), [])
+        eps = [
+            float(side.model.arch.text_config.get("rms_norm_eps", 1e-6)) for _, side in self._run.sides.named
+        ]
+        normed = _square_sums(*ends)
+        add_states(*ends, normed, (eps[0], eps[1]))
+        return self._entry(FINAL_NAME, self._summed(*ends) | {"normed": normed}, [])
 
     def _summed(self, teacher: States, student: States) -> dict[str, PlaceSums]:
-        widths = teacher.shape[2], student.shape[2]
-        sums = PlaceSums(PlaceShape(*widths, *widths))
+        sums = _square_sums(teacher, student)
         add_states(teacher, student, sums)
         return {"states": sums}
 
     def _entry(self, file: str, sums: dict[str, PlaceSums], states: Sequence[States]) -> dict[str, Any]:
         """Write moments; return the journal's entry."""
         arrays = {
-            f"{place}.{part}": ("F64" if place in STATE_PLACES else "F32", array)
+            f"{place}.{part}": ("F64" if place in WIDE_PLACES else "F32", array)
             for place, found in sums.items()
             for part, array in found.result(f"{file.removesuffix('.safetensors')}, {place},").items()
         }
@@ -409,6 +413,11 @@ class SampledLayers(Sequence[Float32]):
         count = min(len(rows), CKA_TOKENS)
         chosen: Float32 = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
         return chosen
+
+
+def _square_sums(teacher: States, student: States) -> PlaceSums:
+    widths = teacher.shape[2], student.shape[2]
+    return PlaceSums(PlaceShape(*widths, *widths))
 
 
 def _nothing(*_: object) -> None:

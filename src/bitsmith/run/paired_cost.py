@@ -99,13 +99,14 @@ def cost_of(
     hidden = teacher.hidden, student.hidden
     ends = {"states": PlaceShape(*hidden, *hidden)}
     states = sum((2 * side.n_layers + 1) * side.hidden for _, side in sides.named)
-    kept = sum(_kept_bytes(one) for one in (*shapes, ends, ends)) + 4 * held * states + 8 * tokens
+    summed = (*shapes, *[ends] * 3)  # behind the embeddings, before and behind the final norms
+    kept = sum(_kept_bytes(one) for one in summed) + 4 * held * states + 8 * tokens
     return PairedCost(
         tokens=tokens,
         held_tokens=held,
         teacher_multiply_adds=tokens * sum(teacher.matrix_weights),
         student_multiply_adds=tokens * sum(student.matrix_weights),
-        moment_multiply_adds=fit * sum(_multiply_adds(one) for one in (*shapes, ends, ends)),
+        moment_multiply_adds=fit * sum(_multiply_adds(one) for one in summed),
         kept_bytes=kept,
         disk_bytes=kept + 4 * max(2 * fit * sum(hidden), 3 * held * max(hidden)),
         memory_bytes=_memory_bytes(sides, shapes, ctx_tokens, min(held, CKA_TOKENS)),

@@ -23,7 +23,8 @@ def work_folder(out: Path) -> Path:
 
 def refuse_output(out: Path, work: Path, overwrite: bool, sources: Sequence[Path]) -> None:
     """Raise OutputError as `workplace.refuse_output` does."""
-    workplace.refuse_output(out, work, RESULT_NAME, overwrite, sources, (CANDIDATE_NAME, BASELINE_NAME))
+    own = CANDIDATE_NAME, BASELINE_NAME
+    workplace.refuse_output(out, out, work / RESULT_NAME, overwrite, sources, own)
 
 
 class Workplace(workplace.Workplace):

@@ -21,7 +21,7 @@ _MERGE_OPTIONS = {
     option: option.replace("_", "-")
     for option in (
         "tokens", "ctx", "chunks", "samples", "layers", "map", "basis", "trunk", "heads", "ffn", "alpha",
-        "alpha_max", "budget", "no_ends", "no_activations", "no_fallback", "seed",
+        "alpha_max", "budget", "no_ends", "head", "no_activations", "no_fallback", "seed",
     )
 }  # fmt: skip
 """Every option of a merge but its models and texts, as in a command and in its order."""

@@ -43,7 +43,7 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.run.actions import ACTIONS
 from bitsmith.run.budget import parse_memory
 from bitsmith.run.gate import Gate
-from bitsmith.run.merge_recipe import ALPHA_MAX, Basis, Ffn, Heads, MapName
+from bitsmith.run.merge_recipe import ALPHA_MAX, Basis, Ffn, Head, Heads, MapName
 from bitsmith.run.overrides import split_rule
 from bitsmith.run.strict_yaml import Document, read_yaml
 from bitsmith.run.task import Limits
@@ -133,6 +133,7 @@ class Merging(_Part):
     alpha_max: Annotated[float, Field(ge=0, le=1)] = ALPHA_MAX
     budget: Positive | None = None
     no_ends: bool = False
+    head: Head = "auto"
     no_activations: bool = False
     no_fallback: bool = False
     seed: Seed = 0

@@ -14,7 +14,7 @@ SWEEP = "sweep"
 SWEEP_TRIALS = 24
 """Trials of `alpha: sweep` without a budget, as on the command line."""
 
-_RECIPE = ("map", "basis", "trunk", "heads", "ffn", "alpha_max", "seed")
+_RECIPE = ("map", "basis", "trunk", "heads", "ffn", "head", "alpha_max", "seed")
 _OPTIONS = ("tokens", "chunks", "samples")
 
 

@@ -122,13 +122,19 @@ class Workplace:
 
 
 def refuse_output(
-    out: Path, work: Path, result: str, overwrite: bool, sources: Sequence[Path], own: Sequence[str] = ()
+    out: Path,
+    model: Path,
+    result: Path,
+    overwrite: bool,
+    sources: Sequence[Path],
+    own: Sequence[str] = (),
 ) -> None:
     """Raise OutputError for an output or a work folder that cannot be, before anything is computed.
 
-    `own` are folders that the run makes in `work`. What a killed run may own is judged when its journal is
-    open.
+    `model` is the folder that the run makes: `out`, or what `out` is made of; `own` are folders that it makes
+    beside `result`. What a killed run may own is judged when its journal is open.
     """
+    work = result.parent
     if not out.absolute().parent.is_dir():
         raise OutputError("is not in a folder that exists", path=out)
     if out.absolute() in [work.absolute() / name for name in own]:
@@ -136,7 +142,7 @@ def refuse_output(
     if work.exists() and not work.is_dir():
         raise OutputError("is a file, the recipe works in a folder", path=work)
     if not (work / JOURNAL_NAME).exists():
-        refuse_results(out, work / result, overwrite, sources)
+        refuse_results(model, result, overwrite, sources)
 
 
 def refuse_results(

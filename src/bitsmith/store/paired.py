@@ -29,7 +29,7 @@ from bitsmith.store.safetensors_writer import TensorData, write_safetensors_file
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 Int64 = NDArray[np.int64]
-Place = Literal["states", "updates", "mixer", "ffn"]
+Place = Literal["states", "updates", "normed", "mixer", "ffn"]
 SideName = Literal["teacher", "student"]
 
 MANIFEST_NAME = "paired.json"
@@ -37,6 +37,8 @@ TOKENS_NAME = "tokens.safetensors"
 EMBED_NAME = "embed.safetensors"
 FINAL_NAME = "final.safetensors"
 STATE_PLACES: tuple[Place, ...] = ("states", "updates")
+WIDE_PLACES: tuple[Place, ...] = (*STATE_PLACES, "normed")
+"""Places whose moments are kept as F64."""
 PLACES: tuple[Place, ...] = (*STATE_PLACES, "mixer", "ffn")
 SCHEMA = 1
 
@@ -125,6 +127,10 @@ class Paired:
     def final(self) -> CrossMoments:
         """Return the moments of the states before the final norms."""
         return self._moments(FINAL_NAME, "states")
+
+    def normed(self) -> CrossMoments:
+        """Return the moments of the states behind the final norms, without their weights: `x / rms(x)`."""
+        return self._moments(FINAL_NAME, "normed")
 
     def states(self, pair: int) -> CrossMoments:
         """Return the moments of the states entering the student's layer `pair` and its teacher's."""
@@ -262,8 +268,8 @@ def _expected(manifest: PairedManifest) -> Iterator[tuple[str, dict[str, tuple[s
             shape = "F32", _Shapes([(held, ctx, model.hidden)])
             yield sample_name(side, layer), dict.fromkeys(sampled, shape)
     widths = manifest.teacher.hidden, manifest.student.hidden
-    for name in (EMBED_NAME, FINAL_NAME):
-        yield name, _place("states", "F64", *widths)
+    yield EMBED_NAME, _place("states", "F64", *widths)
+    yield FINAL_NAME, _place("states", "F64", *widths) | _place("normed", "F64", *widths)
     for pair, layer in enumerate(manifest.layer_map):
         tensors = _place("states", "F64", *widths) | _place("updates", "F64", *widths)
         tensors |= _place("mixer", "F32", manifest.teacher.mixer[layer], manifest.student.mixer[pair])
