@@ -84,7 +84,7 @@ def shared_runs(seen: Tokens, held: Tokens) -> NDArray[np.float64]:
 
 
 def refuse_shared(shares: NDArray[np.float64], path: Path) -> None:
-    """Raise BitsmithError where more than a quarter of the held-out chunks is in what the merge is made of."""
+    """Raise BitsmithError where over a quarter of the held-out chunks is in what the merge is made of."""
     count = int((shares > MOST_SHARED).sum())
     if count > len(shares) // _FEW:
         raise BitsmithError(
