@@ -221,7 +221,6 @@ def test_weights_alone_find_a_teacher_of_the_same_depth(kind: str, case: Any, tm
                 found.plan(replace(ONE, activations=False, **{key: name}))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tied", "qwen3.5"])
 def test_a_head_that_is_solved_for_is_the_students_own_tensor(kind: str, case: Any) -> None:
     found = case(kind)
@@ -251,6 +250,7 @@ def test_a_head_is_solved_for_where_the_student_has_its_own(case: Any) -> None:
         MergeRecipe(head="solve", activations=False)
 
 
+@pytest.mark.slow
 def test_two_texts_are_blended_along_the_geodesic(case: Any) -> None:
     found = case("qwen3")
     prose = Path(json.__file__).read_text()
