@@ -32,7 +32,7 @@ class Source:
     fixed: bool = False
 
 
-Where = Literal["rule", "mean", "all", "layer", "mixer", "ffn", "ends"]
+Where = Literal["rule", "mean", "all", "layer", "mixer", "ffn", "ends", "head"]
 
 
 @dataclass(frozen=True)
@@ -167,6 +167,8 @@ def alphas_of(plan: MergePlan, shares: Shares) -> Alphas:
     none = _uniform(len(plan.layer_map), 0.0, 0.0)
     if shares.where == "ends":
         return Alphas(none.layers, alpha, alpha)
+    if shares.where == "head":
+        return Alphas(none.layers, 0.0, alpha)
     mixer, ffn = alpha * (shares.where != "ffn"), alpha * (shares.where != "mixer")
     return none.with_layer(shares.layer or 0, LayerAlpha(mixer, ffn))
 

@@ -38,13 +38,16 @@ DATA_TOKENS = (1_000, 10_000, 50_000, 140_000)
 SWEEP = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 LAYER_SWEEP = (0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 ONCE = "once over the same tokens"
+HEAD_SWEEP = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 SPARSE_CHUNKS = (2, 8, 32)
 BLENDS = (0.3, 0.5, 0.7)
 
+HEAD_SHARE = 0.3
 SHARED_TOKENS = 50_000
 """Of each of two tasks that are held against each other, at most."""
 
-SEED = MergeRecipe()
+SEED = MergeRecipe(head="map")
+SOLVED = MergeRecipe(head="solve")
 
 
 @dataclass(frozen=True)
@@ -187,6 +190,26 @@ def _sweep(sizes: Sizes) -> list[AnyCase]:
     ]
 
 
+def _head(sizes: Sizes) -> list[AnyCase]:
+    """Return heads alone: the teacher's mapped, and solved for from texts of several sizes and tasks."""
+    own, other = _tasks(sizes)
+    rows: list[AnyCase] = [Original("student")]
+    for said, recipe in (("mapped", SEED), ("solved for", SOLVED)):
+        shares = [Shares("head", alpha) for alpha in HEAD_SWEEP]
+        rows += [Merged(f"{said}, {one.words}", series=said, recipe=recipe, shares=one) for one in shares]
+    like = Merged("", recipe=SOLVED, shares=Shares("head", HEAD_SHARE))
+    for tokens in _data_sizes(sizes):
+        said = f"solved for on {tokens or sizes.tokens:,} tokens, {like.shares.words}"
+        rows.append(replace(like, label=said, series="by tokens", source=Source("text", tokens)))
+    rows.append(Original("student, judged on the other task", judged="other_held"))
+    for source, said in ((own, "the task"), (other, "the other task")):
+        label = f"solved for on {said}, judged on the other task, {like.shares.words}"
+        rows.append(replace(like, label=label, judged="other_held", source=source))
+    decided = Shares(decided=True)
+    rows.append(Merged(f"merge with its head solved for, {decided.words}", recipe=SOLVED, shares=decided))
+    return rows
+
+
 def _sparse_sizes(sizes: Sizes) -> list[int]:
     return [n for n in (chunks * sizes.ctx_tokens for chunks in SPARSE_CHUNKS) if PARTS * n <= sizes.tokens]
 
@@ -250,6 +273,11 @@ EXPERIMENTS: Mapping[str, Experiment] = MappingProxyType(
         "blend": Experiment("Does a geodesic blend of two tasks' maps serve both?", _blend, needs_other=True),
         "layer-sensitivity": Experiment("Which layers gain from the teacher, or suffer?", _layers),
         "alpha-sweep": Experiment("How does the text's perplexity follow the teacher's share?", _sweep),
+        "head": Experiment(
+            "Does a head that is solved for, from the teacher's logits, help where maps do not?",
+            _head,
+            needs_other=True,
+        ),
         "sparse-data": Experiment("From how little text do T and the rule's α come out alike?", _sparse),
         "gqa": Experiment(
             "Which way of bringing the teacher's heads to the student's KV groups is best?", _gqa
