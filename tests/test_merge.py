@@ -362,7 +362,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
     assert "multiply-adds" in dry.output and "nothing written" in dry.output
     assert [path.name for path in tmp_path.iterdir()] == ["cost.json"]
     cost = json.loads((tmp_path / "cost.json").read_text())
-    assert cost["paired"]["teacher_multiply_adds"] > 0 and cost["trials"] == 6
+    assert cost["paired"]["teacher_multiply_adds"] > 0 and cost["trials"] == 11
     for bad in (["--alpha", "much"], ["--layers", "x"], ["--blend", "x"], ["--budget", "3"]):
         refused = CliRunner().invoke(app, [*command, *bad])
         assert isinstance(refused.exception, BitsmithError) and bad[0] in str(refused.exception)
@@ -409,7 +409,7 @@ def test_a_sweep_finds_the_shares_that_are_best_alone() -> None:
     assert len(spent) == 7 and few.nll < loss(start) and few.alphas.head == 0.25
     labels = [one.label for one in coordinates(start, ends=False)]
     assert labels[:2] == ["all mixers", "all FFNs"] and "layer 1 group 1" in labels and "ends" not in labels
-    up = coordinates(start.scaled(0), ends=True)[0].moved(start.scaled(0), up=True)
+    up = coordinates(start.scaled(0), ends=False)[0].moved(start.scaled(0), up=True)
     assert up.layers[0].mixer == (LEAST_SHARE, LEAST_SHARE) and up.layers[0].ffn == 0
 
 
