@@ -40,7 +40,7 @@ _PLAIN = {
     "ridge": ridge_map,
 }
 _OBLIQUE = ("cca", "ridge")
-_SPILL_BYTES = 256 << 20
+_SPILL_BYTES = 64 << 20
 
 
 class Mapper:
