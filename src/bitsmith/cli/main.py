@@ -278,6 +278,23 @@ def lab_pair(
     typer.echo(f"wrote {out / 'teacher'} and {out / 'student'}")
 
 
+@lab.command("embed")
+def lab_embed(
+    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="A Qwen3 or Qwen3.5 folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: the bigger teacher.")],
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the teacher.")],
+    layers: Annotated[int | None, typer.Option(min=1, help="Its layers; default the student's.")] = None,
+    ffn: Annotated[int | None, typer.Option(min=1, help="Its FFN size; default the student's.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the embedding.")] = 0,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write a wider, deeper teacher that is STUDENT turned by a rotation: what a merge has to find again."""
+    from bitsmith.lab.embedded import Sizes, embed_student
+
+    embed_student(student, out, Sizes(hidden, layers, ffn), seed=seed, overwrite=overwrite)
+    typer.echo(f"wrote {out}")
+
+
 @lab.command("synth")
 def lab_synth(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, Hugging Face layout.")],

@@ -38,11 +38,11 @@ _SMALL = 0.3
 class Sizes:
     """A teacher's sizes; None keeps the student's.
 
-    `layers` lists each one's student layer, None for an idle one; `scale` is s.
+    `layers` lists each one's student layer, None for an idle one, or is how many there are; `scale` is s.
     """
 
     hidden: int
-    layers: Sequence[int | None] | None = None
+    layers: Sequence[int | None] | int | None = None
     ffn: int | None = None
     heads: int | None = None
     kv_heads: int | None = None
@@ -111,7 +111,8 @@ class _Build:
     def __init__(self, model: Model, sizes: Sizes, random: np.random.Generator, turn_values: bool) -> None:
         self._model, self._random = model, random
         self._own = _text_layers(model)
-        self._order = list(range(len(self._own))) if sizes.layers is None else list(sizes.layers)
+        layers = len(self._own) if sizes.layers is None else sizes.layers
+        self._order = spread_layers(len(self._own), layers) if isinstance(layers, int) else list(layers)
         if [n for n in self._order if n is not None] != list(range(len(self._own))):
             raise BitsmithError(f"layers {self._order} do not hold the student's {len(self._own)} in order")
         self.config = _config(model, sizes, self._order)

@@ -21,22 +21,15 @@ Float64 = NDArray[np.float64]
 _TIES = 1e-9
 
 
-def linear_cka(x: NDArray[Any], y: NDArray[Any]) -> float:
-    """Return the linear centred kernel alignment of two sets of activations (`N D`, `N D'`), at most 1.
+@one_blas_thread()
+def cka_matrix(teacher: Iterable[NDArray[Any]], student: Sequence[NDArray[Any]]) -> Float64:
+    """Return the linear centred kernel alignment (`L_t L_s`, at most 1) of every teacher and student layer.
 
     `⟨K, L⟩ / (|K| |L|)` of both kernels `X Xᵀ`, debiased: centred with their diagonals left out, so that
     of unrelated activations it is 0 in the mean also where tokens are fewer than columns (Székely & Rizzo
-    2014, Nguyen et al. 2021). 0 where one does not vary; with fewer than 4 tokens biased.
-    """
-    return float(cka_matrix([x], [y])[0, 0])
-
-
-@one_blas_thread()
-def cka_matrix(teacher: Iterable[NDArray[Any]], student: Sequence[NDArray[Any]]) -> Float64:
-    """Return the linear CKA (`L_t L_s`) of every teacher layer with every student layer.
-
-    Layers are `N D` each, of the same tokens; the teacher's are taken one at a time. Memory is N² per student
-    layer. Raises BitsmithError for layers of other numbers of tokens.
+    2014, Nguyen et al. 2021). 0 where one does not vary; with fewer than 4 tokens biased. Layers are `N D`
+    each, of the same tokens; the teacher's are taken one at a time. Memory is N² per student layer. Raises
+    BitsmithError for layers of other numbers of tokens.
     """
     grams = [_gram(layer) for layer in student]
     rows = []
@@ -46,12 +39,6 @@ def cka_matrix(teacher: Iterable[NDArray[Any]], student: Sequence[NDArray[Any]])
             raise BitsmithError("layers to compare hold different numbers of tokens")
         rows.append([float(np.vdot(gram, one)) for one in grams])
     return np.asarray(rows, np.float64).reshape(len(rows), len(grams))
-
-
-def moment_cka(tt: Float64, ss: Float64, ts: Float64) -> float:
-    """Return the uncentred linear CKA from second moments: `|C_ts|² / (|C_tt| |C_ss|)`; 0 where one is 0."""
-    sizes = float(np.linalg.norm(tt)) * float(np.linalg.norm(ss))
-    return float(np.linalg.norm(ts)) ** 2 / sizes if sizes > 0 else 0.0
 
 
 def proportional_layers(teacher: Sequence[str], student: Sequence[str]) -> tuple[int, ...]:

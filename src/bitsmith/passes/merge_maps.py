@@ -308,15 +308,6 @@ def variance_kept(mapping: ResidualMap, moment: Float64) -> float:
 
 
 @one_blas_thread()
-def mean_cosine(mapping: ResidualMap, teacher: NDArray[Any], student: NDArray[Any]) -> float:
-    """Return the mean cosine of `x_t A` and `x_s` over tokens (`N D_t`, `N D_s`); 0 where one is zero."""
-    mapped, aim = teacher.astype(np.float64) @ mapping.forward, student.astype(np.float64)
-    sizes = np.linalg.norm(mapped, axis=1) * np.linalg.norm(aim, axis=1)
-    inner = (mapped * aim).sum(1)
-    return float(np.divide(inner, sizes, out=np.zeros_like(inner), where=sizes > 0).mean())
-
-
-@one_blas_thread()
 def blended_map(maps: Sequence[ResidualMap], weights: Sequence[float]) -> ResidualMap:
     """Return the weighted mean of maps: the orthonormal frame nearest to all of theirs, scales geometrically.
 

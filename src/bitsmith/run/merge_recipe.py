@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -117,12 +117,6 @@ class Alphas:
         """Return the shares as plain values."""
         layers = [{"mixer": listed(one.mixer), "ffn": one.ffn} for one in self.layers]
         return {"layers": layers, "embedding": self.embedding, "head": self.head}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Alphas:
-        """Return the shares that `to_json` wrote."""
-        layers = tuple(LayerAlpha(tuple(one["mixer"]), one["ffn"]) for one in value["layers"])
-        return cls(layers, value["embedding"], value["head"])
 
 
 def listed(mixer: float | Sequence[float]) -> list[float]:
