@@ -214,6 +214,7 @@ def test_a_run_on_an_embedded_student_gives_the_student_back(
     assert all(0.5 < row["explained"]["value"] <= 1 + 1e-9 for row in values)
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_had_says_why_and_the_others_stay(
     models: tuple[Path, Path], texts: dict[str, Path], tmp_path: Path
 ) -> None:
