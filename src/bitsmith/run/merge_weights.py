@@ -54,6 +54,14 @@ class Tried:
         """Mean over chunks in nats; infinite where the model gave no numbers."""
         return float("inf") if self.measure is None else float(self.measure.nll.mean())
 
+    @property
+    def worst(self) -> float:
+        """The worse end of the perplexity over the student's, its value where there is no interval."""
+        if self.measure is None:
+            return float("inf")
+        end = worst_end(self.measure)
+        return self.measure.ppl_over_student.value if end is None else end
+
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values; those that judge tell their worse end."""
         found: dict[str, Any] = {"label": self.label, "half": self.half, "alphas": self.alphas.to_json()}
@@ -193,8 +201,8 @@ def decide(
 ) -> Decision:
     """Return what of `alphas` is written.
 
-    Of the shares times each of the falling `factors`, and (`apart`) of the head's alone, the best on the
-    chunks that choose; with `sweep_budget`
+    Of the shares times each of the falling `factors`, and (`apart`) of the head's alone, those with the best
+    worse end on the chunks that choose, as it is the worse end that judges; with `sweep_budget`
     so many further trials move single shares from there (`ends`: those of embedding and head too). What is
     chosen is judged once, on the other chunks. Without `fallback` it is written whatever they say, and shares
     that are not swept are taken as they were asked for. Chunks that judge are no judges where more than half
@@ -210,7 +218,7 @@ def decide(
     best, factor = _backed_off(bench, _ALL, alphas, factors)
     if apart and alphas.head > 0 and alphas != alphas.head_alone:
         head, _ = _backed_off(bench, _HEAD, alphas.head_alone, factors)
-        if best is None or (head is not None and head.nll < best.nll):
+        if best is None or (head is not None and head.worst < best.worst):
             best, factor = head, None
     if sweep_budget is not None:
         start = _least(best, bench.student_as_tried(nothing))
@@ -236,7 +244,7 @@ def _backed_off(
     found: float | None = None
     for factor in () if alphas.is_zero else factors:
         tried = bench.try_out(f"{factor:g} × {said}", alphas.scaled(factor))
-        if best is None or tried.nll < best.nll:
+        if best is None or tried.worst < best.worst:
             best, found = tried, factor
         elif best.nll < _mean(bench.student().nll):
             break
