@@ -127,6 +127,7 @@ def test_a_teacher_that_does_not_help_leaves_the_students_own_bytes(
     assert kept.record["alphas"]["embedding"] == 0
 
 
+@pytest.mark.slow
 def test_a_teacher_that_knows_better_is_taken_and_helps_on_text_nobody_saw(
     student: Path, tmp_path: Path
 ) -> None:

@@ -197,6 +197,7 @@ def test_rows_are_what_a_merge_measured_by_hand_is(
     assert distilled[0]["ppl_over_student"]["value"] <= 1.01
 
 
+@pytest.mark.slow
 def test_a_run_on_an_embedded_student_gives_the_student_back(
     models: tuple[Path, Path], texts: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -212,6 +212,7 @@ def at_the_end(_: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_at_its_layer_with_the_same_bytes(
     found: dict[str, Paired], models: dict[str, tuple[Path, Path]], text: Path, tmp_path: Path
 ) -> None:
