@@ -370,14 +370,14 @@ class _Work:
         eps = [
             float(side.model.arch.text_config.get("rms_norm_eps", 1e-6)) for _, side in self._run.sides.named
         ]
-        normed = _square_sums(*ends)
-        add_states(*ends, normed, (eps[0], eps[1]))
-        return self._entry(FINAL_NAME, self._summed(*ends) | {"normed": normed}, [])
+        return self._entry(FINAL_NAME, self._summed(*ends, eps=eps), [])
 
-    def _summed(self, teacher: States, student: States) -> dict[str, PlaceSums]:
-        sums = _square_sums(teacher, student)
-        add_states(teacher, student, sums)
-        return {"states": sums}
+    def _summed(self, teacher: States, student: States, *, eps: Sequence[float] = ()) -> dict[str, PlaceSums]:
+        widths = teacher.shape[2], student.shape[2]
+        places = ("states", "normed") if eps else ("states",)
+        sums = {place: PlaceSums(PlaceShape(*widths, *widths)) for place in places}
+        add_states(teacher, student, sums, eps)
+        return sums
 
     def _entry(self, file: str, sums: dict[str, PlaceSums], states: Sequence[States]) -> dict[str, Any]:
         """Write moments; return the journal's entry."""
@@ -413,11 +413,6 @@ class SampledLayers(Sequence[Float32]):
         count = min(len(rows), CKA_TOKENS)
         chosen: Float32 = rows[np.linspace(0, len(rows) - 1, count).round().astype(int)]
         return chosen
-
-
-def _square_sums(teacher: States, student: States) -> PlaceSums:
-    widths = teacher.shape[2], student.shape[2]
-    return PlaceSums(PlaceShape(*widths, *widths))
 
 
 def _nothing(*_: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -187,9 +187,9 @@ def side_bytes(side: Side, ctx_tokens: int) -> int:
 
 
 def add_states(
-    teacher: States, student: States, sums: PlaceSums, eps: tuple[float, float] | None = None
+    teacher: States, student: States, sums: Mapping[str, PlaceSums], eps: Sequence[float] = ()
 ) -> None:
-    """Add the states of all tokens; with `eps` of both norms what these make of them, `x / rms(x)`."""
+    """Add the states of all tokens, and to `normed` what norms with `eps` make of them, `x / rms(x)`."""
     chunks, tokens = teacher.shape[:2]
     batch, turns = max(1, TASK_TOKENS // tokens), Turns()
 
@@ -198,12 +198,13 @@ def add_states(
         with turns.task(number):
             parts = (torch.from_numpy(side.read(number * batch, stop)) for side in (teacher, student))
             ours, theirs = (part.double().flatten(0, 1) for part in parts)
-            if eps is not None:
-                ours, theirs = (_normed(rows, one) for rows, one in zip((ours, theirs), eps, strict=True))
-            _add(turns, {"states": sums}, {"states": (ours, theirs)})
+            rows: Rows = {"states": (ours, theirs)}
+            if "normed" in sums:
+                rows["normed"] = _normed(ours, eps[0]), _normed(theirs, eps[1])
+            _add(turns, sums, rows)
         return stop - number * batch
 
-    task_bytes = 24 * batch * tokens * (teacher.shape[2] + student.shape[2])
+    task_bytes = 24 * len(sums) * batch * tokens * (teacher.shape[2] + student.shape[2])
     for _ in _tasks(task, -(-chunks // batch), task_bytes):
         pass
 
