@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bitsmith import __version__
+from bitsmith.cli import session
 from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.merge import merge
@@ -19,6 +19,7 @@ from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
     help="Measure, compress and verify LLM checkpoints.",
+    epilog=f"The global flags are understood behind the command's name too. {session.EXIT_CODES}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,8 +30,6 @@ lab = typer.Typer(
 )
 app.add_typer(study, name="study")
 app.add_typer(lab, name="lab")
-
-_INTERRUPTED = 130  # typer's exit code for Ctrl-C
 
 
 @app.command()
@@ -340,27 +339,27 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", help="Show nothing on stderr but errors; results stay on stdout.")
+    ] = False,
+    log_json: Annotated[
+        str | None,
+        typer.Option(
+            "--log-json",
+            metavar="[FILE]",
+            help="Tell of each step before it is done, a line of JSON each, at FILE's end or on stderr.",
+        ),
+    ] = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Use only what is on this machine; ask no hub.")
+    ] = False,
 ) -> None:
-    pass
+    session.begin(quiet=quiet, log_json=log_json, offline=offline)
 
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line on stderr and a non-zero exit."""
-    try:
-        app()
-    except BitsmithError as error:
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(error.exit_code)
-    except MemoryError as error:
-        sys.stderr.write(f"error: out of memory: {error}\n")
-        sys.exit(1)
-    except OSError as error:
-        sys.stderr.write(f"error: {error.filename or 'input/output'}: {error.strerror or error}\n")
-        sys.exit(1)
-    except SystemExit as stop:
-        if stop.code == _INTERRUPTED:
-            sys.stderr.write("error: interrupted; no unfinished output is left\n")
-        raise
+    session.run(app)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from bitsmith.cli.session import session
+from bitsmith.log import progressed
 from bitsmith.progress import Progress
 
 Model = Annotated[
@@ -19,10 +22,12 @@ Model = Annotated[
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 
+_TOLD_SECONDS = 1.0
+
 
 @contextmanager
 def progress_bars() -> Iterator[Progress]:
-    """Show a bar with the time left for each stage, on a terminal's stderr."""
+    """Show a bar with the time left for each stage, on a terminal's stderr, and tell of it in the log."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
@@ -32,10 +37,16 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
+    hidden = not (console.is_terminal and session.shows_progress)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         tasks: dict[str, Any] = {}
+        told: dict[str, float] = {}
 
         def report(stage: str, done: int, total: int) -> None:
+            now = time.monotonic()
+            if done >= total or now - told.get(stage, -_TOLD_SECONDS) >= _TOLD_SECONDS:
+                told[stage] = now
+                progressed(stage, done, total)
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)

@@ -1,0 +1,225 @@
+"""What holds for every command: the global flags, where its log goes, and how a process ends."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+from bitsmith import __version__
+from bitsmith.errors import BitsmithError, printable
+from bitsmith.log import LOGGER, event, fail, how_to_resume, latest_place, to_json_lines
+
+OUT_OF_MEMORY = 3
+INTERRUPTED = 130
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 refused or failed, as the one line on stderr says, or a gate did not pass; "
+    "2 the command line is wrong; 3 out of memory; 4 the hub cannot be reached or is busy, try again; "
+    "130 interrupted (Ctrl-C); 137 killed by the system (128 + the signal's number)."
+)
+
+_PATIENCE_SECONDS = 1.2
+_LINE_CHARACTERS = 20_000
+_LOG_SUFFIXES = (".json", ".jsonl", ".ndjson", ".log")
+_TEXTS = ("-p", "--prompt")  # whose value may look like a flag
+
+
+@dataclass
+class Session:
+    """What the global flags of the running command say."""
+
+    quiet: bool = False
+    log_on_stderr: bool = False
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether anything but errors may be shown on stderr."""
+        return not (self.quiet or self.log_on_stderr)
+
+
+session = Session()
+
+
+def hoisted(words: Sequence[str]) -> list[str]:
+    """Return a command line with its global flags first, where they are understood.
+
+    `--log-json` takes a file as `--log-json=FILE`, or as the next word if that ends as a log does; `-` is
+    stderr. Behind `--` and as a prompt, words are left as they are.
+    """
+    front: list[str] = []
+    rest: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        if word in ("--quiet", "--offline") or word.startswith("--log-json="):
+            front.append(word)
+        elif word == "--log-json":
+            given = left.pop(0) if left and _is_log_name(left[0]) else "-"
+            front.append(f"--log-json={given}")
+        elif word == "--":
+            return [*front, *rest, word, *left]
+        else:
+            rest.append(word)
+            if word in _TEXTS and left:
+                rest.append(left.pop(0))
+    return front + rest
+
+
+def _is_log_name(word: str) -> bool:
+    return word == "-" or (not word.startswith("-") and word.lower().endswith(_LOG_SUFFIXES))
+
+
+def begin(*, quiet: bool, log_json: str | None, offline: bool) -> None:
+    """Take in the global flags. Raises OutputError for a log that cannot be written."""
+    session.quiet, session.log_on_stderr = quiet, log_json == "-"
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    if not session.shows_progress:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        warnings.simplefilter("ignore")
+    if log_json is not None:
+        to_json_lines(sys.stderr if log_json == "-" else Path(log_json))
+    if session.shows_progress:
+        LOGGER.addHandler(_Warnings(logging.WARNING))
+    event("start", bitsmith=__version__, command=sys.argv[1:], process=os.getpid())
+
+
+class _Warnings(logging.Handler):
+    """Shows warnings as lines on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < logging.ERROR:
+            with suppress(OSError, ValueError):
+                sys.stderr.write(f"warning: {record.getMessage()}\n")
+
+
+def run(app: Callable[[Sequence[str]], object]) -> NoReturn:
+    """Run the command line that sys.argv holds and exit; what is foreseeable is one line on stderr.
+
+    Ctrl-C ends it within two seconds even while compiled code runs: nothing needs to be cleaned up for the
+    outputs to stay whole, since a run that is killed at any moment leaves none under its name.
+    """
+    with _restored(), _interruptible() as said:
+        LOGGER.addHandler(logging.NullHandler())  # else Python shows what nobody listens to
+        code = _exit_code(app, said)
+        event("end", exit_code=code)
+    sys.exit(code)
+
+
+def _exit_code(app: Callable[[Sequence[str]], object], said: _Once) -> int:
+    try:
+        app(hoisted(sys.argv[1:]))
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            said.say(_interrupted())
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BitsmithError as error:
+        return _failed(str(error), error.exit_code, error)
+    except Exception as error:
+        if is_out_of_memory(error):
+            return _failed(f"{_out_of_memory(error)}; {how_to_resume()}", OUT_OF_MEMORY, error)
+        if isinstance(error, OSError):
+            return _failed(f"{error.filename or 'input/output'}: {error.strerror or error}", 1, error)
+        fail("a defect of bitsmith", error=error)
+        raise
+    return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory could not be had: Python's, the system's or torch's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
+    )
+
+
+def _out_of_memory(error: Exception) -> str:
+    place = latest_place()
+    return f"out of memory{f' at {place}' if place else ''}: {printable(str(error)) or 'no more can be had'}"
+
+
+def _failed(message: str, code: int, error: Exception) -> int:
+    _show(message, error)
+    return code
+
+
+def _show(message: str, error: BaseException | None = None) -> None:
+    clean = printable(message, _LINE_CHARACTERS)
+    fail(clean, tensor=getattr(error, "tensor", None))
+    if not session.log_on_stderr:
+        with suppress(OSError, ValueError):
+            sys.stderr.write(f"error: {clean}\n")
+            sys.stderr.flush()
+
+
+def _interrupted() -> str:
+    return f"interrupted; no unfinished output is left; {how_to_resume()}"
+
+
+class _Once:
+    """Says one error line, whichever thread comes first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def say(self, message: str) -> None:
+        if self._lock.acquire(blocking=False):
+            _show(message)
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Once]:
+    """Within the block, a Ctrl-C that Python code does not see in time ends the process."""
+    said = _Once()
+    if threading.current_thread() is not threading.main_thread():
+        yield said
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reading, said), name="ctrl-c", daemon=True).start()
+    try:
+        yield said
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)
+
+
+def _watch(reading: int, said: _Once) -> None:
+    while numbers := os.read(reading, 64):
+        if signal.SIGINT in numbers:
+            threading.Event().wait(_PATIENCE_SECONDS)
+            said.say(_interrupted())
+            os._exit(INTERRUPTED)
+    os.close(reading)
+
+
+@contextmanager
+def _restored() -> Iterator[None]:
+    """Leave the process's log, warnings and flags as they were: tests and notebooks call `main` too."""
+    handlers, level, environment = list(LOGGER.handlers), LOGGER.level, dict(os.environ)
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            for handler in [one for one in LOGGER.handlers if one not in handlers]:
+                LOGGER.removeHandler(handler)
+                handler.close()
+            LOGGER.setLevel(level)
+            session.quiet = session.log_on_stderr = False
+            for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
+                if name in environment:
+                    os.environ[name] = environment[name]
+                else:
+                    os.environ.pop(name, None)

@@ -1,0 +1,151 @@
+"""What a run tells as it goes: one structured record for each thing that begins, to whoever listens."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+from bitsmith.errors import BitsmithError, OutputError, printable
+
+LOGGER = logging.getLogger("bitsmith")
+
+_FIELDS = "bitsmith_fields"
+_LINE_CHARACTERS = 4000
+_NAMES = ("file", "task", "layer", "tensor", "module", "site")
+
+
+class _Latest:
+    """The latest thing that began in this process, and where its finished pieces are kept."""
+
+    def __init__(self) -> None:
+        self.what = ""
+        self.fields: dict[str, Any] = {}
+        self.kept: dict[Path, str] = {}
+
+
+_latest = _Latest()
+
+
+def event(what: str, **fields: Any) -> None:
+    """Tell that something begins or happened: a record of level INFO on the logger `bitsmith`.
+
+    `fields` are values that JSON knows, paths, and numpy's numbers. What takes memory or time is told
+    *before* it is done, so that the last line of a run that the system killed names it.
+    """
+    _latest.what, _latest.fields = what, fields
+    if LOGGER.isEnabledFor(logging.INFO):
+        LOGGER.info(what, extra={_FIELDS: fields})
+
+
+def warn(message: str, **fields: Any) -> None:
+    """Tell of something that the user should know and that does not stop the run: level WARNING."""
+    LOGGER.warning("%s", printable(message, _LINE_CHARACTERS), extra={_FIELDS: fields})
+
+
+def progressed(stage: str, done: int, total: int) -> None:
+    """Tell how far a stage is, with the names of what began last; as `bitsmith.progress.Progress`."""
+    if LOGGER.isEnabledFor(logging.INFO):
+        named = {name: _latest.fields[name] for name in _NAMES if name in _latest.fields}
+        fields = {"stage": stage, "done": int(done), "total": int(total), **named}
+        LOGGER.info("progress", extra={_FIELDS: fields})
+
+
+def fail(message: str, *, tensor: str | None = None, error: BaseException | None = None) -> None:
+    """Tell why the run ends: level ERROR, with the trace of `error` where it is no refusal."""
+    fields = {"message": message, **({} if tensor is None else {"tensor": tensor})}
+    LOGGER.error("error", extra={_FIELDS: fields}, exc_info=error)
+
+
+def latest_place() -> str | None:
+    """Return what began last and its names, as `encode: tensor 'blk.0.ffn_up.weight'`; None before any."""
+    if not _latest.what:
+        return None
+    named = [f"{name} {printable(str(_latest.fields[name]))!r}" for name in _NAMES if name in _latest.fields]
+    return f"{_latest.what}: {', '.join(named)}" if named else _latest.what
+
+
+def keeps(path: Path, how: str = "the same command goes on with it") -> None:
+    """Note that finished pieces are in `path` from now on, as long as it is there, and how a run goes on."""
+    _latest.kept[path] = how
+
+
+def how_to_resume() -> str:
+    """Return a sentence on what this process left for a next run."""
+    for path, how in reversed(_latest.kept.items()):
+        if path.exists():
+            return f"what is finished is kept in {printable(str(path))}: {how}"
+    return "nothing of it is kept: the same command starts anew"
+
+
+class JsonLines(logging.Handler):
+    """Writes each record as one line of JSON: `time` (UTC), `event`, the fields.
+
+    Warnings are events `warning`, the reason of a run's end an event `error`, both with a `message`.
+    Every line is flushed to the system at once: what a process told survives its being killed.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(logging.INFO)
+        self._stream = stream
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record; a stream that is gone ends no run."""
+        with suppress(OSError, ValueError):
+            self._stream.write(json_line(record) + "\n")
+            self._stream.flush()
+
+
+def json_line(record: logging.LogRecord) -> str:
+    """Return a record as one line of JSON in ASCII, control characters escaped."""
+    when = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+    line: dict[str, Any] = {"time": when, "event": record.getMessage()}
+    if record.levelno == logging.WARNING:
+        line |= {"event": "warning", "message": record.getMessage()}
+    line |= getattr(record, _FIELDS, {})
+    if record.exc_info and record.exc_info[0] is not None:
+        line["trace"] = logging.Formatter().formatException(record.exc_info)
+    return json.dumps(line, default=_plain)
+
+
+def fields_of(record: logging.LogRecord) -> dict[str, Any]:
+    """Return what `event` was given, as values that JSON knows."""
+    found: dict[str, Any] = json.loads(json.dumps(getattr(record, _FIELDS, {}), default=_plain))
+    return found
+
+
+def to_json_lines(target: TextIO | Path) -> JsonLines:
+    """Send every record to a stream, or to the end of a file of such lines, and return the handler.
+
+    Raises OutputError for a file that cannot be written and for one that holds anything else.
+    """
+    handler = JsonLines(_opened(target) if isinstance(target, Path) else target)
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    return handler
+
+
+def _opened(path: Path) -> TextIO:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        stream = os.fdopen(descriptor, "rb+", buffering=0)
+        start = stream.read(_LINE_CHARACTERS) if stream.seekable() else b""
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=path) from error
+    if start and not start.startswith(b'{"time":'):
+        stream.close()
+        raise OutputError("is no log of bitsmith's; name another file for --log-json", path=path)
+    return io.TextIOWrapper(io.BufferedWriter(stream), encoding="ascii", write_through=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path | BitsmithError):
+        return str(value)
+    if hasattr(value, "item"):  # numpy's numbers
+        return value.item()
+    return str(value)
