@@ -310,21 +310,27 @@ def write_imatrix(path: Path, sums: Mapping[str, tuple[NDArray[np.float32], int]
     return path
 
 
-def test_a_changed_source_or_option_starts_afresh(tmp_path: Path) -> None:
-    path = tmp_path / "journal"
-    with Journal(path, "one") as journal:
+def test_a_journal_goes_on_for_its_own_key_alone(tmp_path: Path) -> None:
+    path, one, two = tmp_path / "journal", {"source": "s", "seed": 1}, {"source": "s", "seed": 2}
+    with Journal(path, one) as journal:
         journal.add("a", [1, 2.5])
         with pytest.raises(OutputError, match="another run"):
-            Journal(path, "one")
+            Journal(path, one)
     with path.open("ab") as stream:
         stream.write(b'{"name": "b", "val')  # a killed write
-    with Journal(path, "one") as journal:
+    with Journal(path, one) as journal:
         assert journal.entries == {"a": [1, 2.5]}
         journal.add("c", 3)
-    with Journal(path, "one") as journal:
+    with pytest.raises(OutputError, match=r"a run with other seed \(1, now 2\); run that again to go on"):
+        Journal(path, two)
+    with Journal(path, one) as journal:  # the refusal changed nothing, and let go of the lock
         assert journal.entries == {"a": [1, 2.5], "c": 3}
-    with Journal(path, "two") as journal:
+    with Journal(path, two, overwrite=True) as journal:
         assert journal.entries == {}
+    with Journal(path, {"source": "another " * 9, "seed": 3}) as journal:  # nothing had been finished
+        journal.add("a", 1)
+    with pytest.raises(OutputError, match=r"other gauge \(absent, now true\), seed \(3, now 1\), source;"):
+        Journal(path, {**one, "gauge": True})
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def interrupt_at_the_end(_: str, done: int, total: int) -> None:
         raise KeyboardInterrupt
 
 
-def test_what_another_run_left_behind_is_not_taken_over(
+def test_what_another_run_left_behind_is_refused_or_dropped(
     calibrated: Path, tiny_qwen3_5: Path, text: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "stats"
@@ -194,7 +194,10 @@ def test_what_another_run_left_behind_is_not_taken_over(
             progress=interrupt_at_the_end,
         )
     assert (tmp_path / ".stats.calibration").is_dir()
-    result = calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
+    options = {"ctx_tokens": CTX, "saliency": False, "chunks": CHUNKS}
+    with pytest.raises(OutputError, match="finished pieces of a run with other chunks .*, tokens; run that"):
+        calibrate(tiny_qwen3_5, text, out, **options)
+    result = calibrate(tiny_qwen3_5, text, out, **options, overwrite=True)
     assert result.resumed_layers == 0 and contents(out) == contents(calibrated)
 
 

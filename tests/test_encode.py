@@ -14,7 +14,7 @@ import pytest
 
 from bitsmith.archs import claim, import_view
 from bitsmith.archs.published import published_config
-from bitsmith.errors import BitsmithError
+from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import format_named
 from bitsmith.lab.synth import synth_tensors
 from bitsmith.numerics.input_metric import InputMetric
@@ -183,7 +183,9 @@ def test_an_imatrix_gives_the_weighted_search(
         rounded(tiny_qwen3_5, tmp_path / "other.gguf", imatrix, rounder="gptq")
     with pytest.raises(BitsmithError, match="is the input"):
         rounded(tiny_qwen3_5, imatrix.rename(tmp_path / "x.gguf"), tmp_path / "x.gguf", overwrite=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256", "x.gguf"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out.gguf", "out.gguf.record.json", "out.gguf.sha256", "x.gguf",
+    }  # fmt: skip
 
 
 def test_rounders_that_cannot_be_are_refused(
@@ -269,14 +271,16 @@ def test_a_killed_run_goes_on_with_the_same_bytes(
     assert record.resumed == 1
     assert record.sha256 == by_rounder["weighted"].sha256
     assert replace_times(record) == replace_times(by_rounder["weighted"])
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "out.gguf", "out.gguf.record.json", "out.gguf.sha256",
+    }  # fmt: skip
 
 
 def replace_times(record: Record) -> list[Written]:
     return [replace(one, seconds=0.0) for one in record.tensors]
 
 
-def test_parts_of_other_options_are_not_taken_over(
+def test_parts_of_other_options_are_refused_or_dropped(
     by_rounder: dict[str, Record], tiny_qwen3_5: Path, stats: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out.gguf"
@@ -284,7 +288,10 @@ def test_parts_of_other_options_are_not_taken_over(
     command = [sys.executable, "-c", code, tiny_qwen3_5, out, stats, "SIGKILL", "4"]
     subprocess.run(command, capture_output=True, check=False)
     assert list((tmp_path / ".out.gguf.parts").glob("*.blocks"))
-    record = rounded(tiny_qwen3_5, out, stats, rounder="gptq")
+    with pytest.raises(OutputError, match=r'other rounder \("weighted", now "gptq"\)'):
+        rounded(tiny_qwen3_5, out, stats, rounder="gptq")
+    assert not out.exists() and list((tmp_path / ".out.gguf.parts").glob("*.blocks"))
+    record = rounded(tiny_qwen3_5, out, stats, rounder="gptq", overwrite=True)
     assert record.resumed == 0 and record.sha256 == by_rounder["gptq"].sha256
 
 

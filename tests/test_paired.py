@@ -230,13 +230,15 @@ def test_a_killed_run_goes_on_at_its_layer_with_the_same_bytes(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_what_another_run_left_behind_is_not_taken_over(
+def test_what_another_run_left_behind_is_refused_or_dropped(
     found: dict[str, Paired], models: dict[str, tuple[Path, Path]], text: Path, tmp_path: Path
 ) -> None:
     options = {"tokens": TOKENS, "ctx_tokens": CTX}
     with pytest.raises(KeyboardInterrupt):
         paired(*models["qwen3"], text, tmp_path / "out", **options, layer_map=[0, 1], progress=at_the_end)
-    one = paired(*models["qwen3"], text, tmp_path / "out", **options)
+    with pytest.raises(OutputError, match="finished pieces of a run with other layer map"):
+        paired(*models["qwen3"], text, tmp_path / "out", **options)
+    one = paired(*models["qwen3"], text, tmp_path / "out", **options, overwrite=True)
     assert one.resumed_steps == 0 and contents(tmp_path / "out") == contents(found["qwen3"].path)
 
 

@@ -61,17 +61,19 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert bytes_of(out) == {file.removeprefix("fresh-"): data for file, data in expected.items()}
 
 
-def test_parts_of_another_key_are_dropped(tmp_path: Path) -> None:
+def test_parts_of_another_key_are_refused_or_dropped(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with Parts(out, "a") as parts:
+    with Parts(out, {"source": "a"}) as parts:
         parts.write("x", [b"1"])
         parts.add("x", ["x"], {"n": 1})
-    with Parts(out, "a") as parts:
+    with Parts(out, {"source": "a"}) as parts:
         assert parts.note("x") == {"n": 1}
         assert b"".join(chunk.tobytes() for chunk in parts.read("x")) == b"1"
-        with pytest.raises(OutputError, match="another run"), Parts(out, "a"):
+        with pytest.raises(OutputError, match="another run"), Parts(out, {"source": "a"}):
             pass
-    with Parts(out, "b") as parts:
+    with pytest.raises(OutputError, match=r'other source \("a", now "b"\)'), Parts(out, {"source": "b"}):
+        pass
+    with Parts(out, {"source": "b"}, overwrite=True) as parts:
         assert not parts.finished
         assert not parts.path("x").exists()
     assert not (tmp_path / ".out.parts").exists()

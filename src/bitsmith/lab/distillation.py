@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from bitsmith.run.paired_inputs import Corpus, Sides, open_sides, read_corpus
 from bitsmith.run.student import Student
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.checkpoint import ComputedTensor, TensorRef
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, Key, content_key
 from bitsmith.store.packed import PackedTensor
 from bitsmith.store.safetensors import ITEM_BYTES, side_files
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
@@ -127,7 +126,7 @@ def distilled(
         refuse_taken(out, overwrite, sources, folder=True)
         key = _key(sides, corpus, options)
         state = out.with_name(f".{out.name}.distilling")
-        with Journal(out.with_name(f".{out.name}.distilling.lock"), key) as journal:
+        with Journal(out.with_name(f".{out.name}.distilling.lock"), key, overwrite=overwrite) as journal:
             task = _Task(sides, corpus, options, progress)
             with quiet_transformers():
                 facts = Descent(task, task.leaves, task.schedule, state, key).run(progress, lambda _: None)
@@ -201,18 +200,19 @@ def _check_options(options: DistillOptions) -> None:
         raise BitsmithError(f"share of the divergence is {options.kl_share}, expected 0 … 1")
 
 
-def _key(sides: Sides, corpus: Corpus, options: DistillOptions) -> str:
-    """Return a digest of all that the result depends on."""
-    facts = [
-        __version__,
-        torch.__version__,
-        torch.get_num_threads(),
-        [side.model.checkpoint.source_digest for _, side in sides.named],
-        hashlib.sha256(corpus.tokens.tobytes()).hexdigest(),
-        [corpus.tokens.shape, corpus.held.tolist()],
-        asdict(options),
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _key(sides: Sides, corpus: Corpus, options: DistillOptions) -> Key:
+    """Return all that the result depends on."""
+    tokens = hashlib.sha256(corpus.tokens.tobytes()).hexdigest()
+    return content_key(
+        sides.student.model.checkpoint,
+        {
+            "torch version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "teacher": sides.teacher.model.checkpoint.source_digest,
+            "tokens": [tokens, corpus.tokens.shape, corpus.held.tolist()],
+            **asdict(options),
+        },
+    )
 
 
 def _write(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from bitsmith.run.evaluation import RESAMPLES
 from bitsmith.run.paired_inputs import Sides, open_sides
 from bitsmith.run.seed_claims import Cost
 from bitsmith.store.atomic import atomic_file, remove
-from bitsmith.store.journal import Journal, content_key, result_folder, write_result
+from bitsmith.store.journal import Journal, Key, content_key, result_folder, write_result
 
 RESULT_NAME = "merge-experiments.json"
 JOURNAL_NAME = ".merge-experiments.journal"
@@ -111,7 +110,7 @@ def merge_experiments(
         job = _prepared(sides, models, given, chosen, out, (tokens, ctx_tokens, chunks, seed))
     if say_cost is not None:
         say_cost(job.cost)
-    with Journal(out / JOURNAL_NAME, job.key) as journal:
+    with Journal(out / JOURNAL_NAME, job.key, overwrite=overwrite) as journal:
         resumed = len(journal.entries)
         with Bench(job.setting, out / WORK_NAME, journal, progress) as bench:
             found = _run(bench, chosen, job.rows, progress)
@@ -130,7 +129,7 @@ class _Job:
     digests: dict[Task, str]
     rows: dict[str, list[AnyCase]]
     cost: tuple[Cost, ...]
-    key: str
+    key: Key
 
 
 def _prepared(
@@ -153,10 +152,11 @@ def _prepared(
     setting = Setting(*models, texts, _names(given), used, ctx_tokens, chunks, seed)
     sizes = _sizes(sides, setting)
     rows = {name: list(one.rows(sizes)) for name, one in chosen.items()}
-    options = [__version__, digests, *window]
-    keys = "".join(content_key(side.model.source, options) for _, side in sides.named)
+    named = dict(zip(("tokens", "context", "chunks", "seed"), window, strict=True))
+    key = content_key(sides.student.model.source, {"texts": digests, **named})
+    key["teacher"] = sides.teacher.model.source.source_digest
     cost = experiments_cost(sides, sizes, rows, chunks)
-    return _Job(setting, digests, rows, cost, hashlib.sha256(keys.encode()).hexdigest())
+    return _Job(setting, digests, rows, cost, key)
 
 
 def _result(job: _Job, found: list[Json], resumed: int, seconds: float) -> MergeExperiments:

@@ -103,8 +103,10 @@ def assay(
         moments = _moments(statistics, targets)
         protocol = Protocol(__version__, SCHEMA, match, resamples, seed, _digest(moments), _named(text))
         jobs = _jobs(targets, content.config, moments, resamples, seed)
-        key = content_key(checkpoint, asdict(protocol))
-        journal = None if out is None else Journal(out / JOURNAL_NAME, key)
+        journal = None
+        if out is not None:
+            key = content_key(checkpoint, asdict(protocol))
+            journal = Journal(out / JOURNAL_NAME, key, overwrite=overwrite)
         with journal or nullcontext():
             activations = None if text is None else _activations(model, text, progress)
             found = _run(jobs, journal, checkpoint.path, progress)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -31,7 +30,7 @@ from bitsmith.run.site_sums import SiteSums
 from bitsmith.run.sites import SiteForward, States
 from bitsmith.store.atomic import atomic_folder, link_file, refuse_full, refuse_taken, sync_path
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, content_key, key_digest
 from bitsmith.store.statistics import (
     SiteStatistics,
     imatrix_of,
@@ -190,20 +189,20 @@ class _Run:
         self.sample = _sample(self.held, tokens.shape[1], seed)
 
     @property
-    def key(self) -> str:
-        """Digest of all that the results depend on."""
-        facts = [
-            __version__,
-            torch.__version__,
-            self.model.checkpoint.source_digest,
-            hashlib.sha256(self.tokens.tobytes()).hexdigest(),
-            self.tokens.shape,
-            self.protocol.text_sha256,
-            self.blocks,
-            self.seed,
-            self.saliency,
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    def key(self) -> dict[str, Any]:
+        """All that the results depend on."""
+        return content_key(
+            self.model.checkpoint,
+            {
+                "torch version": torch.__version__,
+                "text": self.protocol.text_sha256,
+                "tokens": hashlib.sha256(self.tokens.tobytes()).hexdigest(),
+                "chunks": self.tokens.shape,
+                "blocks": self.blocks,
+                "seed": self.seed,
+                "saliency": self.saliency,
+            },
+        )
 
     @property
     def states_bytes(self) -> int:
@@ -231,7 +230,7 @@ class _Run:
             expect_bytes=self.expect_bytes,
             sources=sources,
         ) as part:
-            with _Work(self, out) as work:
+            with _Work(self, out, overwrite) as work:
                 sites = work.run(progress)
                 for name in sorted({entry.file for entry in sites.values()}):
                     link_file(work.folder / name, part / name)
@@ -252,7 +251,7 @@ class _Run:
         if not out.parent.is_dir():
             raise OutputError("is not in a folder that exists", path=out)
         refuse_full(out, self.expect_bytes)
-        with _named_errors(out), _Work(self, out) as work:
+        with _named_errors(out), _Work(self, out, overwrite) as work:
             sites = work.run(progress)
             tokens = write_tokens(work.folder / TOKENS_NAME, *self._split(self.tokens))
             write_manifest(work.folder / MANIFEST_NAME, self._manifest(sites, tokens))
@@ -305,14 +304,14 @@ class _Run:
 class _Work:
     """The folder of a run under way: a journal, the states before the next step, and finished layers."""
 
-    def __init__(self, run: _Run, out: Path) -> None:
-        self._run = run
+    def __init__(self, run: _Run, out: Path, overwrite: bool) -> None:
+        self._run, self._overwrite = run, overwrite
         self.folder = out.absolute().with_name(f".{out.name}.calibration")
         self.resumed = 0
 
     def __enter__(self) -> Self:
         self.folder.mkdir(exist_ok=True)
-        self._journal = Journal(self.folder / "journal", self._run.key)
+        self._journal = Journal(self.folder / "journal", self._run.key, overwrite=self._overwrite)
         entries = self._journal.entries
         kept = {value["file"] for value in entries.values()} | {self._states(len(entries) - 1).path.name}
         kept.add(self._saliency_file.name)
@@ -352,7 +351,7 @@ class _Work:
 
     @property
     def _saliency_file(self) -> Path:
-        return self.folder / f"saliency-{self._run.key[:16]}.safetensors"
+        return self.folder / f"saliency-{key_digest(self._run.key)[:16]}.safetensors"
 
     def _weigh(self, progress: Progress) -> None:
         """Find the tokens' weights, or read what a killed run found."""

@@ -154,7 +154,7 @@ def write_cellm(
         metadata = cellm_metadata(checkpoint, like_seed=like_seed)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
         refuse_taken(out, overwrite, sources, folder=False)
-        with job.prepared(out):
+        with job.prepared(out, overwrite):
             size = write_cellm_file(
                 out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources
             )
@@ -283,7 +283,7 @@ class _Job:
             yield CellmInfo(name + SCALE_SUFFIX, (ref.shape[0], *per_row), "f16")
 
     @contextmanager
-    def prepared(self, out: Path) -> Iterator[None]:
+    def prepared(self, out: Path, overwrite: bool) -> Iterator[None]:
         """Round what statistics guide beforehand, into parts that outlive a killed run."""
         if self._guide is None:
             yield
@@ -299,7 +299,7 @@ class _Job:
 
         names = self._guide.ordered(self._grids)
         key = self._guide.key(self._checkpoint, {name: grid.name for name, grid in self._grids.items()})
-        with finished_parts(out, key, names, make, self._progress) as self._parts:
+        with finished_parts(out, key, names, make, self._progress, overwrite=overwrite) as self._parts:
             self.resumed = self._parts.resumed
             for name in names:
                 self.written[name] = _WRITTEN.validate_python(self._parts.note(name))

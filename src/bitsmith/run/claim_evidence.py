@@ -14,7 +14,6 @@ from typing import Any, Self
 import numpy as np
 from pydantic import TypeAdapter
 
-from bitsmith import __version__
 from bitsmith.archs import TensorSpec, claim, import_view
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.tensor_train import RowSource
@@ -86,10 +85,13 @@ class Evidence:
     """The pieces, each made on first use; a context manager that holds the journal and the model.
 
     What a killed run had finished is taken from the journal in `out`. Raises LackingError for a piece whose
-    text or statistics were not given, and BitsmithError where a piece cannot be made of this model.
+    text or statistics were not given, and BitsmithError where a piece cannot be made of this model;
+    OutputError as `Journal` does.
     """
 
-    def __init__(self, setting: Setting, out: Path, journal: str, progress: Progress) -> None:
+    def __init__(
+        self, setting: Setting, out: Path, journal: str, progress: Progress, *, overwrite: bool = False
+    ) -> None:
         self.setting, self.progress = setting, progress
         self.folder = out / FOLDER
         self._stack = ExitStack()
@@ -97,7 +99,8 @@ class Evidence:
         try:
             self.checkpoint: Checkpoint = self._stack.enter_context(open_checkpoint(setting.model))
             self.key = content_key(self.checkpoint, _facts(setting, self.checkpoint))
-            self.journal = self._stack.enter_context(Journal(out / journal, self.key))
+            kept = Journal(out / journal, self.key, overwrite=overwrite)
+            self.journal = self._stack.enter_context(kept)
             self.folder.mkdir(exist_ok=True)
         except BaseException:
             self._stack.close()
@@ -398,14 +401,13 @@ def check_setting(setting: Setting) -> None:
                 text_chunks(model, text, setting.ctx_tokens, setting.chunks)
 
 
-def _facts(setting: Setting, checkpoint: Checkpoint) -> list[Any]:
+def _facts(setting: Setting, checkpoint: Checkpoint) -> dict[str, Any]:
     """Return what the pieces depend on beside the model."""
     digest = None
     if setting.statistics is not None:
         digest = open_statistics(setting.statistics, _specs(checkpoint)).digest
-    texts = [sha256_of(path) for path in (setting.text, setting.calibration)]
-    options = {**asdict(setting), "model": None, "text": None, "calibration": None, "statistics": None}
-    return [__version__, *texts, digest, options]
+    texts = {"text": sha256_of(setting.text), "calibration": sha256_of(setting.calibration)}
+    return {**asdict(setting), **texts, "statistics": digest, "model": None}
 
 
 def _specs(checkpoint: Checkpoint) -> list[TensorSpec]:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from bitsmith.errors import BitsmithError
 from bitsmith.progress import Progress
+from bitsmith.store.journal import Key, key_digest
 
 _SAVED_EVERY_SECONDS = 60.0
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -74,10 +75,10 @@ class Descent:
     """
 
     def __init__(
-        self, objective: Objective, leaves: dict[str, torch.Tensor], schedule: Schedule, state: Path, key: str
+        self, objective: Objective, leaves: dict[str, torch.Tensor], schedule: Schedule, state: Path, key: Key
     ) -> None:
         self._objective, self._leaves, self._schedule = objective, leaves, schedule
-        self._state, self._key = state, key
+        self._state, self._key = state, key_digest(key)
         self._best = {name: leaf.detach().clone() for name, leaf in leaves.items()}
         self.facts = Facts()
         kinds = sorted({name.rpartition(":")[2] for name in leaves})

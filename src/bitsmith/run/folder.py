@@ -19,6 +19,7 @@ from bitsmith.archs.tokenizer import TOKENIZER_FILES, tokenizer_folder
 from bitsmith.errors import UnsupportedError
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, check_rounder
+from bitsmith.run.finite import finite_weights
 from bitsmith.run.folder_layout import KEPT, SCHEMES, FolderRow, Layout, Piece, lay_out
 from bitsmith.run.guide import Guide, rounding_key
 from bitsmith.run.packer import Encoding, Matrix, Outcome
@@ -29,7 +30,7 @@ from bitsmith.store.packed import PackedTensor
 from bitsmith.store.parts import Parts, finished_parts
 from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, safetensors_size_bytes
-from bitsmith.store.stored import StoredTensor
+from bitsmith.store.stored import FLOATS, StoredTensor
 
 __all__ = [
     "KEPT",
@@ -145,7 +146,7 @@ def write_folder(
         config = dict(checkpoint.config)
         if layout.settings is not None:
             config["quantization_config"] = layout.settings
-        with job.prepared(out):
+        with job.prepared(out, overwrite):
             write_safetensors(
                 out,
                 layout.data(job.chunks),
@@ -203,7 +204,7 @@ class _Job:
         self.resumed = 0
 
     @contextmanager
-    def prepared(self, out: Path) -> Iterator[None]:
+    def prepared(self, out: Path, overwrite: bool) -> Iterator[None]:
         """Round what takes long beforehand, into parts that outlive a killed run."""
         if self._guide is None and not self._layout.packer.costly:
             yield
@@ -220,7 +221,7 @@ class _Job:
         key = rounding_key(self._checkpoint, layout, None, self._rounder)
         if self._guide is not None:
             names, key = self._guide.ordered(names), self._guide.key(self._checkpoint, layout)
-        with finished_parts(out, key, names, make, self._progress) as self._parts:
+        with finished_parts(out, key, names, make, self._progress, overwrite=overwrite) as self._parts:
             self.resumed = self._parts.resumed
             self._outcomes = {name: Outcome(**self._parts.note(name)) for name in names}
             yield
@@ -240,6 +241,8 @@ class _Job:
     def _copied(self, name: str) -> Iterator[Chunk]:
         ref = self._checkpoint[name]
         for start, stop in ref.slices():
+            if ref.dtype in FLOATS:
+                finite_weights(ref, self._checkpoint.path, start, stop)
             yield ref.raw(start, stop)
 
     def _packed(self, name: str, part: str) -> Iterator[Chunk]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith import __version__
 from bitsmith.archs import TensorSpec, claim
-from bitsmith.errors import BitsmithError, DamagedFileError
+from bitsmith.errors import BitsmithError
 from bitsmith.formats.format import Float32
 from bitsmith.formats.integer import Coded, GridFormat
 from bitsmith.numerics.finite import first_non_finite
@@ -23,7 +20,9 @@ from bitsmith.passes.grid_feedback import choose_grid, feedback
 from bitsmith.passes.rounding import output_error
 from bitsmith.passes.trial import sample
 from bitsmith.run.encode import Rounder, check_rounder
+from bitsmith.run.finite import finite_weights
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.journal import content_key
 from bitsmith.store.statistics import SiteStatistics, Statistics, open_statistics
 
 Int64 = NDArray[np.int64]
@@ -42,8 +41,8 @@ class Guide:
         self._site = ""
         self._metrics: dict[tuple[float, float], InputMetric] = {}
 
-    def key(self, checkpoint: Checkpoint, layout: Any) -> str:
-        """Return a digest of what the codes of a checkpoint depend on, under a `layout` of plain values."""
+    def key(self, checkpoint: Checkpoint, layout: Any) -> dict[str, Any]:
+        """Return what the codes of a checkpoint depend on, under a `layout` of plain values."""
         return rounding_key(checkpoint, layout, self._statistics.digest, self.rounder)
 
     def ordered(self, names: Iterable[str]) -> list[str]:
@@ -99,10 +98,17 @@ class Guide:
         return self._metrics[key]
 
 
-def rounding_key(checkpoint: Checkpoint, layout: Any, statistics: str | None, rounder: str) -> str:
-    """Return a digest of what codes depend on: versions, source, layout, statistics' digest, rounder."""
-    facts = [__version__, np.__version__, checkpoint.source_digest, layout, statistics, rounder]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def rounding_key(checkpoint: Checkpoint, layout: Any, statistics: str | None, rounder: str) -> dict[str, Any]:
+    """Return what codes depend on: versions, source, what each tensor becomes, statistics, rounder."""
+    return content_key(
+        checkpoint,
+        {
+            "numpy version": np.__version__,
+            "types or schemes": layout,
+            "statistics": statistics,
+            "rounder": rounder,
+        },
+    )
 
 
 class Total:
@@ -134,15 +140,8 @@ def finite_rows(ref: TensorRef, start: int, stop: int, path: Path) -> Float32:
 
     Raises DamagedFileError for a weight that is not finite.
     """
-    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
-        values = np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
-    rows = values.reshape(len(values), -1) if values.ndim > 1 and values.size else values.reshape(1, -1)
-    place = first_non_finite(rows) if rows.size else None
-    if place is not None:
-        raise DamagedFileError(
-            f"is {rows[place]} in row {start + place[0]}, expected finite weights", path=path, tensor=ref.name
-        )
-    return rows
+    values = finite_weights(ref, path, start, stop)
+    return values.reshape(len(values), -1) if values.ndim > 1 and values.size else values.reshape(1, -1)
 
 
 class FiniteRows:

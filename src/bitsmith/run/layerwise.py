@@ -24,7 +24,7 @@ from bitsmith.run.sites import SiteForward, States
 from bitsmith.run.student import Student
 from bitsmith.store import GgufCheckpoint
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, TensorRef
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, Key
 
 Tokens = NDArray[np.int64]
 
@@ -68,7 +68,7 @@ class Layerwise:
         splits: tuple[Tokens, Tokens],
         options: LayerOptions,
         folder: Path,
-        journal: tuple[Journal, str],
+        journal: tuple[Journal, Key],
     ) -> None:
         (self._teacher, student), (self._stored, self._view) = models, gguf
         self._options, self._folder, (self._journal, self._key) = options, folder, journal
@@ -115,7 +115,7 @@ class Layerwise:
                 self.estimated_seconds = seconds * total
                 say_cost(self.estimated_seconds)
 
-        facts = Descent(task, free.parameters, schedule, state, f"{self._key}:{index}").run(
+        facts = Descent(task, free.parameters, schedule, state, {**self._key, "layer": index}).run(
             lambda stage, step, steps: progress(stage, index * steps + step, total * steps), told
         )
         done = self._finished(index, free, task, facts)

@@ -16,11 +16,11 @@ from bitsmith.passes.transform import Model
 from bitsmith.progress import Progress, silent
 from bitsmith.run.compress import Written, compress, output_of
 from bitsmith.run.compress import plan as plan_packed
-from bitsmith.run.execute import MANIFEST_SUFFIX, peak_memory_bytes
+from bitsmith.run.execute import peak_memory_bytes
 from bitsmith.run.job import Job
 from bitsmith.run.merge_diagnostics import merge_diagnostics
 from bitsmith.run.merge_inputs import MergeAsk, MergeInputs, open_inputs
-from bitsmith.run.merge_output import copy_student, output_key, write_merged
+from bitsmith.run.merge_output import copy_student, write_merged
 from bitsmith.run.merge_plan import MergePlan, merge_plan
 from bitsmith.run.merge_recipe import MergeRecipe
 from bitsmith.run.merge_trial import HeldOut, TrialMeasure, figure, held_out
@@ -206,7 +206,7 @@ class _Merge:
         if at.work.exists() and any(file.parent.samefile(at.work) for file in own):
             raise OutputError("holds an input, and the run works there: choose another output", path=at.work)
         refuse_output(at.out, at.model, at.work / RESULT_NAME, at.overwrite, sources, (_MADE, PAIRED_NAME))
-        key = output_key(self._inputs.key, at.type_name, at.shard_bytes)
+        key = {**self._inputs.key, "type": at.type_name, "bytes of a shard": at.shard_bytes}
         with Workplace(
             at.model, at.work, key, at.overwrite, sources, result=RESULT_NAME, made=_MADE
         ) as place:
@@ -328,7 +328,7 @@ class _Merge:
         return {"notes": notes} | write_merged(
             view,
             folder,
-            output_key(self._inputs.key, decision.alphas.to_json(), plan.paired.digest),
+            {**self._inputs.key, "alphas": decision.alphas.to_json(), "paired": plan.paired.digest},
             shard_bytes=self._at.shard_bytes,
             progress=self._progress,
         )
@@ -379,8 +379,7 @@ class _Merge:
         if not begun:
             place.journal.add(_PACKING, None)
         job = self._at.job
-        is_left = begun and not self._at.out.with_name(self._at.out.name + MANIFEST_SUFFIX).exists()
-        return compress(replace(job, overwrite=job.overwrite or is_left), self._progress)
+        return compress(replace(job, overwrite=job.overwrite or begun), self._progress)  # its own, then
 
 
 def _notes(student: Model, view: MergedView) -> list[str]:

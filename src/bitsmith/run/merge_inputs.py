@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -100,13 +99,19 @@ class MergeInputs:
         return [*models, ask.text, *([] if ask.held is None else [ask.held]), *ask.given]
 
     @property
-    def key(self) -> str:
-        """A digest of all that the result depends on."""
-        checkpoints = [content_key(side.model.checkpoint, None) for _, side in self.sides.named]
-        texts = [self.texts.sha256, self.held.protocol.chunks]
-        given = [open_paired(one).digest for one in self.ask.given]
-        facts = [__version__, checkpoints, texts, given, self.ask.to_json()]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    def key(self) -> dict[str, Any]:
+        """All that the result depends on."""
+        teacher, student = self.sides.teacher.model, self.sides.student.model
+        contents = {
+            "teacher": teacher.checkpoint.source_digest,
+            "student": student.checkpoint.source_digest,
+            "text": self.texts.sha256[0],
+            "held": self.texts.sha256[1],
+            "held-out chunks": self.held.protocol.chunks,
+            "paired": [open_paired(one).digest for one in self.ask.given],
+            "blend": [share for _, share in self.ask.blend],
+        }
+        return content_key(student.checkpoint, self.ask.to_json() | contents)
 
     def fits(self, paired: Paired) -> bool:
         """Tell whether paired activations are those that this merge would make."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from bitsmith.run.folder import SIDE_FILES
 from bitsmith.run.merge_written import WrittenTensor, as_written
 from bitsmith.store.atomic import Chunk, atomic_folder
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.journal import Key
 from bitsmith.store.parts import Parts, finished_parts
 from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME, side_file, side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, TensorData, write_safetensors
@@ -26,7 +25,7 @@ _COPIED_BYTES = 16 << 20
 def write_merged(
     view: MergedView,
     folder: Path,
-    key: str,
+    key: Key,
     *,
     sources: Iterable[Path] = (),
     shard_bytes: int = SHARD_BYTES,
@@ -48,7 +47,7 @@ def write_merged(
     def folded(_: str, done: int, total: int) -> None:
         progress("fold", done, total)
 
-    with finished_parts(folder, key, list(changed), make, folded) as parts:
+    with finished_parts(folder, key, list(changed), make, folded, overwrite=True) as parts:
         total = sum(ref.nbytes for ref in made.values())
         done = 0
 
@@ -95,11 +94,6 @@ def copy_student(student: Checkpoint, folder: Path, *, progress: Progress) -> di
                     done += len(chunk)
                     progress("write", done, total)
     return {"tensors_changed": 0, "tensors_kept": len(student), "resumed": 0}
-
-
-def output_key(*facts: Any) -> str:
-    """Return a digest of what the written bytes depend on."""
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
 
 
 def _home(checkpoint: Checkpoint) -> Path:

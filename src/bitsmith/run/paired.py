@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,7 +31,7 @@ from bitsmith.run.paired_inputs import Corpus, LayerMap, Sides, Tokens, checked_
 from bitsmith.run.paired_sums import PlaceShape, PlaceSums
 from bitsmith.run.sites import States
 from bitsmith.store.atomic import atomic_folder, link_file, remove, sync_path
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, content_key
 from bitsmith.store.paired import (
     EMBED_NAME,
     FINAL_NAME,
@@ -108,7 +107,7 @@ def paired(
         ) as part:
             if say_cost is not None:
                 say_cost(run.cost(measure=True))
-            with _Work(run, out, progress) as work:
+            with _Work(run, out, progress, overwrite=overwrite) as work:
                 files = work.run()
                 for name in files:
                     link_file(work.folder / name, part / name)
@@ -129,22 +128,23 @@ class _Run:
     widest_square: int
 
     @property
-    def key(self) -> str:
-        """Digest of all that the results depend on."""
-        facts = [
-            __version__,
-            torch.__version__,
-            [side.model.checkpoint.source_digest for _, side in self.sides.named],
-            self.sides.tokenizer_sha256,
-            hashlib.sha256(self.corpus.tokens.tobytes()).hexdigest(),
-            self.corpus.tokens.shape,
-            self.corpus.held.tolist(),
-            self.corpus.protocol.text_sha256,
-            self.mapped_by,
-            self.given,
-            self.widest_square,
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    def key(self) -> dict[str, Any]:
+        """All that the results depend on."""
+        teacher, student = self.sides.teacher.model, self.sides.student.model
+        return content_key(
+            student.checkpoint,
+            {
+                "torch version": torch.__version__,
+                "teacher": teacher.checkpoint.source_digest,
+                "tokenizer": self.sides.tokenizer_sha256,
+                "text": self.corpus.protocol.text_sha256,
+                "tokens": hashlib.sha256(self.corpus.tokens.tobytes()).hexdigest(),
+                "chunks": self.corpus.tokens.shape,
+                "held-out chunks": self.corpus.held.tolist(),
+                "layer map": [self.mapped_by, *self.given],
+                "widest square": self.widest_square,
+            },
+        )
 
     @property
     def mapped_by(self) -> str:
@@ -209,8 +209,8 @@ class _Work:
     next step goes on from; everything else in the folder is left over and goes.
     """
 
-    def __init__(self, run: _Run, out: Path, progress: Progress) -> None:
-        self._run, self._progress = run, progress
+    def __init__(self, run: _Run, out: Path, progress: Progress, *, overwrite: bool) -> None:
+        self._run, self._progress, self._overwrite = run, progress, overwrite
         self._fit, self._held = run.corpus.split
         self._done = 0
         self.folder = out.absolute().with_name(f".{out.name}.paired")
@@ -219,7 +219,7 @@ class _Work:
 
     def __enter__(self) -> Self:
         self.folder.mkdir(exist_ok=True)
-        self._journal = Journal(self.folder / "journal", self._run.key)
+        self._journal = Journal(self.folder / "journal", self._run.key, overwrite=self._overwrite)
         self.resumed = len(self._journal.entries)
         self._tidy()
         return self

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.passes.transform import Transform, Vectors, model_of, transform_of
@@ -20,6 +19,7 @@ from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_k
 from bitsmith.run.budget import Target, limit_of
 from bitsmith.run.calibrate import Calibration, calibrate
 from bitsmith.run.corpus import write_default_text
+from bitsmith.run.decoded import gguf_errors
 from bitsmith.run.evaluate import PROTOCOL, open_model
 from bitsmith.run.evaluation import INTERVAL
 from bitsmith.run.execute import (
@@ -29,23 +29,25 @@ from bitsmith.run.execute import (
     peak_memory_bytes,
     plan_for,
     statistics_of,
-    write_manifest,
+    with_manifest,
 )
 from bitsmith.run.groups import groups_of
 from bitsmith.run.job import Job, Made
 from bitsmith.run.plan import Plan, open_source
 from bitsmith.run.plan_file import write_plan
+from bitsmith.run.record import source_facts
 from bitsmith.run.sequential import sequential
 from bitsmith.run.transform_search import Search, all_that_may_apply, search
-from bitsmith.run.transforms import asked_for, block_formats, write_sidecar
+from bitsmith.run.transforms import asked_for, block_formats
 from bitsmith.run.tune import TuneOptions, TuneRecord, tune
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, content_key
 from bitsmith.store.statistics import Statistics
 
 PLAN_SUFFIX = ".plan.yaml"
 _LEARNED = "statistics"
+_NO_OPTION = ("model", "out", "overwrite", "plan_out")  # what changes no byte of the output, or is in the key
 
 
 def make(job: Job, goal: Target | None, progress: Progress = silent) -> Made:
@@ -115,7 +117,7 @@ def _opened(job: Job, progress: Progress) -> Iterator[_Recipe]:
         work.mkdir(exist_ok=True)
     except OSError as error:
         raise OutputError(f"cannot be made: {error.strerror or error}", path=work) from error
-    with Journal(work / "journal", _key(job)) as journal:
+    with Journal(work / "journal", _key(job), overwrite=job.overwrite) as journal:
         try:
             yield _Recipe(job, work, journal, progress)
         except OutputError:
@@ -128,14 +130,16 @@ def _opened(job: Job, progress: Progress) -> Iterator[_Recipe]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _key(job: Job) -> str:
-    """Digest of what the statistics of a killed run must agree on to be taken over."""
+def _key(job: Job) -> dict[str, Any]:
+    """Return what the pieces of a killed run must agree on to be taken over."""
+    options = {name: value for name, value in vars(job).items() if name not in _NO_OPTION}
+    for name in ("text", "plan_file"):
+        path = getattr(job, name)
+        if path is not None:
+            with suppress(OSError):  # who reads it tells what is wrong
+                options[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     with open_checkpoint(job.model) as checkpoint:
-        facts = [__version__, checkpoint.source_digest]
-    if job.text is not None:
-        with suppress(OSError):  # calibrate tells what is wrong
-            facts.append(hashlib.sha256(job.text.read_bytes()).hexdigest())
-    return hashlib.sha256(" ".join(facts).encode()).hexdigest()
+        return content_key(checkpoint, options)
 
 
 class _Recipe:
@@ -270,16 +274,11 @@ class _Recipe:
         if self._allocation is not None:
             nats = {one.plan.digest: one.tensor_nats for one in self._allocation.candidates}
             self._write_plan(self._record.plan, _plan_file(self._job), nats.get(self._record.plan.digest))
+        record = self._recorded()
         self._file.replace(self._out)
-        write_sidecar(self._out, self._record.applied)
         chunks, ctx = self._tokens.shape
-        facts = vars(self._record) | {
-            "out": self._out,
-            "file_bytes": self._out.stat().st_size,
-            "sha256": write_manifest(self._out),
-            "seconds": time.monotonic() - started,
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
+        times = {"seconds": time.monotonic() - started, "peak_memory_bytes": peak_memory_bytes()}
+        facts = vars(record) | times
         return Made(
             **facts,
             calibration=self._calibration,
@@ -291,6 +290,17 @@ class _Recipe:
             protocol=f"{PROTOCOL}; held-out part of {self._statistics.text or 'the text'}, "
             f"context {ctx} tokens, {chunks} chunks; {INTERVAL}",
         )
+
+    def _recorded(self) -> Record:
+        """Return the record of what becomes the output, and write it beside; tuned tensors are read back."""
+        with open_checkpoint(self._job.model) as checkpoint:
+            facts = source_facts(checkpoint, self._out)
+        record = replace(self._record, out=self._out, file_bytes=self._file.stat().st_size, source=facts)
+        if self._tuning is not None:
+            errors = gguf_errors(self._job.model, self._file, record.applied, self._progress)
+            tensors = [replace(one, relative_error=errors[one.gguf_name]) for one in record.tensors]
+            record = replace(record, tensors=tuple(tensors))
+        return with_manifest(record, {"": self._file}, tuned=self._tuning is not None)
 
     def _compress(self, file: Path, *, follows: bool = False, **types: Any) -> Record:
         with ExitStack() as stack:

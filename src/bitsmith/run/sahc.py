@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from bitsmith import __version__
 from bitsmith.archs import claim
 from bitsmith.errors import printable
 from bitsmith.progress import Progress, silent
@@ -40,7 +39,7 @@ from bitsmith.run.sahc_work import (
 )
 from bitsmith.run.workplace import digest
 from bitsmith.store.checkpoint import Checkpoint
-from bitsmith.store.journal import content_key, write_result
+from bitsmith.store.journal import content_key, key_digest, write_result
 
 MODEL_NAME = "model"
 CTX_TOKENS = 512
@@ -102,14 +101,16 @@ def sahc(
         tokens, protocol = text_chunks(reference.model, probe or text, ctx_tokens, probe_chunks, seed)
         _refuse_damaged(checkpoint, progress)
         guide = None if statistics is None else Guide(checkpoint, statistics, ROUNDER)
-        options = [
-            __version__,
-            asdict(reference.protocol),
-            asdict(protocol),
-            asdict(gates),
-            None if guide is None else guide.key(checkpoint, []),
-        ]
-        with Workplace(out, work, content_key(checkpoint, options), overwrite, sources, audit) as place:
+        key = content_key(
+            checkpoint,
+            {
+                **asdict(reference.protocol),
+                "protocol of the probe": asdict(protocol),
+                "gates": asdict(gates),
+                "statistics": None if guide is None else key_digest(guide.key(checkpoint, [])),
+            },
+        )
+        with Workplace(out, work, key, overwrite, sources, audit) as place:
             resumed = len(place.journal.entries)
             place.log.add(
                 "sahc",

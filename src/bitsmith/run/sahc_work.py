@@ -9,6 +9,7 @@ from types import TracebackType
 from bitsmith.run import workplace
 from bitsmith.run.audit import AuditLog
 from bitsmith.run.workplace import beside
+from bitsmith.store.journal import Key
 
 RESULT_NAME = "sahc.json"
 AUDIT_NAME = "audit.jsonl"
@@ -31,7 +32,7 @@ class Workplace(workplace.Workplace):
     """A `workplace.Workplace` with the audit log of a run of the recipe; raises as it does."""
 
     def __init__(
-        self, out: Path, work: Path, key: str, overwrite: bool, sources: Sequence[Path], audit: Path | None
+        self, out: Path, work: Path, key: Key, overwrite: bool, sources: Sequence[Path], audit: Path | None
     ) -> None:
         super().__init__(out, work, key, overwrite, sources, result=RESULT_NAME, made=CANDIDATE_NAME)
         try:

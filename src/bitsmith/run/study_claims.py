@@ -76,7 +76,7 @@ def study_claims(
     setting = Setting(model, text, calibration, statistics, ctx_tokens, chunks, seed)
     check_setting(setting)
     result_folder(out, RESULT_NAME, overwrite)
-    with Evidence(setting, out, JOURNAL_NAME, progress) as evidence:
+    with Evidence(setting, out, JOURNAL_NAME, progress, overwrite=overwrite) as evidence:
         tested = []
         for done, one in enumerate(chosen):
             progress("claims", done, len(chosen))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from pydantic import TypeAdapter
 
-from bitsmith import __version__
 from bitsmith.archs import claim
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
 from bitsmith.progress import Progress, silent
@@ -27,7 +26,7 @@ from bitsmith.run.vocabulary import Vocabulary
 from bitsmith.store import GgufCheckpoint, open_checkpoint
 from bitsmith.store.atomic import remove
 from bitsmith.store.checkpoint import Checkpoint
-from bitsmith.store.journal import Journal, result_folder, write_result
+from bitsmith.store.journal import Journal, content_key, result_folder, write_result
 from bitsmith.store.packed import refuse_rounded
 from bitsmith.store.statistics import open_statistics
 from bitsmith.store.stored import FLOATS
@@ -85,7 +84,8 @@ def study_formats(
         task = _Task(reference, prompts, written_tokens, progress)
         learned = calibration if statistics is None else statistics
         key = _key(task, learned, statistics is None)
-        with Journal(out / _JOURNAL_NAME, key) as journal, _work_folder(out) as work:
+        journal = Journal(out / _JOURNAL_NAME, key, overwrite=overwrite)
+        with journal, _work_folder(out) as work:
             resumed = len(set(journal.entries) - {_LEARNED})
             known = _statistics(model, out, statistics, calibration, journal, progress)
             run = _Study(task, model, out, work, known, keep, journal)
@@ -265,8 +265,8 @@ def _statistics(
     return path
 
 
-def _key(task: _Task, learned: Path | None, is_text: bool) -> str:
-    """Return a digest of what the rows depend on: source, text, prompts, statistics, options."""
+def _key(task: _Task, learned: Path | None, is_text: bool) -> dict[str, Any]:
+    """Return what the rows depend on: source, text, prompts, statistics, options."""
     checkpoint = task.reference.model.source
     digest: str | None = None
     if learned is not None and is_text:
@@ -274,11 +274,5 @@ def _key(task: _Task, learned: Path | None, is_text: bool) -> str:
             digest = hashlib.sha256(learned.read_bytes()).hexdigest()
     elif learned is not None:
         digest = open_statistics(learned, [spec for spec, _ in claim(checkpoint)]).digest
-    facts = [
-        __version__,
-        checkpoint.source_digest,
-        asdict(task.reference.protocol),
-        asdict(task.prompts),
-        digest,
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    said = {**asdict(task.reference.protocol), "prompts": asdict(task.prompts)}
+    return content_key(checkpoint, {**said, "calibration" if is_text else "statistics": digest})

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from bitsmith import __version__
 from bitsmith.archs import claim
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.progress import Progress, silent
@@ -82,8 +81,14 @@ def study_spi(
         checkpoint = reference.model.checkpoint
         linears = linears_of(claim(checkpoint))
         checked_amount(amount, linears)
-        options = [__version__, asdict(reference.protocol), _digest(calibration), calibration_chunks]
-        with Journal(out / JOURNAL_NAME, content_key(checkpoint, [*options, _digest(assay)])) as journal:
+        options = {
+            **asdict(reference.protocol),
+            "calibration": _digest(calibration),
+            "calibration chunks": calibration_chunks,
+            "assay": _digest(assay),
+        }
+        key = content_key(checkpoint, options)
+        with Journal(out / JOURNAL_NAME, key, overwrite=overwrite) as journal:
             resumed = len(journal.entries)
             run = _Run(reference, linears, model, out, journal, keep, progress)
             spectra = spectral_scores(checkpoint, linears, assay, progress, journal)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import time
@@ -31,7 +30,7 @@ from bitsmith.run.layerwise import LayerFacts, LayerOptions, Layerwise, streamed
 from bitsmith.run.student import Student
 from bitsmith.store import GgufCheckpoint, TensorInfo, write_gguf
 from bitsmith.store.checkpoint import Bytes
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, Key, content_key
 
 Tokens = NDArray[np.int64]
 
@@ -132,7 +131,8 @@ def tune(
         options = replace(options, layerwise=not whole)
         _check_inputs(teacher, student, fit, held, options)
         key = _key(teacher, student, fit, held, options)
-        with Journal(out.with_name(f".{out.name}.tuning.lock"), key) as journal:
+        lock = out.with_name(f".{out.name}.tuning.lock")
+        with Journal(lock, key, overwrite=overwrite) as journal:
             task = _Task(
                 teacher, student, fit, held, options, out, overwrite, key, journal, progress, say_cost
             )
@@ -159,7 +159,7 @@ class _Task:
     options: TuneOptions
     out: Path
     overwrite: bool
-    key: str
+    key: Key
     journal: Journal
     progress: Progress
     say_cost: Callable[[float], None]
@@ -318,7 +318,7 @@ class _Run:
         self.after, self.kept = self.before, False
         self.facts = Facts()
 
-    def descend(self, state: Path, key: str, progress: Progress, say_cost: Callable[[float], None]) -> None:
+    def descend(self, state: Path, key: Key, progress: Progress, say_cost: Callable[[float], None]) -> None:
         """Walk, then measure what the packed blocks decode to on all held-out text."""
         schedule = Schedule(self.options.steps, self.rates)
         self.facts = Descent(self.task, self.free.parameters, schedule, state, key).run(progress, say_cost)
@@ -377,16 +377,16 @@ def _check_tokens(fit: Tokens, held: Tokens, window_tokens: int, vocab: int) -> 
         raise BitsmithError(f"a token is outside the vocabulary of {vocab}")
 
 
-def _key(teacher: TextModel, student: TextModel, fit: Tokens, held: Tokens, options: TuneOptions) -> str:
-    """Return a digest of all that the result depends on."""
-    facts = [
-        __version__,
-        torch.__version__,
-        torch.get_num_threads(),
-        teacher.source.source_digest,
-        student.source.source_digest,
-        *(hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest() for part in (fit, held)),
-        [fit.shape, held.shape],
-        asdict(options),
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+def _key(teacher: TextModel, student: TextModel, fit: Tokens, held: Tokens, options: TuneOptions) -> Key:
+    """Return all that the result depends on."""
+    tokens = [hashlib.sha256(np.ascontiguousarray(part).tobytes()).hexdigest() for part in (fit, held)]
+    return content_key(
+        teacher.source,
+        {
+            "torch version": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "candidate": student.source.source_digest,
+            "tokens": [*tokens, fit.shape, held.shape],
+            **asdict(options),
+        },
+    )

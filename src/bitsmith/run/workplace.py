@@ -11,9 +11,9 @@ from types import TracebackType
 from typing import Self
 
 from bitsmith.errors import OutputError
-from bitsmith.run.execute import write_manifest
 from bitsmith.store.atomic import refuse_taken
-from bitsmith.store.journal import Journal, result_folder
+from bitsmith.store.journal import Journal, Key, result_folder
+from bitsmith.store.manifest import write_manifest
 from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME
 from bitsmith.store.safetensors_writer import move_checkpoint
 
@@ -58,7 +58,7 @@ class Workplace:
         self,
         out: Path,
         work: Path,
-        key: str,
+        key: Key,
         overwrite: bool,
         sources: Sequence[Path],
         *,
@@ -71,7 +71,7 @@ class Workplace:
         result_folder(work, result, overwrite=True)
         if work.stat().st_dev != out.absolute().parent.stat().st_dev:
             raise OutputError(f"is on another file system than {out}", path=work)
-        self.journal = Journal(work / JOURNAL_NAME, key)
+        self.journal = Journal(work / JOURNAL_NAME, key, overwrite=overwrite)
         try:
             placed = self.journal.entries.get(_PLACING)
             if placed is not None and out.is_dir() and not _reads_as_model(out):

@@ -11,27 +11,50 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
 
-from bitsmith.errors import OutputError
+from bitsmith import __version__
+from bitsmith.errors import OutputError, printable
 from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint
 
+Key = Mapping[str, Any]
+"""What finished pieces depend on, plain values by what a reader calls them: `source`, `rounder`, …"""
+_SHOWN_CHARACTERS = 40  # of a value that changed; a digest is longer
+
 
 class Journal:
-    """A file of JSON lines, one finished piece each, valid for one `key` (a digest of source and options).
+    """A file of JSON lines, one finished piece each, valid for one `key`.
 
-    Pieces of another key are dropped, and so is a last line that a killed run left unfinished. Holds a lock
-    while open. Raises OutputError if another run holds it.
+    A last line that a killed run left unfinished is dropped; pieces of another key are so with `overwrite`
+    alone. Holds a lock while open. Raises OutputError if another run holds it, or for pieces of another key,
+    and names what differs.
     """
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: Key, *, overwrite: bool = False) -> None:
         self.path = path
         self.entries: dict[str, Any] = {}
         self._stream = _locked(path)
-        kept = self._load(key)
+        try:
+            self._take_up(key, overwrite)
+        except BaseException:
+            self._stream.close()
+            raise
+
+    def _take_up(self, key: Key, overwrite: bool) -> None:
+        facts = key_facts(key)
+        found, kept = self._load()
+        if found != facts:
+            if found is not None and self.entries and not overwrite:
+                raise OutputError(
+                    f"has finished pieces of a run with other {_differences(found, facts)}; "
+                    "run that again to go on, or pass --overwrite to begin anew",
+                    path=self.path,
+                )
+            self.entries.clear()
+            kept = 0
         self._stream.seek(kept)
         self._stream.truncate()
         if kept == 0:
-            self._append({"key": key})
+            self._append({"key": facts})
 
     def __enter__(self) -> Self:
         return self
@@ -55,27 +78,50 @@ class Journal:
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
-    def _load(self, key: str) -> int:
-        """Read the entries of `key` and return how many bytes of the file are sound."""
-        sound = 0
+    def _load(self) -> tuple[dict[str, Any] | None, int]:
+        """Read the entries; return the key they are of, and how many bytes of the file are sound."""
+        first = _record(self._stream.readline())
+        if first is None or "key" not in first:
+            return None, 0
+        key = first["key"]
+        sound = self._stream.tell()
         for line in self._stream:
             record = _record(line)
-            if record is None or (sound == 0 and record.get("key") != key):
+            if record is None or not isinstance(record.get("name"), str) or "value" not in record:
                 break
-            if sound:
-                if not isinstance(record.get("name"), str) or "value" not in record:
-                    break
-                self.entries[record["name"]] = record["value"]
+            self.entries[record["name"]] = record["value"]
             sound += len(line)
-        return sound
+        return key if isinstance(key, dict) else {"version of the journal": 1}, sound
 
 
-def content_key(checkpoint: Checkpoint, options: Any) -> str:
-    """Return a digest of what results depend on: the files' sizes and times, every tensor, the options."""
-    files = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in checkpoint.files]
-    tensors = [(name, ref.dtype, ref.shape) for name, ref in checkpoint.items()]
-    facts = [files, tensors, checkpoint.config, options]
-    return hashlib.sha256(json.dumps(facts, default=str).encode()).hexdigest()
+def key_facts(key: Key) -> dict[str, str]:
+    """Return a key as it is kept: each value as JSON, or the SHA-256 of that where it is long."""
+    facts = {}
+    for name, value in key.items():
+        text = json.dumps(value, default=str, sort_keys=True)
+        facts[name] = text if len(text) <= _SHOWN_CHARACTERS else hashlib.sha256(text.encode()).hexdigest()
+    return facts
+
+
+def key_digest(key: Key) -> str:
+    """Return one SHA-256 of a key."""
+    return hashlib.sha256(json.dumps(key_facts(key)).encode()).hexdigest()
+
+
+def content_key(checkpoint: Checkpoint, options: Key) -> dict[str, Any]:
+    """Return what results depend on: the version, the source's content (every byte is read), the options."""
+    return {"bitsmith version": __version__, "source": checkpoint.source_digest, **options}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Name what differs between two keys' facts, with both values where they are short."""
+    found = []
+    for name in sorted({*old, *new}):
+        was, now = (str(facts.get(name, "absent")) for facts in (old, new))
+        if was != now:
+            short = max(len(was), len(now)) <= _SHOWN_CHARACTERS
+            found.append(printable(f"{name} ({was}, now {now})" if short else name))
+    return ", ".join(found)
 
 
 def result_folder(out: Path, result: str, overwrite: bool) -> None:

@@ -16,7 +16,7 @@ from bitsmith.errors import OutputError
 from bitsmith.progress import Progress, silent
 from bitsmith.store.atomic import Chunk, write_chunk
 from bitsmith.store.checkpoint import Bytes
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, Key
 
 _COPIED_BYTES = 1 << 24
 
@@ -24,15 +24,15 @@ _COPIED_BYTES = 1 << 24
 class Parts:
     """The folder `.OUT.parts`: each finished piece's bytes, and a journal of what is finished.
 
-    `key` is a digest of everything the bytes depend on; pieces of another key are dropped. `finished` has
-    what was noted of each, `resumed` of them by a killed run. The folder goes at the end of the context if
-    nothing was finished, else `remove` deletes it. Raises OutputError if it cannot be written or another run
-    holds it.
+    `key` names everything the bytes depend on; pieces of another key are dropped with `overwrite` alone.
+    `finished` has what was noted of each, `resumed` of them by a killed run. The folder goes at the end of
+    the context if nothing was finished, else `remove` deletes it. Raises OutputError if it cannot be written,
+    another run holds it, or it has pieces of another key.
     """
 
-    def __init__(self, out: Path, key: str) -> None:
+    def __init__(self, out: Path, key: Key, *, overwrite: bool = False) -> None:
         self._folder = out.absolute().with_name(f".{out.name}.parts")
-        self._key = f"2 {key}"  # the second layout of the notes
+        self._key, self._overwrite = {"layout of the notes": 2, **key}, overwrite
         self.finished: dict[str, Any] = {}
         self.resumed = 0
 
@@ -41,7 +41,7 @@ class Parts:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
-        self._journal = Journal(self._folder / "journal", self._key)
+        self._journal = Journal(self._folder / "journal", self._key, overwrite=self._overwrite)
         self.finished = dict(self._journal.entries)
         self.resumed = len(self.finished)
         kept = {self.path(file) for value in self.finished.values() for file in value["files"]}
@@ -101,16 +101,18 @@ Make = Callable[["Parts", str], tuple[Sequence[str], dict[str, Any]]]
 @contextmanager
 def finished_parts(
     out: Path,
-    key: str,
+    key: Key,
     names: Sequence[str],
     make: Make,
     progress: Progress = silent,
+    *,
+    overwrite: bool = False,
 ) -> Iterator[Parts]:
     """Yield the parts of `out` with every piece of `names`: a killed run's, or made now; gone at the end.
 
-    Where the block fails the parts stay, for the next run.
+    Where the block fails the parts stay, for the next run. Raises as `Parts` does.
     """
-    with Parts(out, key) as parts:
+    with Parts(out, key, overwrite=overwrite) as parts:
         for number, name in enumerate(names, 1):
             progress("round", number, len(names))
             if name not in parts.finished:
