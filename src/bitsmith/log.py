@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +18,22 @@ LOGGER = logging.getLogger("bitsmith")
 
 _FIELDS = "bitsmith_fields"
 _LINE_CHARACTERS = 4000
-_NAMES = ("file", "task", "layer", "tensor", "module", "site")
+_NAMES = ("task", "layer", "tensor", "file")
 
 
 class _Latest:
-    """The latest thing that began in this process, and where its finished pieces are kept."""
+    """What this process began last, the tensor it read since, and where its finished pieces are kept."""
 
     def __init__(self) -> None:
         self.what = ""
         self.fields: dict[str, Any] = {}
+        self.read: tuple[str, Path] | None = None
         self.kept: dict[Path, str] = {}
+
+    def named(self) -> dict[str, str]:
+        """Return the names of what is being worked on: those of what began, and the tensor read since."""
+        names = {name: str(self.fields[name]) for name in _NAMES if name in self.fields}
+        return names if self.read is None else {"tensor": self.read[0], **names}
 
 
 _latest = _Latest()
@@ -38,7 +45,18 @@ def event(what: str, **fields: Any) -> None:
     `fields` are values that JSON knows, paths, and numpy's numbers. What takes memory or time is told
     *before* it is done, so that the last line of a run that the system killed names it.
     """
-    _latest.what, _latest.fields = what, fields
+    _latest.what, _latest.fields, _latest.read = what, fields, None
+    _tell(what, fields)
+
+
+def reading(tensor: str, path: Path, nbytes: int) -> None:
+    """Tell that a stored tensor of `nbytes` is read, unless it was told last: slices of one are one event."""
+    if _latest.read is None or _latest.read != (tensor, path):
+        _latest.read = tensor, path
+        _tell("read", {"tensor": tensor, "file": path, "bytes": nbytes})
+
+
+def _tell(what: str, fields: Mapping[str, Any]) -> None:
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info(what, extra={_FIELDS: fields})
 
@@ -51,9 +69,7 @@ def warn(message: str, **fields: Any) -> None:
 def progressed(stage: str, done: int, total: int) -> None:
     """Tell how far a stage is, with the names of what began last; as `bitsmith.progress.Progress`."""
     if LOGGER.isEnabledFor(logging.INFO):
-        named = {name: _latest.fields[name] for name in _NAMES if name in _latest.fields}
-        fields = {"stage": stage, "done": int(done), "total": int(total), **named}
-        LOGGER.info("progress", extra={_FIELDS: fields})
+        _tell("progress", {"stage": stage, "done": int(done), "total": int(total), **_latest.named()})
 
 
 def fail(message: str, *, tensor: str | None = None, error: BaseException | None = None) -> None:
@@ -63,16 +79,18 @@ def fail(message: str, *, tensor: str | None = None, error: BaseException | None
 
 
 def latest_place() -> str | None:
-    """Return what began last and its names, as `encode: tensor 'blk.0.ffn_up.weight'`; None before any."""
-    if not _latest.what:
+    """Return what is being worked on, as `encode, tensor 'blk.0.ffn_up.weight'`; None before anything began."""
+    if not _latest.what and _latest.read is None:
         return None
-    named = [f"{name} {printable(str(_latest.fields[name]))!r}" for name in _NAMES if name in _latest.fields]
-    return f"{_latest.what}: {', '.join(named)}" if named else _latest.what
+    names = [f"{name} {printable(text)!r}" for name, text in _latest.named().items()]
+    return ", ".join([_latest.what or "read", *names])
 
 
 def keeps(path: Path, how: str = "the same command goes on with it") -> None:
     """Note that finished pieces are in `path` from now on, as long as it is there, and how a run goes on."""
-    _latest.kept[path] = how
+    if path not in _latest.kept:
+        _latest.kept[path] = how
+        _tell("keeps", {"path": path, "how": how})
 
 
 def how_to_resume() -> str:

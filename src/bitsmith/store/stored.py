@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bitsmith.errors import BitsmithError, DamagedFileError
+from bitsmith.log import reading
 from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
 
 PLAIN = {
@@ -137,6 +138,7 @@ class StoredTensor(TensorRef):
                 tensor=self.name,
             )
         first, last = (self._nbytes * row // max(1, self.n_rows) for row in (start, stop))
+        reading(self.name, self.file.path, self._nbytes)
         return self.file.read(self.offset + first, last - first)
 
     def _checked(self, start: int, stop: int | None) -> int:
