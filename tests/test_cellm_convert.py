@@ -258,7 +258,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], Any], type[BitsmithError], str]
     "not finite": (
         lambda m, t: (unfinished(m), write_cellm(m, t / "x.cellm", "i4")),
         DamagedFileError,
-        "tensor '.*': is nan in row .*, expected finite weights",
+        "tensor '.*': is nan at .*, expected finite weights",
     ),
     "coded before": (
         lambda m, t: (write_cellm(m, t / "a.cellm", "i4"), write_cellm(t / "a.cellm", t / "x.cellm", "i2")),

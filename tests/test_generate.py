@@ -169,7 +169,8 @@ def test_weights_that_overflow_are_refused(demo_model: Path, tmp_path: Path) -> 
 
     folder = Path(shutil.copytree(demo_model, tmp_path / "model"))
     state = load_file(folder / "model.safetensors")
-    state["model.norm.weight"][3] = float("inf")
+    state["model.norm.weight"][3] = 3e38
+    state["lm_head.weight"][7, 3] = 3e38
     save_file(state, folder / "model.safetensors")
     with pytest.raises(BitsmithError, match="logits after 10 tokens are NaN or infinite"):
         continue_prompt(folder, PROMPT, 4)

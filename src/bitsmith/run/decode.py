@@ -41,7 +41,7 @@ class Decoder:
         self._refuse_beyond(available_bytes() if memory_bytes is None else memory_bytes)
         self._layers = [self._network.layer(index) for index in range(self._network.n_layers)]
         self._norm = self._network.norm(f"{model.arch.text_prefix}norm.")
-        self._head = weight_of(model.head)
+        self._head = weight_of(model.head, model.checkpoint.path)
         self._stepped = False
         self.reset()
 

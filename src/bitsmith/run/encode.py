@@ -21,6 +21,7 @@ from bitsmith.passes.choice import Choice, choose
 from bitsmith.passes.correction import Correction, paired_error
 from bitsmith.passes.rounding import output_error, round_rows
 from bitsmith.passes.trial import sample_runs
+from bitsmith.run.finite import file_of
 from bitsmith.run.plan import PlanRow, SourceTensor
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.statistics import SiteStatistics, Statistics
@@ -302,7 +303,7 @@ def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:
                 place = [start + first, *rest]
                 raise DamagedFileError(
                     f"is {rows[first, *rest]} at {place}{layout}, expected finite weights",
-                    path=path,
+                    path=file_of(tensor.origin, path),
                     tensor=tensor.hf_name,
                 )
     raise DamagedFileError("changed while it was read", path=path, tensor=tensor.hf_name)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -22,6 +23,7 @@ from bitsmith.archs import Architecture
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
 from bitsmith.numerics.divergence import DivergenceAccumulator, TokenScores
 from bitsmith.progress import Progress, silent
+from bitsmith.run.finite import finite_weights
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 
 Float32 = NDArray[np.float32]
@@ -215,7 +217,9 @@ def compare(
     with _workers(_ACTIVATION_BYTES // (8 * 8 * _LOGIT_BLOCK)) as pool:
         for start in range(0, vocab, step):
             stop = min(start + step, vocab)
-            weights = [weight_of(head, start, stop) for head in heads]
+            weights = [
+                weight_of(model.head, model.checkpoint.path, start, stop) for model in (reference, candidate)
+            ]
             for _ in pool.map(lambda rows, a=start, w=weights: add(rows, a, w), blocks):
                 pass
             progress("head", stop, vocab)
@@ -340,7 +344,7 @@ class Network:
                 raise BitsmithError(
                     f"shape is {stored}, expected {shape}", path=checkpoint.path, tensor=prefix + name
                 )
-        weights = {name: weight_of(checkpoint[prefix + name]) for name in wanted}
+        weights = {name: weight_of(checkpoint[prefix + name], checkpoint.path) for name in wanted}
         module.load_state_dict(weights, strict=True, assign=True)
         return module.eval()
 
@@ -362,7 +366,7 @@ def embed(model: TextModel, tokens: Tokens, states: Float32) -> None:
     while start < len(ordered):
         low = int(ordered[start])
         stop = start + _run_length(ordered[start:], limit)
-        rows = embedding.read(low, int(ordered[stop - 1]) + 1)
+        rows = finite_weights(embedding, model.checkpoint.path, low, int(ordered[stop - 1]) + 1)
         flat[order[start:stop]] = rows[ordered[start:stop] - low]
         start = stop
 
@@ -374,10 +378,12 @@ def _run_length(ordered: Tokens, limit: int, gap: int = 16) -> int:
     return int(breaks[0]) + 1 if len(breaks) else len(window)
 
 
-def weight_of(ref: TensorRef, start: int = 0, stop: int | None = None) -> torch.Tensor:
-    """Return rows `[start, stop)` of a weight in float32."""
-    rows = np.require(ref.read(start, stop), dtype=np.float32, requirements=["C", "W"])
-    return torch.from_numpy(rows)
+def weight_of(ref: TensorRef, path: Path, start: int = 0, stop: int | None = None) -> torch.Tensor:
+    """Return rows `[start, stop)` of a weight of the model at `path` in float32.
+
+    Raises DamagedFileError with the place of a weight that is not finite.
+    """
+    return torch.from_numpy(np.require(finite_weights(ref, path, start, stop), requirements=["W"]))
 
 
 def _zeros(shape: tuple[int, ...]) -> Float32:

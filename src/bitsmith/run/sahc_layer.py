@@ -112,11 +112,12 @@ class LayerProbe:
 
     def _logit_sums(self, states: Float32, values: Float32) -> tuple[float, int]:
         head, moments = self._model.head, np.zeros((5, len(states)))
+        path = self._model.checkpoint.path
         exact = torch.from_numpy(np.ascontiguousarray(states))
         with torch.inference_mode():
             for start in range(0, head.n_rows, _HEAD_ROWS):
                 stop = min(start + _HEAD_ROWS, head.n_rows)
-                one = (exact @ weight_of(head, start, stop).T).numpy().astype(np.float64)
+                one = (exact @ weight_of(head, path, start, stop).T).numpy().astype(np.float64)
                 part = torch.from_numpy(np.ascontiguousarray(values[start:stop]))
                 other = (exact @ part.T).numpy().astype(np.float64)
                 sums = one.sum(1), other.sum(1), (one * one).sum(1), (other * other).sum(1)
