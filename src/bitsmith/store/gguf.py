@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -30,6 +32,7 @@ from bitsmith.store.gguf_layout import (
     tensor_bytes,
     type_names,
 )
+from bitsmith.store.gguf_split import SPLIT_KEYS, check_part, check_total, part_count, part_paths
 from bitsmith.store.stored import PLAIN, Decoder, SourceFile, StoredCheckpoint, StoredTensor, plain_decoder
 
 MAX_ARRAY = 1 << 24
@@ -53,19 +56,66 @@ class GgufCheckpoint(StoredCheckpoint):
 def open_gguf(path: Path) -> GgufCheckpoint:
     """Open a GGUF file (version 2 or 3, little endian) after checking all of its header.
 
-    Tensors have `shape` in numpy order and ggml type names as `dtype`. Raises DamagedFileError, or
-    UnsupportedError for another version or byte order, a tensor type whose blocks are not known, and one part
-    of a split file.
+    Tensors have `shape` in numpy order and ggml type names as `dtype`. A part of a split file, any of them,
+    is the whole of it: the others lie beside it, and `path` is the first's. Raises DamagedFileError, or
+    UnsupportedError for another version or byte order, and a tensor type whose blocks are not known.
     """
+    opened = _open_file(path)
+    try:
+        with _naming(path):
+            count = part_count(opened.metadata)
+            paths = [path] if count == 1 else part_paths(path, count)
+    except BitsmithError:
+        opened.close()
+        raise
+    if count == 1:
+        return opened
+    opened.close()
+    return _open_parts(paths)
+
+
+def _open_file(path: Path) -> GgufCheckpoint:
     source = SourceFile(path)
     try:
-        return _Parser(source).checkpoint()
-    except BitsmithError as error:
+        with _naming(path):
+            return _Parser(source).checkpoint()
+    except BitsmithError:
         source.close()
+        raise
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Name the file in errors that do not."""
+    try:
+        yield
+    except BitsmithError as error:
         if error.path is not None:
             raise
         kind = UnsupportedError if isinstance(error, UnsupportedError) else DamagedFileError
         raise kind(error.message, path=path, tensor=error.tensor) from error
+
+
+def _open_parts(paths: Sequence[Path]) -> GgufCheckpoint:
+    """Open all parts of a split file; the first has the metadata."""
+    tensors: dict[str, TensorRef] = {}
+    with ExitStack() as opened:
+        parts = [opened.enter_context(_open_file(path)) for path in paths]
+        for number, (path, part) in enumerate(zip(paths, parts, strict=True)):
+            with _naming(path):
+                check_part(part.metadata, number, len(paths))
+                if twice := tensors.keys() & part.keys():
+                    raise DamagedFileError("is in an earlier part too", tensor=min(twice))
+            tensors |= part
+        first = parts[0]
+        with _naming(paths[0]):
+            check_total(first.metadata, len(tensors))
+        opened.pop_all()
+    whole = GgufCheckpoint(paths[0], tensors, [source for part in parts for source in part.sources])
+    whole.metadata = {key: value for key, value in first.metadata.items() if key not in SPLIT_KEYS}
+    whole.value_types = {key: kind for key, kind in first.value_types.items() if key in whole.metadata}
+    whole._identity = whole.metadata
+    return whole
 
 
 def _decoder(type_name: str, row_bytes: int | None) -> Decoder:
@@ -99,11 +149,6 @@ class _Parser:
             alignment = check_alignment(*metadata[ALIGNMENT_KEY])
         else:
             alignment = DEFAULT_ALIGNMENT
-        parts = metadata.get("split.count", Typed("UINT16", 0)).value
-        if parts not in (0, 1):
-            raise UnsupportedError(
-                f"is one of {printable(str(parts), 20)} parts of a split file: merge them first"
-            )
         tensors = self._tensors(n_tensors, alignment)
         opened = GgufCheckpoint(self.source.path, tensors, [self.source])
         opened.metadata = {key: value for key, (_, value) in metadata.items()}

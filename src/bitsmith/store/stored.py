@@ -155,12 +155,12 @@ class StoredCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, tensors: Mapping[str, TensorRef], sources: Iterable[SourceFile]) -> None:
         super().__init__(path, tensors)
-        self._sources = tuple(sources)
-        self.files = tuple(source.path for source in self._sources)
+        self.sources = tuple(sources)
+        self.files = tuple(source.path for source in self.sources)
 
     def close(self) -> None:
         """Close the files; tensors cannot be read after that."""
-        for source in self._sources:
+        for source in self.sources:
             source.close()
 
 
