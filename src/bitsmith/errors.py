@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -36,6 +37,16 @@ class UnsupportedError(BitsmithError):
 
 class OutputError(BitsmithError):
     """The output cannot be written: it exists, is the input, or the disk is full."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory could not be had: Python's, the system's or torch's."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    said = str(error)
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
+    )
 
 
 def printable(text: str, limit: int = 200) -> str:

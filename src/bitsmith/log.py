@@ -18,7 +18,7 @@ LOGGER = logging.getLogger("bitsmith")
 
 _FIELDS = "bitsmith_fields"
 _LINE_CHARACTERS = 4000
-_NAMES = ("task", "layer", "tensor", "file")
+_NAMES = ("task", "step", "part", "layer", "tensor", "file")
 
 
 class _Latest:
@@ -46,17 +46,18 @@ def event(what: str, **fields: Any) -> None:
     *before* it is done, so that the last line of a run that the system killed names it.
     """
     _latest.what, _latest.fields, _latest.read = what, fields, None
-    _tell(what, fields)
+    tell(what, fields)
 
 
 def reading(tensor: str, path: Path, nbytes: int) -> None:
     """Tell that a stored tensor of `nbytes` is read, unless it was told last: slices of one are one event."""
     if _latest.read is None or _latest.read != (tensor, path):
         _latest.read = tensor, path
-        _tell("read", {"tensor": tensor, "file": path, "bytes": nbytes})
+        tell("read", {"tensor": tensor, "file": path, "bytes": nbytes})
 
 
-def _tell(what: str, fields: Mapping[str, Any]) -> None:
+def tell(what: str, fields: Mapping[str, Any]) -> None:
+    """Tell of something without its being what this process works on: what another process told."""
     if LOGGER.isEnabledFor(logging.INFO):
         LOGGER.info(what, extra={_FIELDS: fields})
 
@@ -69,7 +70,7 @@ def warn(message: str, **fields: Any) -> None:
 def progressed(stage: str, done: int, total: int) -> None:
     """Tell how far a stage is, with the names of what began last; as `bitsmith.progress.Progress`."""
     if LOGGER.isEnabledFor(logging.INFO):
-        _tell("progress", {"stage": stage, "done": int(done), "total": int(total), **_latest.named()})
+        tell("progress", {"stage": stage, "done": int(done), "total": int(total), **_latest.named()})
 
 
 def fail(message: str, *, tensor: str | None = None, error: BaseException | None = None) -> None:
@@ -79,7 +80,7 @@ def fail(message: str, *, tensor: str | None = None, error: BaseException | None
 
 
 def latest_place() -> str | None:
-    """Return what is being worked on, as `encode, tensor 'blk.0.ffn_up.weight'`; None before anything began."""
+    """Return what is being worked on, as `encode, tensor 'blk.0.ffn_up.weight'`; None before any."""
     if not _latest.what and _latest.read is None:
         return None
     names = [f"{name} {printable(text)!r}" for name, text in _latest.named().items()]
@@ -90,7 +91,7 @@ def keeps(path: Path, how: str = "the same command goes on with it") -> None:
     """Note that finished pieces are in `path` from now on, as long as it is there, and how a run goes on."""
     if path not in _latest.kept:
         _latest.kept[path] = how
-        _tell("keeps", {"path": path, "how": how})
+        tell("keeps", {"path": path, "how": how})
 
 
 def how_to_resume() -> str:

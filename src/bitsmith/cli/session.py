@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from bitsmith import __version__
-from bitsmith.errors import BitsmithError, printable
+from bitsmith.errors import BitsmithError, is_out_of_memory, printable
 from bitsmith.log import LOGGER, event, fail, how_to_resume, latest_place, to_json_lines
 
 OUT_OF_MEMORY = 3
@@ -132,16 +131,6 @@ def _exit_code(app: Callable[[Sequence[str]], object], said: _Once) -> int:
         fail("a defect of bitsmith", error=error)
         raise
     return 0
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error says that memory could not be had: Python's, the system's or torch's."""
-    if isinstance(error, OSError):
-        return error.errno == errno.ENOMEM
-    said = str(error)
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in said or "bad_alloc" in said)
-    )
 
 
 def _out_of_memory(error: Exception) -> str:

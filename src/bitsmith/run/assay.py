@@ -21,6 +21,7 @@ from bitsmith.archs import TensorSpec, architecture_of, claim, import_view
 from bitsmith.archs.arch import refuse_quantized
 from bitsmith.archs.generic import named_specs
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.log import event
 from bitsmith.numerics.power_law import RESAMPLES
 from bitsmith.progress import Progress, silent
 from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Protocol, Skipped
@@ -38,6 +39,7 @@ from bitsmith.run.verdict import (
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.hub import local
 from bitsmith.store.journal import Journal, content_key, result_folder
 from bitsmith.store.stored import INTEGERS
 
@@ -93,6 +95,7 @@ def assay(
     """
     started = time.monotonic()
     pattern = _pattern(match)
+    model = local(model, progress)
     if out is not None:
         result_folder(out, RESULT_NAME, overwrite)
     with open_checkpoint(model) as checkpoint:
@@ -194,6 +197,7 @@ def _run(jobs: Sequence[_Job], journal: Journal | None, path: Path, progress: Pr
             results.append(TypeAdapter(job.result).validate_python(kept[job.name]))
             continue
         progress("assay", done, total)
+        event("assay", tensor=job.name)
         try:
             result = job.run()
         except BitsmithError as error:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import open_model, text_chunks
 from bitsmith.run.evaluation import Protocol
@@ -29,6 +30,7 @@ from bitsmith.run.saliency import Saliency, token_saliency
 from bitsmith.run.site_sums import SiteSums
 from bitsmith.run.sites import SiteForward, States
 from bitsmith.store.atomic import atomic_folder, link_file, refuse_full, refuse_taken, sync_path
+from bitsmith.store.hub import local
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
 from bitsmith.store.journal import Journal, content_key, key_digest
 from bitsmith.store.statistics import (
@@ -111,7 +113,8 @@ def calibrate(
     `block` that does not divide a site's columns; OutputError if `out` exists (unless `overwrite`), is an
     input, is being written by another run, or does not fit on the disk.
     """
-    with open_model(model) as opened:
+    refuse_taken(out, overwrite, [], folder=not is_imatrix_name(out))
+    with open_model(local(model, progress)) as opened:
         tokens, protocol = text_chunks(opened, text, ctx_tokens, chunks)
         full = not is_imatrix_name(out)
         run = _Run(opened, tokens, protocol, block, seed, moments=full, saliency=full and saliency)
@@ -341,6 +344,7 @@ class _Work:
         for number, name in enumerate(names):
             if name in entries:
                 continue
+            event("calibrate", step=name)
             for chunks in self._step(number, name):
                 done += chunks * self._run.tokens.shape[1]
                 progress("calibrate", done, total)

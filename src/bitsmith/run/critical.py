@@ -21,6 +21,7 @@ import numpy as np
 
 from bitsmith.archs import TensorSpec, claim
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.log import event
 from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.spectrum import describe, singular_values
 from bitsmith.progress import Progress, silent
@@ -255,6 +256,7 @@ def spectral_scores(
         entry = f"spectrum {linear.name}"
         found = kept.get(entry)
         if found is None:
+            event("spectrum", tensor=linear.name)
             found = _spectral(checkpoint[linear.name], checkpoint.path)
             if journal is not None:
                 journal.add(entry, found)

@@ -15,6 +15,7 @@ from bitsmith.archs import Step
 from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.formats import Format, format_named
 from bitsmith.formats.blocks import BlockFormat
+from bitsmith.log import event
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
 from bitsmith.passes.choice import Choice, choose
@@ -97,6 +98,7 @@ class TensorEncoder:
     def encode(self, tensor: SourceTensor, row: PlanRow, done: Callable[[Written], None]) -> Iterator[Bytes]:
         """Yield the tensor's blocks slice by slice by the plain search, then tell what was written."""
         started = time.monotonic()
+        event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
         total = _Total(format_named(row.type), None)
         for weights in self._slices(tensor, row):
             blocks = total.form.encode(weights)
@@ -113,6 +115,7 @@ class TensorEncoder:
         weighted search over all rows, the tensor is encoded once more by that.
         """
         started = time.monotonic()
+        event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
         form, inputs = format_named(row.type), self._inputs(tensor)
         sample = self._sample(tensor, row)
         strength = self._strength(sample, inputs)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
 from bitsmith.errors import BitsmithError
+from bitsmith.log import tell
 from bitsmith.run.machine import Usage, available_bytes, usable_cores, usage_of_sessions
 from bitsmith.run.task import Action, Task
 from bitsmith.run.worker import reference_of
@@ -203,6 +204,7 @@ class _Process:
         self._log = attempt.out.with_name(attempt.out.name + ".log")
         self._told: dict[str, Any] = {}
         self._rest = b""
+        self._place: str | None = None
         request = {
             "action": reference_of(action),
             "params": dict(attempt.task.params),
@@ -277,6 +279,9 @@ class _Process:
             if "progress" in message:
                 stage, done, total = message["progress"]
                 self.attempt.latest = (stage, done, total)
+            if "event" in message:
+                what, fields, self._place = message["event"]
+                tell(what, {"task": self.attempt.task.name, **fields})
         return bool(data)
 
     def _own_failure(self) -> Failure | None:
@@ -313,6 +318,8 @@ class _Process:
 
     def _traces(self) -> dict[str, Any]:
         traces: dict[str, Any] = {"peak_bytes": self.attempt.peak_bytes}
+        if self._place is not None:
+            traces["at"] = self._place
         if self.attempt.latest is not None:
             traces["last_progress"] = list(self.attempt.latest)
         with suppress(OSError):

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitsmith.archs import Architecture
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
+from bitsmith.log import event
 from bitsmith.numerics.divergence import DivergenceAccumulator, TokenScores
 from bitsmith.progress import Progress, silent
 from bitsmith.run.finite import finite_weights
@@ -296,6 +297,7 @@ class Network:
 
     def layer(self, index: int) -> torch.nn.Module:
         """Return a decoder layer with its weights."""
+        event("layer", layer=index, model=self.model.checkpoint.path)
         with torch.device("meta"):
             layer = getattr(self.module, self.model.arch.layer_class)(self.config, index)
         return self.filled(layer, f"{self.model.arch.text_prefix}layers.{index}.")

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 from bitsmith.errors import BitsmithError, OutputError, printable
+from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.run.audit import AuditLog
 from bitsmith.run.engine import RESOURCE_KINDS, Attempt, Engine, Failure
@@ -359,6 +360,7 @@ class _Run:
         return min([WAIT_SECONDS, *pauses])
 
     def _change(self, name: str, status: Status, reason: str, evidence: Mapping[str, Any]) -> None:
+        event("task", task=name, status=status.value, reason=reason)
         decision = self._states.change(name, status, reason, evidence)
         self._audit.add(
             "graph",

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from bitsmith.archs.export import ImportedView
 from bitsmith.formats import decoder_named
+from bitsmith.log import event
 from bitsmith.progress import Progress
 from bitsmith.run.descent import Descent, Facts, Schedule, batches
 from bitsmith.run.forward import TextModel, compare, final_hidden_states, quiet_transformers
@@ -101,6 +102,7 @@ class Layerwise:
         return found
 
     def _descend(self, index: int, progress: Progress, say_cost: Callable[[float], None]) -> dict[str, Any]:
+        event("tune", layer=index)
         options, total = self._options, self.n_layers
         free = FreeModel(
             self._stored, self._view, self._teacher, codes=options.codes, only=f"layers.{index}."

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from bitsmith import __version__
+from bitsmith.log import event
 from bitsmith.passes.merge_layers import cka_matrix, layer_similarity, monotone_layers, proportional_layers
 from bitsmith.progress import Progress, silent
 from bitsmith.run.paired_cost import CKA_TOKENS, PairedCost, cost_of
@@ -259,6 +260,7 @@ class _Work:
         """
         after = self._done + tokens
         if name not in self._journal.entries:
+            event("pair", step=name)
             entry = {"files": {}, "states": [], **work()}
             for kept in (*entry["files"], *entry["states"]):
                 sync_path(self.folder / kept)

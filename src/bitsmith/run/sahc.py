@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 
 from bitsmith.archs import claim
 from bitsmith.errors import printable
+from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import Reference, open_model, text_chunks
 from bitsmith.run.evaluation import Protocol
@@ -201,6 +202,7 @@ class _Run:
             self._progress("parts", done, len(parts))
             entry = f"part {name}"
             if probe is not None and entry not in self._journal.entries:
+                event("part", part=name)
                 self._journal.add(entry, [asdict(row) for row in self._part(probe, plans)])
             for row in TypeAdapter(list[SahcRow]).validate_python(self._journal.entries[entry]):
                 found[row.name] = row

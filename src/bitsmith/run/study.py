@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitsmith.errors import BitsmithError, OutputError, printable
+from bitsmith.log import keeps
 from bitsmith.progress import Progress, silent
 from bitsmith.run.actions import ACTIONS
 from bitsmith.run.audit import AuditLog
@@ -69,6 +70,7 @@ def run_study(
     chosen = _engine(engine, workers, memory_bytes, address)
     try:
         _make_folder(out)
+        keeps(out / STATE, "the same command with --resume goes on with it")
         store = ArtifactStore(cache or out / ARTIFACTS)
         with AuditLog(out / AUDIT) as audit:
             outcomes = run_graph(tasks, store, chosen, audit, progress, actions=ACTIONS, folder=out)

@@ -7,6 +7,7 @@ import faulthandler
 import fcntl
 import importlib
 import json
+import logging
 import os
 import select
 import signal
@@ -19,7 +20,8 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from bitsmith.errors import BitsmithError, printable
+from bitsmith.errors import BitsmithError, is_out_of_memory, printable
+from bitsmith.log import LOGGER, fields_of, latest_place
 from bitsmith.progress import Progress
 from bitsmith.run.task import Action
 from bitsmith.store.artifacts import FILES, seal
@@ -69,9 +71,10 @@ def failure_of(error: BaseException) -> dict[str, Any]:
         return {"kind": "error", "message": str(error)}
     if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
         return {"kind": "error", "message": printable(f"no room for what it writes: {error}")}
-    kind = "memory" if isinstance(error, MemoryError) else "error"
+    kind = "memory" if is_out_of_memory(error) else "error"
     trace = "".join(traceback.format_exception(error))[-TRACE_CHARACTERS:]
-    return {"kind": kind, "message": printable(f"{type(error).__name__}: {error}"), "trace": trace}
+    place = f" at {latest_place()}" if kind == "memory" else ""
+    return {"kind": kind, "message": printable(f"{type(error).__name__}: {error}{place}"), "trace": trace}
 
 
 def main(report: int) -> int:
@@ -80,6 +83,8 @@ def main(report: int) -> int:
     _end_with_parent()
     _end_before_parent()
     faulthandler.enable()  # a crash of compiled code leaves its trace in the log
+    LOGGER.addHandler(_Telling(report))
+    LOGGER.setLevel(logging.INFO)
     try:
         progress = _reporter(report)
         inputs = {name: Path(path) for name, path in request["inputs"].items()}
@@ -89,6 +94,18 @@ def main(report: int) -> int:
         _tell(report, {"failure": failure_of(error)})
         return 1
     return 0
+
+
+class _Telling(logging.Handler):
+    """Tells every event to the parent, which has its own log and learns where a killed worker was."""
+
+    def __init__(self, report: int) -> None:
+        super().__init__(logging.INFO)
+        self._report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):
+            _tell(self._report, {"event": [record.getMessage(), fields_of(record), latest_place()]})
 
 
 def _request() -> dict[str, Any]:

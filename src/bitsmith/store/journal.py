@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Self
 
 from bitsmith import __version__
 from bitsmith.errors import OutputError, printable
+from bitsmith.log import keeps
 from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import Checkpoint
 
@@ -51,10 +52,13 @@ class Journal:
                 )
             self.entries.clear()
             kept = 0
-        self._stream.seek(kept)
-        self._stream.truncate()
+        self._sound = kept
+        with _named(self.path):
+            self._stream.truncate(kept)
         if kept == 0:
             self._append({"key": facts})
+        elif self.entries:
+            keeps(self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -67,6 +71,7 @@ class Journal:
     def add(self, name: str, value: Any) -> None:
         """Keep one finished piece on the disk."""
         self._append({"name": name, "value": value})
+        keeps(self.path)
         self.entries[name] = value
 
     def remove(self) -> None:

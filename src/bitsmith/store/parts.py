@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from bitsmith.errors import OutputError
+from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.store.atomic import Chunk, write_chunk
 from bitsmith.store.checkpoint import Bytes
@@ -116,6 +117,7 @@ def finished_parts(
         for number, name in enumerate(names, 1):
             progress("round", number, len(names))
             if name not in parts.finished:
+                event("round", tensor=name)
                 parts.add(name, *make(parts, name))
         yield parts
     parts.remove()
