@@ -300,7 +300,7 @@ def test_outputs_in_the_way_are_kept(
         assert code == 1 and re.search(r"out\.gguf\.plan\.yaml: exists; pass --overwrite", errors)
     assert (tmp_path / "out.gguf.plan.yaml").read_bytes() == b"precious"
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"model.gguf", "model.gguf.sha256", "out.gguf.plan.yaml"}
+    assert names == {"model.gguf", "model.gguf.record.json", "model.gguf.sha256", "out.gguf.plan.yaml"}
 
 
 def test_a_plan_can_be_edited_and_passed_back(
@@ -338,7 +338,7 @@ def test_the_name_of_an_output_follows_the_models_folder(
     monkeypatch.chdir(tmp_path)
     assert in_process(capsys, monkeypatch, "compress", "Qwen3.5-4B", "--type", "q8_0") == (0, "")
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"Qwen3.5-4B", "Qwen3.5-4B-Q8_0.gguf", "Qwen3.5-4B-Q8_0.gguf.sha256"}
+    assert names == {"Qwen3.5-4B"} | {f"Qwen3.5-4B-Q8_0.gguf{end}" for end in ("", ".record.json", ".sha256")}
 
 
 def types_in(file: Path) -> dict[str, str]:
@@ -349,10 +349,10 @@ def types_in(file: Path) -> dict[str, str]:
 def check_recipe(out: Path, record: dict[str, Any]) -> None:
     """What every allocation leaves: the file, its manifest and its plan, and figures in the record."""
     assert {path.name for path in out.parent.iterdir() if path.name.startswith(("out", "."))} == {
-        "out.gguf", "out.gguf.sha256", "out.gguf.plan.yaml", "out.json",
+        "out.gguf", "out.gguf.record.json", "out.gguf.sha256", "out.gguf.plan.yaml", "out.json",
     }  # fmt: skip
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
-    assert (out.parent / "out.gguf.sha256").read_text() == f"{digest}  out.gguf\n"
+    assert (out.parent / "out.gguf.sha256").read_text().startswith(f"{digest}  out.gguf\n")
     assert (record["sha256"], record["file_bytes"]) == (digest, out.stat().st_size)
     planned = re.findall(
         r"^  (\S+): \{type: (\w+)", (out.parent / "out.gguf.plan.yaml").read_text(), flags=re.M
@@ -473,7 +473,9 @@ def test_a_killed_recipe_takes_over_statistics_of_the_same_text_alone(
     assert texts == [text, other]
     made = recipe.make(Job(tiny_qwen3, out, "Q8_0", text=other, rounder="weighted"), None)
     assert texts == [text, other] and re.search(r"held-out part of \S*other\.txt", made.protocol)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["other.txt", "out.gguf", "out.gguf.sha256"]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "other.txt", "out.gguf", "out.gguf.record.json", "out.gguf.sha256",
+    }  # fmt: skip
 
 
 def test_tuning_without_anything_held_out_is_refused_before_the_work(

@@ -133,8 +133,11 @@ def test_a_manifest_goes_with_the_output(tiny_qwen3: Path, tmp_path: Path) -> No
     record = compress(tiny_qwen3, out, "Q8_0")
     digest = hashlib.sha256(out.read_bytes()).hexdigest()
     assert record.sha256 == digest
-    assert (tmp_path / "out.gguf.sha256").read_text() == f"{digest}  out.gguf\n"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.gguf", "out.gguf.sha256"]
+    kept = hashlib.sha256((tmp_path / "out.gguf.record.json").read_bytes()).hexdigest()
+    listed = f"{digest}  out.gguf\n{kept}  out.gguf.record.json\n"
+    assert (tmp_path / "out.gguf.sha256").read_text() == listed
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["out.gguf", "out.gguf.record.json", "out.gguf.sha256"]
 
 
 def test_the_record_is_json(tiny_qwen3_5: Path, tmp_path: Path) -> None:

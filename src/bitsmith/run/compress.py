@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -10,7 +10,7 @@ from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.run import job as gguf
 from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_cellm
-from bitsmith.run.execute import Record, write_manifest
+from bitsmith.run.execute import Record
 from bitsmith.run.folder import SCHEMES, FolderPlan, FolderRecord, plan_folder, write_folder
 from bitsmith.run.folder_layout import takes
 from bitsmith.run.job import SAHC, SPI, Job
@@ -18,6 +18,9 @@ from bitsmith.run.plan import Plan
 from bitsmith.run.sahc_planned import SahcPlan, plan_sahc
 from bitsmith.run.sahc_rows import SahcRecord
 from bitsmith.run.spi import SpiPlan, SpiRecord, plan_spi, write_spi
+from bitsmith.store.atomic import refuse_taken
+from bitsmith.store.hub import called, local
+from bitsmith.store.manifest import write_manifest
 
 Output = Literal["gguf", "cellm", "folder", "spi", "sahc"]
 Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord
@@ -46,9 +49,12 @@ def compress(job: Job, progress: Progress = silent) -> Written:
     options that the kind does not know, and for a recipe `sahc` whose last gates do not pass.
     """
     output = output_of(job)
+    out = destination(job, output)
+    if output != "sahc":
+        refuse_taken(out, job.overwrite, [], folder=output not in ("gguf", "cellm"))
+    job = replace(job, out=out, model=local(job.model, progress))
     if output == "gguf":
         return gguf.run(job, progress)
-    out = destination(job, output)
     if output == "sahc":
         return _sahc(job, out, progress)
     common: dict[str, Any] = {
@@ -70,7 +76,7 @@ def compress(job: Job, progress: Progress = silent) -> Written:
 def plan(job: Job, progress: Progress = silent) -> Planned:
     """Return what `compress` would write, with exact bytes; writes nothing but a plan that is asked for."""
     output = output_of(job)
-    destination(job, output)
+    job = replace(job, out=destination(job, output), model=local(job.model, progress))
     if output == "cellm":
         return plan_cellm(job.model, **_cellm(job))
     if output == "folder":
@@ -113,9 +119,8 @@ def destination(job: Job, output: Output) -> Path:
     """Return where to write: `out`, or a name made of the model's and the type's in the current folder."""
     if job.out is not None or output == "gguf":
         return job.destination
-    model = job.model.resolve()
     what = output if output in (SPI, SAHC) else (job.type_name or "").upper()
-    return Path(f"{model.name if model.is_dir() else model.stem}-{what}")
+    return Path(f"{called(job.model)}-{what}")
 
 
 def _refuse_unknown(job: Job, output: Output) -> None:

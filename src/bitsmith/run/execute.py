@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +19,19 @@ from bitsmith.formats import Format, format_named
 from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, TensorEncoder, Written, blocks_in, check_rounder
+from bitsmith.run.guide import rounding_key
 from bitsmith.run.mixes import mix_named
 from bitsmith.run.plan import TRANSFORMS_DIGEST_KEY, Plan, PlanRow, Source, open_source, plan_source
 from bitsmith.run.plan_file import read_plan, read_transforms
-from bitsmith.run.transforms import refuse_inexact, solved, write_sidecar
+from bitsmith.run.record import TensorFacts, output_record, source_facts
+from bitsmith.run.transforms import SIDECAR_SUFFIX, refuse_inexact, sidecar_bytes, solved
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
-from bitsmith.store.atomic import atomic_file, refuse_taken
+from bitsmith.store.atomic import Content, Finish, refuse_taken
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
+from bitsmith.store.manifest import write_manifest
 from bitsmith.store.parts import Parts
 from bitsmith.store.statistics import Statistics, open_statistics
 
-MANIFEST_SUFFIX = ".sha256"
 _WRITTEN = TypeAdapter(Written)
 
 
@@ -41,7 +41,7 @@ class Record:
 
     `statistics` is the digest of what guided the rounding, None without. `resumed` counts tensors that a run
     killed before had finished. `peak_memory_bytes` is the process's peak resident memory, None where the
-    system does not tell.
+    system does not tell. `source` is the model's name, path and digest (`source_facts`).
     """
 
     out: Path
@@ -55,6 +55,7 @@ class Record:
     statistics: str | None = None
     resumed: int = 0
     applied: tuple[Applied, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -118,10 +119,11 @@ def compress(
 
     Types come from a stock mix, `type_name` (default Q4_K_M), or from `plan_file`, a YAML plan. `transforms`
     are done to the model before, solved for those types unless `vectors` has theirs by name; their vectors go
-    to `OUT.transforms`. `statistics` (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a
-    killed run that has them goes on with the tensor it was at. `follow` may put others in the place of those
-    opened: they are told of every tensor as it is encoded, in their own order. Memory holds one slice of one
-    tensor and one site's statistics at a time. The bytes depend on the source (and its folder's name, which
+    to `OUT.transforms`, digests and every tensor's error to `OUT.sha256` and `OUT.record.json`. `statistics`
+    (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run that has them goes on
+    with the tensor it was at. `follow` may put others in the place of those opened: they are told of every
+    tensor as it is encoded, in their own order. Memory holds one slice of one tensor and one site's
+    statistics at a time. The bytes depend on the source (and its folder's name, which
     becomes `general.name`) and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
@@ -141,21 +143,64 @@ def compress(
         if opened is not None and follow is not None:
             opened = follow(opened, [tensor.spec for tensor in source.tensors])
         job = _Job(source, todo, out, opened, kept, progress)
-        written = job.write(overwrite)
-    write_sidecar(out, applied)
-    return Record(
-        out=out,
-        plan=todo,
-        tensors=written,
-        file_bytes=out.stat().st_size,
-        sha256=write_manifest(out),
+        record = Record(
+            out=out,
+            plan=todo,
+            tensors=(),
+            file_bytes=todo.file_bytes,
+            sha256="",
+            seconds=0.0,
+            peak_memory_bytes=None,
+            rounder="nearest" if opened is None else kept,
+            statistics=None if opened is None else opened.digest,
+            applied=applied,
+            source=source_facts(checkpoint, out),
+        )
+
+        def finish(content: Content) -> None:
+            nonlocal record
+            record = with_manifest(replace(record, tensors=job.written), content)
+
+        job.write(overwrite, finish)
+    return replace(
+        record,
+        resumed=job.resumed,
         seconds=time.monotonic() - started,
         peak_memory_bytes=peak_memory_bytes(),
-        rounder="nearest" if opened is None else kept,
-        statistics=None if opened is None else opened.digest,
-        resumed=job.resumed,
-        applied=applied,
     )
+
+
+def with_manifest(record: Record, content: Content, **options: Any) -> Record:
+    """Write what lies beside a GGUF that is about to appear; return the record with its digest.
+
+    That is `OUT.sha256`, `OUT.record.json` with further `options`, and the vectors of its transforms.
+    """
+    plan = record.plan
+    asked = {
+        "type": plan.type,
+        "pure": plan.pure,
+        "tensor_types": [list(rule) for rule in plan.tensor_types],
+        "transforms": list(plan.transforms),
+        "plan_sha256": plan.digest,
+        "rounder": record.rounder,
+        "statistics_sha256": record.statistics,
+        **options,
+    }
+    shapes = {row.gguf_name: row.shape for row in plan.rows}
+    tensors = [
+        TensorFacts(
+            one.gguf_name,
+            one.hf_name,
+            one.type,
+            shapes[one.gguf_name],
+            one.relative_error,
+            one.rounding.rounder,
+        )
+        for one in record.tensors
+    ]
+    kept = output_record(record.out, "gguf", {"model": record.source}, asked, tensors)
+    sidecar = {SIDECAR_SUFFIX: sidecar_bytes(record.applied)}
+    return replace(record, sha256=write_manifest(record.out, kept, content=content, beside=sidecar))
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -242,19 +287,23 @@ class _Job:
         self._progress = progress
         self.resumed = 0
 
-    def write(self, overwrite: bool) -> tuple[Written, ...]:
-        """Encode and write everything; return the records in the file's order."""
+    @property
+    def written(self) -> tuple[Written, ...]:
+        """The records of all tensors, in the file's order."""
+        return tuple(self._written[row.gguf_name] for row in self._plan.rows)
+
+    def write(self, overwrite: bool, finish: Finish) -> None:
+        """Encode and write everything; `finish` is told before the file appears."""
         guided = [row for row in self._plan.rows if self._is_guided(row)]
         if not guided:
-            self._write_file(None, overwrite)
+            self._write_file(None, overwrite, finish)
         else:
-            with Parts(self._out, self._key()) as parts:
+            with Parts(self._out, self._key(), overwrite=overwrite) as parts:
                 self.resumed = parts.resumed
                 for row in self._ordered(guided):
                     self._part(parts, row)
-                self._write_file(parts, overwrite)
+                self._write_file(parts, overwrite, finish)
             parts.remove()
-        return tuple(self._written[row.gguf_name] for row in self._plan.rows)
 
     def _ordered(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
         """Return `guided` in the statistics' order, and tell them of the tensors that nothing guides."""
@@ -271,13 +320,10 @@ class _Job:
     def _is_guided(self, row: PlanRow) -> bool:
         return self._encoder.is_guided(self._tensors[row.gguf_name], row)
 
-    def _key(self) -> str:
+    def _key(self) -> dict[str, Any]:
         statistics = None if self._statistics is None else self._statistics.digest
-        facts = [
-            __version__, np.__version__, self._source.checkpoint.source_digest, self._plan.digest, statistics,
-            self._rounder, self._source.metadata.get(TRANSFORMS_DIGEST_KEY),
-        ]  # fmt: skip
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        key = rounding_key(self._source.checkpoint, self._plan.digest, statistics, self._rounder)
+        return {**key, "transforms": self._source.metadata.get(TRANSFORMS_DIGEST_KEY)}
 
     def _part(self, parts: Parts, row: PlanRow) -> None:
         name = row.gguf_name
@@ -303,7 +349,7 @@ class _Job:
         done = sum(written.nbytes for written in self._written.values()) + more_bytes
         self._progress("compress", done, self._plan.tensor_bytes)
 
-    def _write_file(self, parts: Parts | None, overwrite: bool) -> None:
+    def _write_file(self, parts: Parts | None, overwrite: bool, finish: Finish) -> None:
         rows = {row.gguf_name: row for row in self._plan.rows}
         fresh = {name for name in rows if name not in self._written}
         done = sum(written.nbytes for written in self._written.values())
@@ -327,6 +373,7 @@ class _Job:
             overwrite=overwrite,
             sources=self._source.checkpoint.files,
             progress=report,
+            finish=finish,
         )
 
     def _note(self, written: Written) -> None:
@@ -342,22 +389,3 @@ def _rounded(ref: TensorRef, form: Format) -> TensorRef:
         return form.decode(form.encode(flat)).reshape(rows.shape)
 
     return ComputedTensor(ref.name, ref.shape, form.name, read)
-
-
-def write_manifest(out: Path) -> str:
-    """Write `OUT.sha256`, which `sha256sum -c` checks, and return its digest (a folder's: of that list)."""
-    files = [out] if out.is_file() else sorted(path for path in out.rglob("*") if path.is_file())
-    digests = [_digest(file) for file in files]
-    lines = [
-        f"{digest}  {file.relative_to(out.parent).as_posix()}\n"
-        for digest, file in zip(digests, files, strict=True)
-    ]
-    listed = "".join(lines).encode()
-    with atomic_file(out.with_name(out.name + MANIFEST_SUFFIX), overwrite=True) as target:
-        target.write(listed)
-    return digests[0] if out.is_file() else hashlib.sha256(listed).hexdigest()
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -31,6 +31,7 @@ from bitsmith.run.paired_cost import PairedCost, cost_of
 from bitsmith.run.paired_inputs import LayerMap, Sides
 from bitsmith.run.workplace import Workplace, beside, digest, refuse_output
 from bitsmith.store.atomic import refuse_taken
+from bitsmith.store.hub import local
 from bitsmith.store.journal import write_result
 from bitsmith.store.paired import Paired, open_paired
 from bitsmith.store.safetensors_writer import SHARD_BYTES
@@ -130,8 +131,8 @@ def merge(
     `overwrite`), is an input, or is being written by another run.
     """
     ask = MergeAsk(
-        teacher=teacher,
-        student=student,
+        teacher=local(teacher, progress),
+        student=local(student, progress),
         text=text,
         recipe=recipe or MergeRecipe(),
         held=held,

@@ -31,9 +31,9 @@ from bitsmith.passes.transform import (
 from bitsmith.progress import Progress, silent
 from bitsmith.run.plan import TRANSFORMS_DIGEST_KEY, TRANSFORMS_KEY, Plan, Source
 from bitsmith.store import open_checkpoint, open_gguf, open_safetensors
-from bitsmith.store.atomic import atomic_file
 from bitsmith.store.checkpoint import TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
+from bitsmith.store.hub import local
 from bitsmith.store.statistics import Statistics
 
 SIDECAR_SUFFIX = ".transforms"
@@ -92,7 +92,7 @@ def solved(
             model = transformed(model, [transform], context)
         else:
             model = model.applying(transform, vectors)
-    return _resolved(source, model), model.applied
+    return resolved(source, model), model.applied
 
 
 def refuse_inexact(source: Source) -> None:
@@ -105,7 +105,8 @@ def refuse_inexact(source: Source) -> None:
             model = transformed(model, [transform], Context())
 
 
-def _resolved(source: Source, model: Model) -> Source:
+def resolved(source: Source, model: Model) -> Source:
+    """Return `source` with every tensor as the transforms of `model`, which have been applied, leave it."""
     tensors = []
     for tensor in source.tensors:
         spec, ref = model.tensors[tensor.hf_name]
@@ -133,19 +134,14 @@ def sidecar_of(artifact: Path) -> Path:
     return artifact.with_name(artifact.name + SIDECAR_SUFFIX)
 
 
-def write_sidecar(artifact: Path, applied: Sequence[Applied]) -> None:
-    """Write the vectors beside a GGUF; of transforms without any, remove what an older file left."""
-    path = sidecar_of(artifact)
+def sidecar_bytes(applied: Sequence[Applied]) -> bytes | None:
+    """Return the content of `OUT.transforms`, the vectors of transforms; None where there are none."""
     vectors = {
         f"{one.transform.name}/{instance}": np.ascontiguousarray(vector)
         for one in applied
         for instance, vector in one.vectors.items()
     }
-    if not vectors:
-        path.unlink(missing_ok=True)
-        return
-    with atomic_file(path, overwrite=True) as target:
-        target.write(save(vectors))
+    return save(vectors) if vectors else None
 
 
 def read_sidecar(artifact: GgufCheckpoint) -> list[tuple[Transform, Vectors]]:
@@ -186,6 +182,7 @@ def compare_weights(model: Path, artifact: Path, progress: Progress = silent) ->
 
     Raises BitsmithError for a GGUF whose transforms cannot be undone, and for one of another model.
     """
+    model, artifact = local(model, progress), local(artifact, progress)
     with open_checkpoint(model) as checkpoint, open_gguf(artifact) as stored:
         rewritten = model_of(checkpoint)
         for transform, vectors in read_sidecar(stored):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -16,12 +16,22 @@ from numpy.typing import NDArray
 from bitsmith.errors import OutputError
 
 Chunk = NDArray[np.generic] | bytes | bytearray | memoryview
+Content = Mapping[str, Path]
+"""Where the files of an output lie, by their names in it; the one of a file has the name ''."""
+Finish = Callable[[Content], None]
+"""Told of an output that is whole and on the disk, before it appears under its name."""
+
 BUFFER_BYTES = 1 << 20
 
 
 @contextmanager
 def atomic_file(
-    target: Path, *, overwrite: bool = False, expect_bytes: int = 0, sources: Iterable[Path] = ()
+    target: Path,
+    *,
+    overwrite: bool = False,
+    expect_bytes: int = 0,
+    sources: Iterable[Path] = (),
+    finish: Finish | None = None,
 ) -> Iterator[BinaryIO]:
     """Open a file that appears as `target` only when the block ends well.
 
@@ -38,6 +48,8 @@ def atomic_file(
             yield stream
             stream.flush()
             os.fsync(descriptor)
+        if finish is not None:
+            finish({"": part})
         part.replace(target)
         sync_folder(target.parent)
 
@@ -51,6 +63,7 @@ def atomic_folder(
     overwrite: bool = False,
     expect_bytes: int = 0,
     sources: Iterable[Path] = (),
+    finish: Finish | None = None,
 ) -> Iterator[Path]:
     """Yield a folder to write files into; they appear in `target` only when the block ends well.
 
@@ -65,14 +78,26 @@ def atomic_folder(
             remove(left_over)
         refuse_full(target, expect_bytes)
         yield part
-        for path in part.iterdir():
+        for path in part.rglob("*"):
             sync_path(path)
         sync_folder(part)
+        if finish is not None:
+            kept = files_in(target) if target.exists() else {}
+            kept = {name: path for name, path in kept.items() if not stale(name.partition("/")[0])}
+            finish({**kept, **files_in(part)})
         if target.exists():
             _move_into(part, target, last, stale)
         else:
             part.rename(target)
         sync_folder(target.parent)
+
+
+def files_in(out: Path) -> dict[str, Path]:
+    """Return the files of an output, those of folders in it too, by their names in it."""
+    if not out.is_dir():
+        return {"": out}
+    found = (Path(parent) / name for parent, _, names in os.walk(out) for name in names)
+    return {path.relative_to(out).as_posix(): path for path in sorted(found) if path.is_file()}
 
 
 def write_chunk(stream: BinaryIO, chunk: Chunk) -> int:
@@ -104,7 +129,7 @@ def _claimed(target: Path, open_part: Callable[[Path], int]) -> Iterator[tuple[P
             yield part, descriptor
         finally:
             try:
-                if _is_open_as(part, descriptor):  # else it was renamed, and the next run may have its own
+                if is_open_as(part, descriptor):  # else it was renamed, and the next run may have its own
                     remove(part)
             finally:
                 os.close(descriptor)
@@ -117,7 +142,7 @@ def _locked(part: Path, target: Path, open_part: Callable[[Path], int]) -> int:
         descriptor = open_part(part)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_open_as(part, descriptor):
+            if is_open_as(part, descriptor):
                 return descriptor
         except BlockingIOError as error:
             os.close(descriptor)
@@ -133,13 +158,14 @@ def _drop(part: Path, descriptor: int) -> None:
     try:
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_open_as(part, descriptor):
+            if is_open_as(part, descriptor):
                 remove(part)
     finally:
         os.close(descriptor)
 
 
-def _is_open_as(path: Path, descriptor: int) -> bool:
+def is_open_as(path: Path, descriptor: int) -> bool:
+    """Tell whether a path still names the file that is open."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -193,9 +219,11 @@ def link_file(source: Path, target: Path) -> None:
 def _move_into(part: Path, target: Path, last: str, stale: Callable[[str], bool]) -> None:
     for path in target.iterdir():
         if stale(path.name):
-            path.unlink()
+            remove(path)
     sync_folder(target)
     for path in sorted(part.iterdir(), key=lambda path: (path.name == last, path.name)):
+        if path.is_dir() and (target / path.name).exists():
+            remove(target / path.name)
         path.replace(target / path.name)
     sync_folder(target)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from bitsmith.errors import BitsmithError
 from bitsmith.formats.integer import Coded, pack_codes
-from bitsmith.store.atomic import Chunk, atomic_file, write_chunk
+from bitsmith.store.atomic import Chunk, Finish, atomic_file, write_chunk
 from bitsmith.store.cellm import (
     ALIGNMENT,
     BITS,
@@ -44,13 +44,14 @@ def write_cellm_file(
     *,
     overwrite: bool = False,
     sources: Iterable[Path] = (),
+    finish: Finish | None = None,
 ) -> int:
     """Write a .cellm file, atomically, and return its size in bytes.
 
     Tensors are written sorted by name, so scales come after their codes; `encode(info)` yields a tensor's
     bytes in order, in chunks of any size. `metadata` has the header's `FIELDS`, those it lacks become null.
-    Raises OutputError as `atomic_file` does, BitsmithError for names given twice and for an encoding of the
-    wrong length.
+    `finish` is told of the whole file before it appears. Raises OutputError as `atomic_file` does,
+    BitsmithError for names given twice and for an encoding of the wrong length.
     """
     infos = sorted(tensors)
     for before, after in pairwise(infos):
@@ -58,7 +59,9 @@ def write_cellm_file(
             raise BitsmithError("appears twice", path=target, tensor=after.name)
     header, offsets = _header(metadata, infos)
     total = offsets[-1] + infos[-1].nbytes if infos else PREAMBLE_BYTES + len(header)
-    with atomic_file(target, overwrite=overwrite, expect_bytes=total, sources=sources) as stream:
+    with atomic_file(
+        target, overwrite=overwrite, expect_bytes=total, sources=sources, finish=finish
+    ) as stream:
         preamble = CELLM_MAGIC + bytes([VERSION]) + len(header).to_bytes(4, "little")
         position = stream.write(preamble + header)
         for info, offset in zip(infos, offsets, strict=True):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bitsmith.errors import BitsmithError
-from bitsmith.store.atomic import Chunk, atomic_file, write_chunk
+from bitsmith.store.atomic import Chunk, Finish, atomic_file, write_chunk
 from bitsmith.store.gguf_layout import (
     ALIGNMENT_KEY,
     DEFAULT_ALIGNMENT,
@@ -42,19 +42,23 @@ def write_gguf(
     overwrite: bool = False,
     sources: Iterable[Path] = (),
     progress: Progress | None = None,
+    finish: Finish | None = None,
 ) -> int:
     """Write a GGUF file, atomically, and return its size in bytes; it equals `gguf_size_bytes`.
 
     `encode(info)` yields the tensor's bytes in order, in chunks of any size, each written and dropped at
     once; `progress(info, nbytes)` is called after each. A metadata value is a `Typed`, or a plain one as
     llama.cpp's converter writes it: bool BOOL, int UINT32, float FLOAT32, str STRING, a list of them an array
-    (of int: INT32). Raises OutputError as `atomic_file` does, BitsmithError for a value, name or shape that
+    (of int: INT32). `finish` is told of the whole file before it appears. Raises OutputError as `atomic_file`
+    does, BitsmithError for a value, name or shape that
     GGUF cannot hold and for an encoding of the wrong length.
     """
     alignment = _alignment(metadata)
     header = _header(metadata, tensors)
     total = _total_bytes(header, tensors, alignment)
-    with atomic_file(target, overwrite=overwrite, expect_bytes=total, sources=sources) as stream:
+    with atomic_file(
+        target, overwrite=overwrite, expect_bytes=total, sources=sources, finish=finish
+    ) as stream:
         stream.write(header.ljust(padded(len(header), alignment), b"\0"))
         for info in tensors:
             done = 0

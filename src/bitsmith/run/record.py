@@ -1,0 +1,70 @@
+"""The record beside an output: of what it was made, how, and every tensor's error. It holds no times."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bitsmith import __version__
+from bitsmith.store.checkpoint import Checkpoint
+
+ERROR_UNIT = "sum (w - decoded)² / sum w², w as read from the source (after the transforms, if there are any)"
+
+
+class TensorFacts(NamedTuple):
+    """One tensor of an output; `source` is the name of what it was made of, `error` is in `ERROR_UNIT`."""
+
+    name: str
+    source: str
+    type: str
+    shape: tuple[int, ...]
+    error: float
+    rounder: str = ""
+
+
+def output_record(
+    out: Path,
+    kind: str,
+    sources: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Any],
+    tensors: Iterable[TensorFacts] = (),
+) -> dict[str, Any]:
+    """Return the record of an output of a kind; `sources` are what `source_facts` finds, by their part.
+
+    Equal inputs and options give equal records, on any machine and in any time.
+    """
+    rows = [
+        {
+            "name": one.name,
+            **({"source": one.source} if one.source != one.name else {}),
+            "type": one.type,
+            "shape": list(one.shape),
+            "relative_error": one.error,
+            **({"rounder": one.rounder} if one.rounder else {}),
+        }
+        for one in tensors
+    ]
+    return {
+        "output": out.name,
+        "kind": kind,
+        "bitsmith": __version__,
+        "sources": {part: dict(facts) for part, facts in sources.items()},
+        "options": dict(options),
+        **({"error_unit": ERROR_UNIT} if rows else {}),
+        "tensors": rows,
+    }
+
+
+def source_facts(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
+    """Return what a model is known by: its name, its path as seen from the output's folder, its digest.
+
+    The digest (`Checkpoint.source_digest`) reads every byte.
+    """
+    path = os.path.abspath(checkpoint.path)  # noqa: PTH100 (links stay as named)
+    return {
+        "name": os.path.basename(path),  # noqa: PTH119
+        "path": os.path.relpath(path, out.absolute().parent),
+        "sha256": checkpoint.source_digest,
+    }
