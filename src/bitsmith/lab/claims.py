@@ -9,9 +9,11 @@ from typing import Any
 from bitsmith.errors import BitsmithError
 from bitsmith.lab.corpus import write_held_out_text
 from bitsmith.lab.formats import TEXT_BYTES, TEXT_NAME
+from bitsmith.progress import silent
 from bitsmith.run.corpus import write_default_text
 from bitsmith.run.seed_claims import ClaimsStudy, Cost
 from bitsmith.run.study_claims import CHUNKS, RESULT_NAME, claims_cost, study_claims
+from bitsmith.store.hub import local
 from bitsmith.store.journal import result_folder
 
 CALIBRATION_NAME = "calibration.txt"
@@ -38,6 +40,7 @@ def claims_study_of(
     for path in (text, statistics, calibration):
         if path is not None and not path.exists():
             raise BitsmithError("does not exist", path=path)
+    model = local(model, options.get("progress", silent))
     lacks = calibration is None and statistics is None
     asked: dict[str, Any] = {"only": only, "ctx_tokens": ctx_tokens, "chunks": chunks}
     asked |= {

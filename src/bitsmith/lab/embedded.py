@@ -25,6 +25,8 @@ from bitsmith.passes.merge_axes import by_channel
 from bitsmith.passes.merge_inner import groups_of
 from bitsmith.passes.transform import Model, model_of
 from bitsmith.store import open_checkpoint
+from bitsmith.store.hub import local
+from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 
 Float64 = NDArray[np.float64]
@@ -95,12 +97,13 @@ def embed_student(
     channels (attention without gates alone). Raises BitsmithError for sizes that do not hold the student,
     OutputError if `out` exists.
     """
+    student = local(student)
     with open_checkpoint(student) as checkpoint:
         model = model_of(checkpoint)
         build = _Build(model, sizes, np.random.default_rng(seed), turn_values)
         data = [TensorData(s.name, "F32", s.shape, [build.tensor(s)]) for s in build.specs]
         folder = student if student.is_dir() else student.parent
-        files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+        files = side_files(folder, TOKENIZER_FILES)
         write_safetensors(out, data, build.config, files=files, overwrite=overwrite, sources=checkpoint.files)
     return Embedding(out, build.frame, build.scale, build.taken, tuple(build.places))
 

@@ -23,6 +23,7 @@ from bitsmith.run.evaluation import RESAMPLES
 from bitsmith.run.paired_inputs import Sides, open_sides
 from bitsmith.run.seed_claims import Cost
 from bitsmith.store.atomic import atomic_file, remove
+from bitsmith.store.hub import local
 from bitsmith.store.journal import Journal, Key, content_key, result_folder, write_result
 
 RESULT_NAME = "merge-experiments.json"
@@ -103,7 +104,7 @@ def merge_experiments(
     """
     started = time.monotonic()
     given: dict[Task, Path | None] = {"text": text, "held": held, "other": other, "other_held": other_held}
-    chosen, models = chosen_experiments(only), _both(teacher, student)
+    chosen, models = chosen_experiments(only), _both(teacher, student, progress)
     _check_options(given, tokens, ctx_tokens, chunks)
     with open_sides(*models) as sides:
         result_folder(out, RESULT_NAME, overwrite)
@@ -197,15 +198,12 @@ def _run(
     return found
 
 
-def _both(teacher: Path | None, student: Path | None) -> tuple[Path, Path]:
+def _both(teacher: Path | None, student: Path | None, progress: Progress) -> tuple[Path, Path]:
     if teacher is None and student is None:
         return TEACHER_MODEL, STUDENT_MODEL
     if teacher is None or student is None:
         raise BitsmithError("give both a teacher and a student, or neither for the bundled pair")
-    for path in (teacher, student):
-        if not path.exists():
-            raise BitsmithError("does not exist", path=path)
-    return teacher, student
+    return local(teacher, progress), local(student, progress)
 
 
 def _check_options(given: Mapping[Task, Path | None], tokens: int, ctx_tokens: int, chunks: int) -> None:

@@ -22,6 +22,7 @@ from bitsmith.run.evaluation import INTERVAL, RESAMPLES, Artifact, Evaluation, M
 from bitsmith.run.forward import TextModel, check_heads, compare, final_hidden_states
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.store.hub import local
 
 PROTOCOL = "llama.cpp perplexity: non-overlapping chunks, positions ctx/2 to ctx-2 of each are scored"
 MIN_CTX_TOKENS = 4
@@ -70,6 +71,7 @@ def evaluate_all(
     progress: Progress = silent,
 ) -> list[Evaluation]:
     """Measure several candidates as `evaluate` does, running the reference forward once."""
+    ref, candidates = local(ref, progress), [local(path, progress) for path in candidates]
     with Reference(ref, text, ctx_tokens, chunks, seed, progress) as reference:
         for path in candidates:  # refuse before the first forward
             reference.check(path)

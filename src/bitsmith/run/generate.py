@@ -15,6 +15,7 @@ from bitsmith.archs.tokenizer import tokenizer_from_gguf
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.run.sampling import GREEDY, Sampling
 from bitsmith.store import Checkpoint, open_gguf
+from bitsmith.store.hub import local
 
 _SMALL_FILE_BYTES = 64 << 20  # below it, meeting points of threads cost more than the arithmetic they share
 Emit = Callable[[str], None]
@@ -77,6 +78,7 @@ def continue_with_llama(
     """
     if find_spec("xllamacpp") is None:
         raise UnsupportedError("generating needs llama.cpp: install bitsmith[llama]")
+    model = local(model)
     with open_gguf(model) as checked:  # llama.cpp's own parser has had memory faults
         if checked.metadata.get("tokenizer.ggml.model") in (None, "no_vocab"):
             raise UnsupportedError("has no tokenizer; generating from text needs one", path=model)

@@ -20,6 +20,7 @@ from bitsmith.run.sbgq import SBGQ, SBGQ_BASE, SBGQ_TRANSFORMS, sbgq_types
 from bitsmith.run.transforms import AUTO, asked_for
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
+from bitsmith.store.hub import called
 
 if TYPE_CHECKING:  # these load torch, which a plain compression must not
     from bitsmith.run.allocate import Allocation, Tried
@@ -122,12 +123,11 @@ class Job:
     @property
     def destination(self) -> Path:
         """The file to write: `out`, or a name made of the model's and the type's in the current folder."""
-        model = self.model.resolve()
         size = self.target or self.fit
         what = f"auto-{size}" if size else (self.type_name or "Q4_K_M").upper()
         what = SBGQ if self.recipe == SBGQ else what
         what = self.plan_file.stem if self.plan_file else what
-        return self.out or Path(f"{model.name if model.is_dir() else model.stem}-{what}.gguf")
+        return self.out or Path(f"{called(self.model)}-{what}.gguf")
 
     @property
     def types(self) -> dict[str, Any]:

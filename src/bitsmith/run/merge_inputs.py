@@ -25,6 +25,7 @@ from bitsmith.run.merge_text import LEAST_HELD_CHUNKS, Texts, read_texts, refuse
 from bitsmith.run.paired_forward import WIDEST_SQUARE
 from bitsmith.run.paired_inputs import Corpus, LayerMap, Sides, checked_map, open_sides, read_corpus
 from bitsmith.store import CellmCheckpoint, GgufCheckpoint
+from bitsmith.store.hub import local
 from bitsmith.store.journal import content_key
 from bitsmith.store.paired import Paired, open_paired
 
@@ -140,6 +141,7 @@ def open_inputs(ask: MergeAsk) -> Iterator[MergeInputs]:
     held-out chunks, and for paired activations of other models; UnsupportedError for a student that is no
     Hugging Face checkpoint.
     """
+    ask = replace(ask, teacher=local(ask.teacher), student=local(ask.student))
     _refuse_options(ask)
     if not ask.recipe.activations:
         ask = replace(ask, layer_map="proportional")
@@ -163,9 +165,6 @@ def open_inputs(ask: MergeAsk) -> Iterator[MergeInputs]:
 
 
 def _refuse_options(ask: MergeAsk) -> None:
-    for path in (ask.teacher, ask.student):
-        if not path.exists():
-            raise BitsmithError("does not exist", path=path)
     if ask.teacher.samefile(ask.student):
         raise BitsmithError("is teacher and student at once: give two models", path=ask.teacher)
     if not ask.recipe.activations and ask.layer_map not in ("cka", "proportional"):

@@ -23,6 +23,7 @@ from bitsmith.store import TensorInfo, Typed, gguf_size_bytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
+from bitsmith.store.hub import origin
 from bitsmith.store.packed import refuse_rounded
 
 QUANTIZATION_VERSION = 2
@@ -399,6 +400,9 @@ def _plain(value: Any) -> Any:
 
 
 def _model_name(checkpoint: Checkpoint) -> str:
+    found = origin(checkpoint.path)
+    if found is not None:
+        return found.name
     path = checkpoint.path.resolve()
     return path.name if path.is_dir() else path.parent.name
 

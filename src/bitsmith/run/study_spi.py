@@ -35,6 +35,7 @@ from bitsmith.run.spi_claims import with_claims
 from bitsmith.run.spi_figures import comparisons, correlations
 from bitsmith.run.spi_kld import Alone, alone_in_nf4
 from bitsmith.run.spi_rows import MEASURED, PURE, RULES, Equal, LinearRow, SpiRow, SpiStudy, SpiTable
+from bitsmith.store.hub import local
 from bitsmith.store.journal import Journal, content_key, result_folder, write_result
 
 RESULT_NAME = "spi.json"
@@ -76,6 +77,7 @@ def study_spi(
     amount = None if critical is None else _amount(critical)
     if len(set(random_seeds)) != len(random_seeds):
         raise BitsmithError("a random seed is given twice")
+    model = local(model, progress)
     result_folder(out, RESULT_NAME, overwrite)
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
         checkpoint = reference.model.checkpoint

@@ -16,6 +16,7 @@ from bitsmith.run.evaluate import bos_token, open_model, tokenizer_keys
 from bitsmith.run.forward import TextModel
 from bitsmith.run.template import render
 from bitsmith.store import Checkpoint
+from bitsmith.store.hub import local
 
 ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
 """Control tokens that end a turn by their name; llama.cpp stops at them too (src/llama-vocab.cpp)."""
@@ -87,12 +88,14 @@ class Vocabulary:
 def open_teller(model: TextModel, tokenizer: Path | None) -> TextModel:
     """Return what tells tokens, chat template and stop tokens of `model`: itself, or what `tokenizer` names.
 
-    That is a tokenizer.json, whose folder's other JSON files count too, a folder with one, or a GGUF.
+    That is a tokenizer.json, whose folder's other JSON files count too, a folder with one, a hub's name of
+    one, or a GGUF.
 
     Raises BitsmithError where there is no tokenizer.
     """
     if tokenizer is None:
         return model
+    tokenizer = local(tokenizer, weights=False)
     is_file = tokenizer.name == TOKENIZER_NAME
     if not (tokenizer if is_file else tokenizer / TOKENIZER_NAME).is_file():
         return open_model(tokenizer)

@@ -10,7 +10,9 @@ from bitsmith.store.cellm_writer import write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, View
 from bitsmith.store.gguf import GgufCheckpoint, open_gguf
 from bitsmith.store.gguf_layout import MAGIC, TensorInfo, Typed
+from bitsmith.store.gguf_split import are_one_file
 from bitsmith.store.gguf_writer import gguf_size_bytes, write_gguf
+from bitsmith.store.hub import local
 from bitsmith.store.packings import unpacked
 from bitsmith.store.safetensors import open_safetensors
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
@@ -39,14 +41,13 @@ __all__ = [
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open whatever checkpoint lies at `path`: a folder, a .safetensors, GGUF or .cellm file.
+    """Open whatever checkpoint `path` is: a folder, a .safetensors, GGUF or .cellm file, or one of a hub.
 
-    A folder without safetensors is the one GGUF or .cellm file in it. Raises BitsmithError if there is none,
+    What does not exist is taken as a hub's `org/name[@revision]`, see `bitsmith.store.hub.local`. A folder
+    without safetensors is the one GGUF or .cellm file in it. Raises BitsmithError if there is none,
     UnsupportedError for a file of another kind, DamagedFileError for a damaged one.
     """
-    path = Path(path)
-    if not path.exists():
-        raise BitsmithError("does not exist", path=path)
+    path = local(path)
     if path.is_dir():
         return _open_folder(path)
     if path.suffix == ".safetensors":
@@ -66,7 +67,7 @@ def _open_folder(path: Path) -> Checkpoint:
     files = [*sorted(path.glob("*.gguf")), *sorted(path.glob("*.cellm"))]
     if not files or any(path.glob("*.safetensors*")):
         return unpacked(open_safetensors(path))
-    if len(files) > 1:
+    if not are_one_file(files):
         names = ", ".join(printable(file.name) for file in files)
         raise BitsmithError(f"has several model files, name one of them: {names}", path=path)
     return open_gguf(files[0]) if files[0].suffix == ".gguf" else open_cellm(files[0])

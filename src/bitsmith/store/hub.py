@@ -14,22 +14,23 @@ from bitsmith import log
 from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.store.atomic import atomic_file
-from bitsmith.store.hub_calls import HubError, UnreachableError, retried
+from bitsmith.store.hub_calls import FIRST_ATTEMPTS, HubError, UnreachableError, retried
 from bitsmith.store.hub_names import Chosen, HubId, Origin, called, choose, origin, parse_hub_id
 from bitsmith.store.hub_transfer import RemoteFile, fetch_file, sizes_of
 
-__all__ = ["HubError", "HubId", "Origin", "called", "go_offline", "local", "origin", "parse_hub_id"]
+__all__ = ["HubError", "HubId", "Origin", "called", "local", "origin", "parse_hub_id"]
 
 _YES = {"1", "true", "yes", "on"}
 
 
-def local(model: Path | str, progress: Progress = silent) -> Path:
+def local(model: Path | str, progress: Progress = silent, *, weights: bool = True) -> Path:
     """Return where a model lies: a path that exists as it is, else `org/name[@revision]` in the hub's cache.
 
     `org/name:Q4_K_M` and `org/name/file.gguf` name one GGUF of several. A revision is resolved to a commit
-    first, all files are of that commit, and only those that make the model are downloaded: never pickles,
-    nothing is unpacked. Each is checked by the SHA that the commit has for it; what a killed download left
-    is gone on with. The cache alone answers with HF_HUB_OFFLINE (`--offline`), or if no hub can be reached.
+    first, all files are of that commit, and only those that make the model are downloaded (without `weights`
+    those that tell of text): never pickles, nothing is unpacked. Each is checked by the SHA that the commit
+    has for it; what a killed download left is gone on with. The cache alone answers with HF_HUB_OFFLINE
+    (`--offline`), or if no hub can be reached.
 
     Raises BitsmithError for what is neither, HubError for a hub that refuses or fails, UnsupportedError for a
     repository without a model that can be read safely, OutputError where the disk is too full.
@@ -42,20 +43,16 @@ def local(model: Path | str, progress: Progress = silent) -> Path:
         raise BitsmithError("does not exist", path=path)
     try:
         if is_offline():
-            return _cached(wanted, "the hub was not asked (offline)")
+            return _cached(wanted, "the hub was not asked (offline)", weights)
         try:
-            return _from_hub(wanted, progress)
+            return _from_hub(wanted, progress, weights)
         except UnreachableError as error:
-            found = _cached(wanted, error.message)
+            found = _cached(wanted, error.message, weights)
             log.warn(f"{error}; taking {origin(found)} of the cache")
             return found
     except HubError as error:
-        raise HubError(f"no such file here, and as a model of a hub: {error.message}", path=path) from error
-
-
-def go_offline() -> None:
-    """Ask no hub from now on, in this process and those it starts."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
+        said = f"no such file here, and as a model of a hub: {error.message}"
+        raise type(error)(said, path=path) from error
 
 
 def is_offline() -> bool:
@@ -84,7 +81,7 @@ def _storage(repo: str) -> Path:
     return Path(constants.HF_HUB_CACHE).expanduser() / f"models--{repo.replace('/', '--')}"
 
 
-def _from_hub(wanted: HubId, progress: Progress) -> Path:
+def _from_hub(wanted: HubId, progress: Progress, weights: bool) -> Path:
     from huggingface_hub import HfApi, constants  # noqa: PLC0415
 
     log.event("hub", repo=wanted.repo, revision=wanted.revision)
@@ -94,6 +91,7 @@ def _from_hub(wanted: HubId, progress: Progress) -> Path:
         lambda: api.model_info(
             wanted.repo, revision=wanted.revision, files_metadata=True, timeout=constants.HF_HUB_ETAG_TIMEOUT
         ),
+        FIRST_ATTEMPTS,
     )
     commit = str(info.sha)
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
@@ -109,7 +107,7 @@ def _from_hub(wanted: HubId, progress: Progress) -> Path:
         get([name], silent)
         return (storage / "snapshots" / commit / name).read_bytes()
 
-    chosen = choose(sorted(listed), wanted, read)
+    chosen = choose(sorted(listed), wanted, read, weights)
     get(chosen.files, progress)
     _note_revision(storage, wanted, commit)
     log.event("pinned", repo=wanted.repo, commit=commit, files=len(chosen.files))
@@ -129,7 +127,7 @@ def _report(progress: Progress, before: int, total: int, done: int) -> None:
     progress("download", before + done, total)
 
 
-def _cached(wanted: HubId, why: str) -> Path:
+def _cached(wanted: HubId, why: str, weights: bool) -> Path:
     """Return a model of the cache; raises HubError where it is not there as a whole."""
     storage = _storage(wanted.repo)
     commit = wanted.revision
@@ -143,7 +141,7 @@ def _cached(wanted: HubId, why: str) -> Path:
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.exists()
     )
     try:
-        chosen = choose(names, wanted, lambda name: (folder / name).read_bytes())
+        chosen = choose(names, wanted, lambda name: (folder / name).read_bytes(), weights)
     except BitsmithError as error:
         raise HubError(
             f"the cache {storage.parent} has not all of it: {error.message}; {why}", path=str(wanted)

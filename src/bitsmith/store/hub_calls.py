@@ -17,6 +17,9 @@ ATTEMPTS = 5
 LONGEST_WAIT_SECONDS = 60
 """A hub that asks to wait longer is not waited for."""
 
+FIRST_ATTEMPTS = 3
+"""Tries of the first question, which the cache may answer as well."""
+
 _PASSING = {408, 429, 500, 502, 503, 504}
 _SERVER_FAILS = 500
 _GATED = "is gated ({status}): accept its terms on its page, then log in with HF_TOKEN or `hf auth login`"
@@ -36,8 +39,10 @@ class HubError(BitsmithError):
 class UnreachableError(HubError):
     """The hub could not be reached, or asks to come back later: what the cache has may do."""
 
+    exit_code = 4
 
-def retried(what: str, call: Callable[[], _Found]) -> _Found:
+
+def retried(what: str, call: Callable[[], _Found], attempts: int = ATTEMPTS) -> _Found:
     """Return what `call` returns, tried again after failures that pass. Raises HubError, UnreachableError."""
     failures = 0
     while True:
@@ -45,18 +50,18 @@ def retried(what: str, call: Callable[[], _Found]) -> _Found:
             return call()
         except failure_types() as error:
             failures += 1
-            wait_or_raise(what, error, failures)
+            wait_or_raise(what, error, failures, attempts)
 
 
 def failure_types() -> tuple[type[Exception], ...]:
     """Return what the hub's client raises: HTTP errors, those of sockets, and of answers that are none."""
-    from huggingface_hub.utils import get_session  # noqa: PLC0415 (imported only where a hub is named)
+    from huggingface_hub import get_session  # noqa: PLC0415 (imported only where a hub is named)
 
     client = import_module(type(get_session()).__module__.partition(".")[0])  # httpx or its successor
     return (client.HTTPError, client.InvalidURL, OSError, ValueError, TypeError, KeyError)
 
 
-def wait_or_raise(what: str, error: Exception, failures: int) -> None:
+def wait_or_raise(what: str, error: Exception, failures: int, attempts: int = ATTEMPTS) -> None:
     """Wait before another try; raise the failure as a HubError where none may help, or enough were tried."""
     status = _status(error)
     passing = (
@@ -64,7 +69,7 @@ def wait_or_raise(what: str, error: Exception, failures: int) -> None:
     )
     wait = _asked_wait(error)
     wait = 2.0 ** (failures - 1) if wait is None else wait
-    if not passing or failures >= ATTEMPTS or wait > LONGEST_WAIT_SECONDS:
+    if not passing or failures >= attempts or wait > LONGEST_WAIT_SECONDS:
         raise explained(what, error) from error
     log.event("wait", repo=what, seconds=wait, why=_said(error))
     time.sleep(wait)
@@ -72,27 +77,32 @@ def wait_or_raise(what: str, error: Exception, failures: int) -> None:
 
 def explained(what: str, error: Exception) -> HubError:
     """Return a failure of the hub's client as one line."""
-    from huggingface_hub import errors  # noqa: PLC0415
-
     status, said = _status(error), _said(error)
-    words = _BY_STATUS.get(status or 0, "the hub refuses ({status})")
-    for kind, known in (
-        (errors.RepositoryNotFoundError, _BY_STATUS[404]),
-        (errors.GatedRepoError, _GATED),
-        (errors.RevisionNotFoundError, "the hub has no such revision ({status})"),
-        (errors.EntryNotFoundError, "the hub has no such file ({status})"),
-    ):
-        words = known if isinstance(error, kind) else words
-    if status is not None and status >= _SERVER_FAILS:
-        words = "the hub fails ({status}); try again later"
-    elif status is None:
-        unread = isinstance(error, ValueError | TypeError | KeyError)
-        words = "the hub's answer cannot be read" if unread else "the hub cannot be reached"
-        return (HubError if unread else UnreachableError)(f"{words}{said}", path=what)
+    if status is None:
+        if isinstance(error, ValueError | TypeError | KeyError):
+            return HubError(f"the hub's answer cannot be read{said}", path=what)
+        return UnreachableError(f"the hub cannot be reached{said}", path=what)
     wait = _asked_wait(error)
     when = "later" if wait is None else f"in {wait:.0f} seconds"
     kind = UnreachableError if status in _PASSING or status >= _SERVER_FAILS else HubError
-    return kind(f"{words.format(status=status, when=when)}{said}", path=what)
+    return kind(f"{_words(error, status).format(status=status, when=when)}{said}", path=what)
+
+
+def _words(error: Exception, status: int) -> str:
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    known: list[tuple[type[Exception], str]] = [
+        (errors.GatedRepoError, _GATED),
+        (errors.RevisionNotFoundError, "the hub has no such revision ({status})"),
+        (errors.EntryNotFoundError, "the hub has no such file ({status})"),
+        (errors.RepositoryNotFoundError, _BY_STATUS[404]),
+    ]
+    for kind, words in known:
+        if isinstance(error, kind):
+            return words
+    if status >= _SERVER_FAILS:
+        return "the hub fails ({status}); try again {when}"
+    return _BY_STATUS.get(status, "the hub refuses ({status})")
 
 
 def _response(error: Exception) -> Any:

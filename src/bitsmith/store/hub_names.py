@@ -108,13 +108,16 @@ def origin(path: Path) -> Origin | None:
 
 
 def called(path: Path) -> str:
-    """Return what a model is called: its repository's name, a folder's, or a file's without its suffix."""
+    """Return what a model, or one of a hub, is called: its repository, folder, or file without its suffix."""
     found = origin(path)
     if found is not None and found.file is None:
         return found.name
     if found is not None:
-        return Path(path).stem
-    real = Path(path).resolve()
+        return path.stem
+    wanted = None if path.exists() else parse_hub_id(path.as_posix())
+    if wanted is not None:
+        return Path(wanted.inside).stem if wanted.inside else wanted.repo.rpartition("/")[2]
+    real = path.resolve()
     return real.name if real.is_dir() else real.stem
 
 
@@ -126,10 +129,11 @@ class Chosen:
     entry: str
 
 
-def choose(names: Sequence[str], wanted: HubId, read: Callable[[str], bytes]) -> Chosen:
+def choose(names: Sequence[str], wanted: HubId, read: Callable[[str], bytes], weights: bool = True) -> Chosen:
     """Choose the files that make the wanted model: its safetensors, else the GGUF or .cellm that is named.
 
-    Of a folder with an index only the shards it names. `read` returns a small file's bytes. Raises
+    Of a folder with an index only the shards it names; without `weights` what lies beside them, if there is a
+    tokenizer.json. `read` returns a small file's bytes. Raises
     UnsupportedError for pickles only, BitsmithError where nothing or several things answer.
     """
     usable = [name for name in names if _is_plain(name)]
@@ -141,10 +145,12 @@ def choose(names: Sequence[str], wanted: HubId, read: Callable[[str], bytes]) ->
     here = [name for name in usable if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
     if not here and wanted.inside is not None:
         raise BitsmithError(f"has no {printable(wanted.inside)}; {_what_there_is(usable)}", path=str(wanted))
-    weights = _safetensors(here, prefix, wanted, read)
-    if weights:
-        side = [prefix + name for name in SIDE_FILES if prefix + name in here]
-        return Chosen((*side, *weights), prefix.rstrip("/"))
+    side = [prefix + name for name in SIDE_FILES if prefix + name in here]
+    if not weights and prefix + "tokenizer.json" in side:
+        return Chosen(tuple(side), prefix.rstrip("/"))
+    tensors = _safetensors(here, prefix, wanted, read)
+    if tensors:
+        return Chosen((*side, *tensors), prefix.rstrip("/"))
     models = _single_files([name for name in usable if name.startswith(prefix)])
     if len(models) == 1:
         return _whole_file(usable, models[0])

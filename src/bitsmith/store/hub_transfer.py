@@ -9,8 +9,9 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from bitsmith import __version__, log
 from bitsmith.errors import OutputError, printable
@@ -112,7 +113,7 @@ def fetch_file(storage: Path, file: RemoteFile, report: Callable[[int], None]) -
 
 
 @contextmanager
-def _locked(path: Path, blob: Path) -> Iterator[BinaryIO | None]:
+def _locked(path: Path, blob: Path) -> Iterator[BufferedRandom | None]:
     """Open the part for one run alone; None where another made the blob while this one waited."""
     while True:
         with path.open("ab+") as part:
@@ -128,7 +129,7 @@ def _locked(path: Path, blob: Path) -> Iterator[BinaryIO | None]:
                     return
 
 
-def _fill(part: BinaryIO, file: RemoteFile, report: Callable[[int], None]) -> None:
+def _fill(part: BufferedRandom, file: RemoteFile, report: Callable[[int], None]) -> None:
     resumed = part.seek(0, os.SEEK_END) > 0
     _download(part, file, report)
     found = _digest(part, file.etag, file.size)
@@ -145,7 +146,7 @@ def _fill(part: BinaryIO, file: RemoteFile, report: Callable[[int], None]) -> No
     os.fsync(part.fileno())
 
 
-def _download(part: BinaryIO, file: RemoteFile, report: Callable[[int], None]) -> None:
+def _download(part: BufferedRandom, file: RemoteFile, report: Callable[[int], None]) -> None:
     """Append what is missing, over as many connections as it takes; those that bring nothing are counted."""
     failures = 0
     kinds = failure_types()
@@ -172,9 +173,9 @@ def _download(part: BinaryIO, file: RemoteFile, report: Callable[[int], None]) -
             wait_or_raise(str(file), error, failures)
 
 
-def _stream(part: BinaryIO, file: RemoteFile, have: int, report: Callable[[int], None]) -> None:
-    from huggingface_hub import constants, hf_hub_url  # noqa: PLC0415
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status  # noqa: PLC0415
+def _stream(part: BufferedRandom, file: RemoteFile, have: int, report: Callable[[int], None]) -> None:
+    from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status  # noqa: PLC0415
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # noqa: PLC0415
 
     headers = build_hf_headers(library_name="bitsmith", library_version=__version__)
     headers |= {"Accept-Encoding": "identity"} | ({"Range": f"bytes={have}-"} if have else {})
@@ -197,7 +198,7 @@ def _stream(part: BinaryIO, file: RemoteFile, have: int, report: Callable[[int],
                 raise ConnectionError("the hub sends another range than it was asked for")
             have = 0
         part.truncate(have)
-        for chunk in response.iter_bytes(_CHUNK_BYTES):
+        for chunk in response.iter_bytes():
             have += len(chunk)
             if have > file.size:
                 part.truncate(0)
@@ -210,7 +211,7 @@ def _starts_at(content_range: str | None, have: int) -> bool:
     return content_range is None or content_range.startswith(f"bytes {have}-")
 
 
-def _digest(part: BinaryIO, etag: str, size: int) -> str:
+def _digest(part: BufferedRandom, etag: str, size: int) -> str:
     """Return the digest of the kind that `etag` is, or `etag` itself where that is of no kind known."""
     part.seek(0)
     if re.fullmatch(r"[0-9a-f]{64}", etag):
