@@ -72,7 +72,10 @@ class ArtifactStore:
     def stage(self, key: str, attempt: int) -> Path:
         """Return the path, not there yet, of a folder to make the artifact in. Call within `writing`."""
         path = self.root / "staging" / f"{key}-{attempt}-{uuid.uuid4().hex[:8]}"  # no one else's, ever
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made: {error.strerror or error}", path=path.parent) from error
         return path
 
     def put(self, key: str, staged: Path, cost: Mapping[str, Any] | None = None) -> None:
@@ -117,7 +120,10 @@ class ArtifactStore:
 
         Raises OutputError if another run holds it.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"cannot be made: {error.strerror or error}", path=self.root) from error
         with locked_folder(self.root):
             remove_folder(self.root / "staging")
             try:

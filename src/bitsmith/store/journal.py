@@ -6,15 +6,18 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 from bitsmith import __version__
 from bitsmith.errors import OutputError, printable
 from bitsmith.log import keeps
-from bitsmith.store.atomic import atomic_file
+from bitsmith.store.atomic import atomic_file, is_open_as
 from bitsmith.store.checkpoint import Checkpoint
 
 Key = Mapping[str, Any]
@@ -54,7 +57,7 @@ class Journal:
             kept = 0
         self._sound = kept
         with _named(self.path):
-            self._stream.truncate(kept)
+            self._cut()
         if kept == 0:
             self._append({"key": facts})
         elif self.entries:
@@ -79,24 +82,48 @@ class Journal:
         self.path.unlink(missing_ok=True)
 
     def _append(self, record: dict[str, Any]) -> None:
-        self._stream.write(json.dumps(record, allow_nan=False).encode() + b"\n")
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
+        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+        with _named(self.path):
+            try:
+                written = 0
+                while written < len(line):
+                    written += self._stream.write(line[written:])
+                os.fsync(self._stream.fileno())
+            except BaseException:
+                with suppress(OSError):  # half a line would hide those that follow
+                    self._cut()
+                raise
+        self._sound += len(line)
+
+    def _cut(self) -> None:
+        """Drop what is not sound."""
+        self._stream.truncate(self._sound)
+        self._stream.seek(self._sound)
 
     def _load(self) -> tuple[dict[str, Any] | None, int]:
         """Read the entries; return the key they are of, and how many bytes of the file are sound."""
-        first = _record(self._stream.readline())
+        lines = self._stream.readall().splitlines(keepends=True)
+        first = _record(lines[0]) if lines else None
         if first is None or "key" not in first:
             return None, 0
-        key = first["key"]
-        sound = self._stream.tell()
-        for line in self._stream:
+        key, sound = first["key"], len(lines[0])
+        for line in lines[1:]:
             record = _record(line)
             if record is None or not isinstance(record.get("name"), str) or "value" not in record:
                 break
             self.entries[record["name"]] = record["value"]
             sound += len(line)
         return key if isinstance(key, dict) else {"version of the journal": 1}, sound
+
+
+def remove_work(folder: Path, journal: str = "journal") -> None:
+    """Remove a folder in which a run kept pieces; its journal is emptied first.
+
+    What a kill meanwhile leaves is then not gone on with.
+    """
+    with suppress(OSError):
+        os.truncate(folder / journal, 0)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def key_facts(key: Key) -> dict[str, str]:
@@ -158,15 +185,26 @@ def _record(line: bytes) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _locked(path: Path) -> BinaryIO:
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=path) from error
+
+
+def _locked(path: Path) -> FileIO:
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror or error}", path=path) from error
-    stream = os.fdopen(descriptor, "r+b")
+    stream = FileIO(descriptor, "r+b")
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_open_as(path, descriptor):
+            return stream
     except OSError as error:
         stream.close()
         raise OutputError("is being written by another run", path=path) from error
-    return stream
+    stream.close()
+    return _locked(path)  # its owner finished between our opening and our locking it

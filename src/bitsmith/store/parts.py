@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,7 @@ from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.store.atomic import Chunk, write_chunk
 from bitsmith.store.checkpoint import Bytes
-from bitsmith.store.journal import Journal, Key
+from bitsmith.store.journal import Journal, Key, remove_work
 
 _COPIED_BYTES = 1 << 24
 
@@ -38,10 +37,19 @@ class Parts:
         self.resumed = 0
 
     def __enter__(self) -> Self:
+        made = not self._folder.exists()
         try:
             self._folder.mkdir(exist_ok=True)
         except OSError as error:
             raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
+        try:
+            return self._opened()
+        except BaseException:
+            if made:
+                self.remove()
+            raise
+
+    def _opened(self) -> Self:
         self._journal = Journal(self._folder / "journal", self._key, overwrite=self._overwrite)
         self.finished = dict(self._journal.entries)
         self.resumed = len(self.finished)
@@ -92,7 +100,7 @@ class Parts:
 
     def remove(self) -> None:
         """Delete the folder: the file is whole, or nothing was finished."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        remove_work(self._folder)
 
 
 Make = Callable[["Parts", str], tuple[Sequence[str], dict[str, Any]]]
@@ -120,4 +128,4 @@ def finished_parts(
                 event("round", tensor=name)
                 parts.add(name, *make(parts, name))
         yield parts
-    parts.remove()
+        parts.remove()
