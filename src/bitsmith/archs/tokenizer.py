@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from bitsmith.archs.arch import Architecture
 from bitsmith.errors import BitsmithError, DamagedFileError, UnsupportedError, printable
 from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.store.safetensors import side_file
 
 _TAIL = r"+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?"
@@ -151,8 +152,9 @@ def _list_of(kind: type[_Item], metadata: Mapping[str, Any], key: str, path: Pat
 
 
 def _load_file(file: Path) -> Tokenizer:
+    text = _utf8(side_file(file.parent, file.name) or b"", file)
     try:
-        return Tokenizer.from_str(file.read_text("utf-8"))
+        return Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers package raises plain Exception
         raise DamagedFileError(f"is not a tokenizer: {printable(str(error))}", path=file) from error
 
@@ -169,17 +171,26 @@ def tokenizer_folder(checkpoint: Checkpoint) -> Path:
 def read_json(file: Path) -> dict[str, Any]:
     """Return a JSON object of a model's folder, an empty one where the file is absent.
 
-    Raises DamagedFileError for anything else.
+    Raises DamagedFileError for anything else, and as `side_file` does.
     """
-    if not file.is_file():
+    data = side_file(file.parent, file.name)
+    if data is None:
         return {}
+    text = _utf8(data, file)
     try:
-        content = json.loads(file.read_text("utf-8"))
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"is not JSON: {printable(str(error))}", path=file) from error
     if not isinstance(content, dict):
         raise DamagedFileError("is not a JSON object", path=file)
     return content
+
+
+def _utf8(data: bytes, file: Path) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise DamagedFileError(f"is not UTF-8 at byte {error.start}", path=file) from error
 
 
 def _refuse_other_models(tokenizer: dict[str, Any], file: Path) -> None:
@@ -287,9 +298,8 @@ def _added_ends(tokenizer: dict[str, Any], settings: dict[str, Any]) -> dict[str
 def _chat_templates(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Return the chat templates as text: of tokenizer_config.json, else of chat_template.jinja or .json."""
     template = settings.get("chat_template")
-    jinja = folder / "chat_template.jinja"
-    if template is None and jinja.is_file():
-        template = jinja.read_text("utf-8")
+    if template is None and (jinja := side_file(folder, "chat_template.jinja")) is not None:
+        template = _utf8(jinja, folder / "chat_template.jinja")
     if template is None:
         template = read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, str):
