@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith.archs import TensorSpec, architecture_of, claim, import_view
+from bitsmith.archs.generic import spec_by_name
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.formats import FORMATS
 from bitsmith.run.mixes import MIXES
@@ -52,7 +53,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of one checkpoint; `architecture` is None where no architecture file claims the tensors."""
+    """The content of one checkpoint; `architecture` is None where no architecture file claims the tensors.
+
+    `components` then come from names and shapes alone.
+    """
 
     path: Path
     architecture: str | None
@@ -84,11 +88,12 @@ def inspect(model: Path) -> Inspection:
         except BitsmithError as error:
             notes.append(f"grouped by name and shape only: {error.message}")
             named = [(_generic_role(name), ref) for name, ref in checkpoint.items()]
-            return _inspection(checkpoint, None, named, _generic_sizes(checkpoint), notes)
+            guessed = [(_role(spec_by_name(name, ref)), ref) for name, ref in checkpoint.items()]
+            return _inspection(checkpoint, None, named, guessed, _generic_sizes(checkpoint), notes)
         hugging_face = checkpoint if checkpoint.config else import_view(checkpoint)
         pairs = [(spec, _stored(checkpoint, spec)) for spec, _ in claim(hugging_face)]
         named = [(_role(spec), ref) for spec, ref in pairs]
-        return _inspection(checkpoint, arch.gguf_arch, named, _sizes(checkpoint, notes), notes)
+        return _inspection(checkpoint, arch.gguf_arch, named, named, _sizes(checkpoint, notes), notes)
 
 
 def _stored(checkpoint: Checkpoint, spec: TensorSpec) -> TensorRef:
@@ -105,16 +110,19 @@ def _generic_role(name: str) -> str:
 
 
 def _inspection(
-    checkpoint: Checkpoint, arch: str | None, named: list[_Pair], sizes: list[Size], notes: list[str]
+    checkpoint: Checkpoint,
+    arch: str | None,
+    named: list[_Pair],
+    parts: list[_Pair],
+    sizes: list[Size],
+    notes: list[str],
 ) -> Inspection:
     return Inspection(
         path=checkpoint.path,
         architecture=arch,
         parameters=sum(ref.size for _, ref in named),
         stored_bytes=sum(ref.nbytes for _, ref in named),
-        components=_shares(named, lambda role, _: COMPONENTS.get(role.split(".")[0], "other"))
-        if arch
-        else [],
+        components=_shares(parts, lambda role, _: COMPONENTS.get(role.split(".")[0], "other")),
         roles=_shares(named, lambda role, _: role),
         types=_shares(named, lambda _, ref: ref.dtype),
         sizes=sizes,

@@ -308,11 +308,13 @@ def mixers(targets: Sequence[Target], config: Mapping[str, Any]) -> Iterator[Mix
 
     `config` is the text config, which gives the numbers of heads.
     """
-    layers: dict[int, dict[str, Target]] = {}
+    layers: dict[tuple[str, int], dict[str, Target]] = {}
     for target in targets:
-        if target.spec.component == "text" and target.spec.layer is not None:
-            layers.setdefault(target.spec.layer, {})[target.role] = target
-    for layer, roles in layers.items():
+        layer = target.spec.layer
+        if target.spec.component == "text" and layer is not None:
+            stack = target.name.partition(f".{layer}.")[0]  # an encoder's layers are not its decoder's
+            layers.setdefault((stack, layer), {}).setdefault(target.role, target)
+    for (_, layer), roles in layers.items():
         mixer = _attention(layer, roles, config) or _delta(layer, roles, config)
         if mixer is not None:
             yield mixer
