@@ -101,6 +101,13 @@ def compress(
     no_fallback: Annotated[
         bool, typer.Option("--no-fallback", help="Refuse where a row does not fit the type's blocks.")
     ] = False,
+    allow_requantize: Annotated[
+        bool,
+        typer.Option(
+            "--allow-requantize",
+            help="Also take weights that are rounded already (a quantized GGUF, FP8), which costs quality.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan with exact bytes; write nothing else.")
     ] = False,
@@ -175,6 +182,7 @@ def compress(
         pure=pure,
         tensor_types=tuple(_parsed(tensor_type or [])),
         no_fallback=no_fallback,
+        allow_requantize=allow_requantize,
         overwrite=overwrite,
         group=group,
         like_seed=like_seed,

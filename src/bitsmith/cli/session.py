@@ -26,7 +26,6 @@ EXIT_CODES = (
     "130 interrupted (Ctrl-C); 137 killed by the system (128 + the signal's number)."
 )
 
-_PATIENCE_SECONDS = 1.2
 _LINE_CHARACTERS = 20_000
 _LOG_SUFFIXES = (".json", ".jsonl", ".ndjson", ".log")
 _TEXTS = ("-p", "--prompt")  # whose value may look like a flag
@@ -107,19 +106,20 @@ def run(app: Callable[[Sequence[str]], object]) -> NoReturn:
     Ctrl-C ends it within two seconds even while compiled code runs: nothing needs to be cleaned up for the
     outputs to stay whole, since a run that is killed at any moment leaves none under its name.
     """
-    with _restored(), _interruptible() as said:
-        LOGGER.addHandler(logging.NullHandler())  # else Python shows what nobody listens to
-        code = _exit_code(app, said)
+    with _restored(), _guarded() as guard:
+        code = _exit_code(app)
+        if code == INTERRUPTED:
+            guard.say_interrupted()
         event("end", exit_code=code)
     sys.exit(code)
 
 
-def _exit_code(app: Callable[[Sequence[str]], object], said: _Once) -> int:
+def _exit_code(app: Callable[[Sequence[str]], object]) -> int:
     try:
         app(hoisted(sys.argv[1:]))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except SystemExit as stop:
-        if stop.code == INTERRUPTED:
-            said.say(_interrupted())
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except BitsmithError as error:
         return _failed(str(error), error.exit_code, error)
@@ -152,46 +152,82 @@ def _show(message: str, error: BaseException | None = None) -> None:
             sys.stderr.flush()
 
 
-def _interrupted() -> str:
-    return f"interrupted; no unfinished output is left; {how_to_resume()}"
+class _Guard:
+    """The process of `bitsmith.cli.guard` beside this one, which learns where this one is.
 
-
-class _Once:
-    """Says one error line, whichever thread comes first."""
+    Without it, where none can be started, a Ctrl-C waits for compiled code to return.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        facts, self._facts = os.pipe()
+        self._answers, answers = os.pipe()
+        os.set_blocking(self._facts, False)
+        files = [(os.POSIX_SPAWN_DUP2, facts, 0), (os.POSIX_SPAWN_DUP2, answers, 1)]
+        command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("guard.py")), str(os.getpid())]
+        self._process, self._before = 0, -1
+        with suppress(OSError):
+            self._process = os.posix_spawn(command[0], command, {}, file_actions=files, setsid=True)
+        os.close(facts)
+        os.close(answers)
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.set_wakeup_fd(self._facts, warn_on_full_buffer=False)
+        threading.Thread(target=self._obey, name="ctrl-c", daemon=True).start()
 
-    def say(self, message: str) -> None:
+    def tell(self, line: str) -> None:
+        """Tell it a line; one that it does not take in time is lost."""
+        with suppress(OSError):
+            os.write(self._facts, f"{line}\n".encode())
+
+    def say_interrupted(self) -> None:
+        """Say that a Ctrl-C ends the run, and how it goes on, once."""
         if self._lock.acquire(blocking=False):
-            _show(message)
+            self.tell("end")
+            _show(f"interrupted; no unfinished output is left; {how_to_resume()}")
+
+    def end(self) -> None:
+        """Let it go, but after a Ctrl-C: threads that the end of the process waits for may still run."""
+        if self._lock.locked():
+            return
+        self.tell("end")
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self._before)
+        os.close(self._facts)
+        if self._process:
+            os.waitpid(self._process, 0)
+
+    def _obey(self) -> None:
+        if os.read(self._answers, 1):
+            self.say_interrupted()
+            os._exit(INTERRUPTED)
+        os.close(self._answers)
+
+
+class _ToGuard(logging.Handler):
+    """Tells the guard what is being worked on and what is kept."""
+
+    def __init__(self, guard: _Guard) -> None:
+        super().__init__(logging.INFO)
+        self._guard, self._place = guard, ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage() == "keeps":
+            self._guard.tell(f"kept {how_to_resume()}")
+        elif (place := latest_place() or "") != self._place:
+            self._place = place
+            self._guard.tell(f"at {place}")
 
 
 @contextmanager
-def _interruptible() -> Iterator[_Once]:
+def _guarded() -> Iterator[_Guard]:
     """Within the block, a Ctrl-C that Python code does not see in time ends the process."""
-    said = _Once()
-    if threading.current_thread() is not threading.main_thread():
-        yield said
-        return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=_watch, args=(reading, said), name="ctrl-c", daemon=True).start()
+    guard = _Guard()
+    LOGGER.addHandler(_ToGuard(guard))
+    LOGGER.setLevel(logging.INFO)
     try:
-        yield said
+        yield guard
     finally:
-        signal.set_wakeup_fd(before)
-        os.close(writing)
-
-
-def _watch(reading: int, said: _Once) -> None:
-    while numbers := os.read(reading, 64):
-        if signal.SIGINT in numbers:
-            threading.Event().wait(_PATIENCE_SECONDS)
-            said.say(_interrupted())
-            os._exit(INTERRUPTED)
-    os.close(reading)
+        guard.end()
 
 
 @contextmanager
