@@ -23,12 +23,14 @@ from bitsmith.run.cellm_header import cellm_metadata
 from bitsmith.run.encode import SLICE_BYTES, check_rounder
 from bitsmith.run.guide import Guide, Total, finite_rows
 from bitsmith.run.overrides import Override, first_match
+from bitsmith.run.record import TensorFacts, output_record, source_facts
 from bitsmith.store import open_checkpoint
-from bitsmith.store.atomic import atomic_folder, refuse_taken
+from bitsmith.store.atomic import Content, atomic_folder, refuse_taken
 from bitsmith.store.cellm import Q1, SCALE_SUFFIX, CellmInfo
 from bitsmith.store.cellm_writer import cellm_rows, cellm_size_bytes, write_cellm_file
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
+from bitsmith.store.manifest import write_manifest
 from bitsmith.store.packed import refuse_rounded
 from bitsmith.store.parts import Parts, finished_parts
 from bitsmith.store.safetensors import side_files
@@ -143,7 +145,8 @@ def write_cellm(
     Raises BitsmithError for an unknown kind, group, selection or rounder, for a rule without effect and for
     statistics with `like_seed`; UnsupportedError for weights that are no floats; DamagedFileError for one
     that is not finite; OutputError as `atomic_file` does and for a name that does not end in .cellm. Nothing
-    is written then. The tokenizer goes to `OUT.tokenizer`, where generating and evaluating find it.
+    is written then. The tokenizer goes to `OUT.tokenizer`, where generating and evaluating find it, digests
+    and errors to `OUT.sha256` and `OUT.record.json`.
     """
     started = time.monotonic()
     wanted = _Wanted(kind, like_seed, group, selection, tensor_types)
@@ -154,12 +157,30 @@ def write_cellm(
         metadata = cellm_metadata(checkpoint, like_seed=like_seed)
         sources = [*checkpoint.files, *([] if statistics is None else [statistics])]
         refuse_taken(out, overwrite, sources, folder=False)
+        options = {
+            "type": kind,
+            "group": group,
+            "selection": wanted.selection,
+            "like_seed": like_seed,
+            "tensor_types": [list(rule) for rule in tensor_types],
+            "rounder": "nearest" if guide is None else guide.rounder,
+            "statistics_sha256": None if guide is None else guide.digest,
+        }
+        kept = {"model": source_facts(checkpoint, out)}
+
+        def finish(content: Content) -> None:
+            rows = [
+                TensorFacts.of(job.written[name], job.written[name].dtype) for name in sorted(job.written)
+            ]
+            folders = _write_tokenizer(tokenizer_folder(checkpoint), out)
+            record = output_record(out, "cellm", kept, options, rows)
+            write_manifest(out, record, content=content, folders=folders)
+
         with job.prepared(out, overwrite):
             size = write_cellm_file(
-                out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources
+                out, metadata, job.infos, job.encode, overwrite=overwrite, sources=sources, finish=finish
             )
         parameters = sum(ref.size for ref in checkpoint.values())
-        _write_tokenizer(tokenizer_folder(checkpoint), out)
     seconds = time.monotonic() - started
     written = tuple(job.written[name] for name in sorted(job.written))
     made = wanted.kind, like_seed, wanted.selection
@@ -186,17 +207,18 @@ def plan_cellm(
     return CellmPlan(wanted.kind, size, parameters, tuple((info, named.get(info.name)) for info in infos))
 
 
-def _write_tokenizer(folder: Path, out: Path) -> None:
-    """Copy the tokenizer beside the file, which has no place for it; nothing where there is none."""
+def _write_tokenizer(folder: Path, out: Path) -> list[Path]:
+    """Copy the tokenizer, for which the file has no place, to a folder beside it; return that, if any."""
     found = side_files(folder, TOKENIZER_FILES)
     if TOKENIZER_NAME not in found:
-        return
+        return []
     target = out.with_name(out.name + TOKENIZER_SUFFIX)
     with atomic_folder(
         target, last=TOKENIZER_NAME, stale=TOKENIZER_FILES.__contains__, overwrite=True
     ) as part:
         for name, data in found.items():
             (part / name).write_bytes(data)
+    return [target]
 
 
 class _Wanted:

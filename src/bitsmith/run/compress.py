@@ -20,7 +20,6 @@ from bitsmith.run.sahc_rows import SahcRecord
 from bitsmith.run.spi import SpiPlan, SpiRecord, plan_spi, write_spi
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.hub import called, local
-from bitsmith.store.manifest import write_manifest
 
 Output = Literal["gguf", "cellm", "folder", "spi", "sahc"]
 Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord
@@ -69,7 +68,6 @@ def compress(job: Job, progress: Progress = silent) -> Written:
         record = write_folder(job.model, out, **_folder(job), rounder=job.rounder, **common)
     else:
         record = write_spi(job.model, out, **_spi(job), **common)
-    write_manifest(out)
     return record
 
 

@@ -7,7 +7,7 @@ bitsandbytes' in `run.pack_bitsandbytes`.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +23,10 @@ from bitsmith.run.finite import finite_weights
 from bitsmith.run.folder_layout import KEPT, SCHEMES, FolderRow, Layout, Piece, lay_out
 from bitsmith.run.guide import Guide, rounding_key
 from bitsmith.run.packer import Encoding, Matrix, Outcome
+from bitsmith.run.record import TensorFacts, output_record, source_facts
 from bitsmith.store import CellmCheckpoint, Checkpoint, GgufCheckpoint, open_checkpoint, write_safetensors
-from bitsmith.store.atomic import Chunk, refuse_taken
+from bitsmith.store.atomic import Chunk, Content, refuse_taken
+from bitsmith.store.manifest import write_manifest
 from bitsmith.store.mlx_layout import Renamed
 from bitsmith.store.packed import PackedTensor
 from bitsmith.store.parts import Parts, finished_parts
@@ -118,6 +120,7 @@ def write_folder(
     rounder: str = "auto",
     overwrite: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    recipe: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> FolderRecord:
     """Write `model` (a Hugging Face checkpoint of floats) to the folder `out`, its linears packed.
@@ -130,7 +133,8 @@ def write_folder(
     group divides keeps it too (`note`). With `statistics` the codes are found as `rounder` says
     (`choose_grid`), without by the search; a killed run then goes on with the matrices it had finished,
     as one with factors does.
-    Tokenizer, templates and generation settings are copied.
+    Tokenizer, templates and generation settings are copied. Digests and errors go to `OUT.sha256` and
+    `OUT.record.json`, there with the options of a `recipe` that chose these.
 
     Raises BitsmithError for an unknown scheme, group or rounder, for schemes of two packings, for an `ignore`
     or a regex that names no linear, and for what the packing's loaders cannot take; UnsupportedError for a
@@ -146,6 +150,20 @@ def write_folder(
         config = dict(checkpoint.config)
         if layout.settings is not None:
             config["quantization_config"] = layout.settings
+        options = {
+            "type": scheme,
+            "group": group,
+            "tensor_types": [list(rule) for rule in tensor_types],
+            "ignore": list(ignore),
+            **job.guided_by,
+        }
+        kept = {"model": source_facts(checkpoint, out)}
+
+        def finish(content: Content) -> None:
+            rows = [TensorFacts.of(one, _stored_as(one)) for one in job.written()]
+            record = output_record(out, "folder", kept, {**options, **(recipe or {})}, rows)
+            write_manifest(out, record, content=content)
+
         with job.prepared(out, overwrite):
             write_safetensors(
                 out,
@@ -155,6 +173,7 @@ def write_folder(
                 files=side_files(tokenizer_folder(checkpoint), SIDE_FILES),
                 overwrite=overwrite,
                 sources=sources,
+                finish=finish,
             )
         size = safetensors_size_bytes(layout.data(), shard_bytes=shard_bytes)
         parameters = sum(ref.size for ref in checkpoint.values())
@@ -202,6 +221,14 @@ class _Job:
         self._outcomes: dict[str, Outcome] = {}
         self._total, self._done = sum(row.nbytes for row in layout.rows), 0
         self.resumed = 0
+
+    @property
+    def guided_by(self) -> dict[str, Any]:
+        """The rounder and the digest of the statistics, for the record."""
+        return {
+            "rounder": self._rounder,
+            "statistics_sha256": None if self._guide is None else self._guide.digest,
+        }
 
     @contextmanager
     def prepared(self, out: Path, overwrite: bool) -> Iterator[None]:
@@ -259,6 +286,13 @@ class _Job:
         if row.name in self._encodings:
             outcome = self._encodings[row.name].outcome()
         return FolderTensor(**vars(row), **vars(outcome))
+
+
+def _stored_as(row: FolderTensor) -> str:
+    """Return a tensor's scheme with its group, or the dtype that it keeps."""
+    if row.group is None:
+        return row.dtype
+    return f"{row.scheme}_g{row.group}" if row.group else row.scheme
 
 
 def _file(name: str, suffix: str) -> str:

@@ -41,9 +41,14 @@ class Guide:
         self._site = ""
         self._metrics: dict[tuple[float, float], InputMetric] = {}
 
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the statistics."""
+        return self._statistics.digest
+
     def key(self, checkpoint: Checkpoint, layout: Any) -> dict[str, Any]:
         """Return what the codes of a checkpoint depend on, under a `layout` of plain values."""
-        return rounding_key(checkpoint, layout, self._statistics.digest, self.rounder)
+        return rounding_key(checkpoint, layout, self.digest, self.rounder)
 
     def ordered(self, names: Iterable[str]) -> list[str]:
         """Return `names` with the tensors of a site side by side, so that its metrics are made once."""

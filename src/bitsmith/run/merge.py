@@ -20,7 +20,7 @@ from bitsmith.run.execute import peak_memory_bytes
 from bitsmith.run.job import Job
 from bitsmith.run.merge_diagnostics import merge_diagnostics
 from bitsmith.run.merge_inputs import MergeAsk, MergeInputs, open_inputs
-from bitsmith.run.merge_output import copy_student, write_merged
+from bitsmith.run.merge_output import copy_student, recorder, write_merged
 from bitsmith.run.merge_plan import MergePlan, merge_plan
 from bitsmith.run.merge_recipe import MergeRecipe
 from bitsmith.run.merge_trial import HeldOut, TrialMeasure, figure, held_out
@@ -29,6 +29,7 @@ from bitsmith.run.merge_written import PACKED_AS
 from bitsmith.run.paired import paired as pair
 from bitsmith.run.paired_cost import PairedCost, cost_of
 from bitsmith.run.paired_inputs import LayerMap, Sides
+from bitsmith.run.record import source_facts
 from bitsmith.run.workplace import Workplace, beside, digest, refuse_output
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.hub import local
@@ -322,15 +323,29 @@ class _Merge:
 
     def _write(self, plan: MergePlan, decision: Decision, place: Workplace) -> dict[str, Any]:
         folder, source = place.folder / _MADE, self._inputs.student.checkpoint
+        alphas = decision.alphas.to_json()
+        models = {"model": source, "teacher": self._inputs.teacher.checkpoint}
+        finish = recorder(
+            source,
+            folder,
+            {part: source_facts(model, folder) for part, model in models.items()},
+            {
+                "recipe": self._ask.recipe.to_json(),
+                "alphas": alphas,
+                "texts_sha256": list(self._inputs.texts.sha256),
+                "paired_sha256": plan.paired.digest,
+            },
+        )
         if decision.alphas.is_zero:
-            return copy_student(source, folder, progress=self._progress) | {"notes": []}
+            return copy_student(source, folder, finish=finish, progress=self._progress) | {"notes": []}
         view = plan.view(decision.alphas)
         notes = _notes(self._inputs.student, view)
         return {"notes": notes} | write_merged(
             view,
             folder,
-            {**self._inputs.key, "alphas": decision.alphas.to_json(), "paired": plan.paired.digest},
+            {**self._inputs.key, "alphas": alphas, "paired": plan.paired.digest},
             shard_bytes=self._at.shard_bytes,
+            finish=finish,
             progress=self._progress,
         )
 

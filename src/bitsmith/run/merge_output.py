@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bitsmith.archs.tokenizer import tokenizer_folder
 from bitsmith.passes.merge_fold import MergedView
 from bitsmith.progress import Progress
+from bitsmith.run.decoded import relative_error
 from bitsmith.run.folder import SIDE_FILES
 from bitsmith.run.merge_written import WrittenTensor, as_written
-from bitsmith.store.atomic import Chunk, atomic_folder
+from bitsmith.run.record import TensorFacts, output_record
+from bitsmith.store import open_checkpoint
+from bitsmith.store.atomic import Chunk, Content, Finish, atomic_folder
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.journal import Key
+from bitsmith.store.manifest import write_manifest
 from bitsmith.store.parts import Parts, finished_parts
 from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME, side_file, side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, TensorData, write_safetensors
@@ -29,13 +33,15 @@ def write_merged(
     *,
     sources: Iterable[Path] = (),
     shard_bytes: int = SHARD_BYTES,
+    finish: Finish | None = None,
     progress: Progress,
 ) -> dict[str, Any]:
     """Write the student's checkpoint with what `view` changes; return how many tensors changed and did not.
 
     Tensors keep names, order and types; packed weights become BF16, without a `quantization_config`. What is
     not changed has the student's own bytes. Tensors are made one after the other beside the folder, where a
-    killed run of the same `key` finds those it had finished. Raises as `write_safetensors` does.
+    killed run of the same `key` finds those it had finished; `finish` is told of the whole folder before it
+    appears. Raises as `write_safetensors` does.
     """
     made = as_written(view)
     changed = {name: ref for name, ref in made.items() if isinstance(ref, WrittenTensor)}
@@ -67,12 +73,15 @@ def write_merged(
             files=side_files(tokenizer_folder(view), SIDE_FILES),
             overwrite=True,
             sources=sources,
+            finish=finish,
         )
         resumed = parts.resumed
     return {"tensors_changed": len(changed), "tensors_kept": len(made) - len(changed), "resumed": resumed}
 
 
-def copy_student(student: Checkpoint, folder: Path, *, progress: Progress) -> dict[str, Any]:
+def copy_student(
+    student: Checkpoint, folder: Path, *, finish: Finish | None = None, progress: Progress
+) -> dict[str, Any]:
     """Write the student as it is stored, byte for byte: its shards, config and tokenizer.
 
     Raises OutputError as `atomic_folder` does.
@@ -84,7 +93,9 @@ def copy_student(student: Checkpoint, folder: Path, *, progress: Progress) -> di
     texts |= {} if index is None else {INDEX_NAME: index}
     total = sum(file.stat().st_size for file in student.files)
     done = 0
-    with atomic_folder(folder, last=last, stale=lambda _: True, overwrite=True, expect_bytes=total) as part:
+    with atomic_folder(
+        folder, last=last, stale=lambda _: True, overwrite=True, expect_bytes=total, finish=finish
+    ) as part:
         for name, raw in texts.items():
             (part / name).write_bytes(raw)
         for file, name in names.items():
@@ -94,6 +105,30 @@ def copy_student(student: Checkpoint, folder: Path, *, progress: Progress) -> di
                     done += len(chunk)
                     progress("write", done, total)
     return {"tensors_changed": 0, "tensors_kept": len(student), "resumed": 0}
+
+
+def recorder(
+    student: Checkpoint, folder: Path, sources: Mapping[str, Mapping[str, Any]], options: Mapping[str, Any]
+) -> Finish:
+    """Return what writes the record and the manifest of a merge in `folder`, told of it before it appears.
+
+    Errors of tensors are to the student's, as both are read: how far the merge moved each.
+    """
+
+    def finish(content: Content) -> None:
+        with open_checkpoint(content[CONFIG_NAME].parent) as made:
+            rows = [
+                TensorFacts(name, name, ref.dtype, ref.shape, _moved(student, ref))
+                for name, ref in made.items()
+            ]
+        write_manifest(folder, output_record(folder, "merge", sources, options, rows), content=content)
+
+    return finish
+
+
+def _moved(student: Checkpoint, ref: TensorRef) -> float | None:
+    own = student.get(ref.name)
+    return None if own is None or own.shape != ref.shape else relative_error(own, ref)
 
 
 def _home(checkpoint: Checkpoint) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 from bitsmith import __version__
 from bitsmith.store.checkpoint import Checkpoint
@@ -13,15 +13,38 @@ from bitsmith.store.checkpoint import Checkpoint
 ERROR_UNIT = "sum (w - decoded)² / sum w², w as read from the source (after the transforms, if there are any)"
 
 
+class _Written(Protocol):
+    """What writers of whole checkpoints tell of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def relative_error(self) -> float: ...
+    @property
+    def rounder(self) -> str: ...
+
+
 class TensorFacts(NamedTuple):
-    """One tensor of an output; `source` is the name of what it was made of, `error` is in `ERROR_UNIT`."""
+    """One tensor of an output; `source` is the name of what it was made of, `error` is in `ERROR_UNIT`.
+
+    The error is None where there is nothing to compare with.
+    """
 
     name: str
     source: str
     type: str
     shape: tuple[int, ...]
-    error: float
+    error: float | None
     rounder: str = ""
+
+    @classmethod
+    def of(cls, written: _Written, stored_as: str) -> Self:
+        """Return the facts of a tensor that keeps its name."""
+        return cls(
+            written.name, written.name, stored_as, written.shape, written.relative_error, written.rounder
+        )
 
 
 def output_record(
@@ -68,3 +91,13 @@ def source_facts(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         "path": os.path.relpath(path, out.absolute().parent),
         "sha256": checkpoint.source_digest,
     }
+
+
+def rebased(record: Mapping[str, Any], made: Path, out: Path) -> dict[str, Any]:
+    """Return the record of an output that moves from `made` to `out`."""
+    sources = {part: dict(facts) for part, facts in record["sources"].items()}
+    for facts in sources.values():
+        if facts.get("path"):
+            path = os.path.normpath(made.absolute().parent / facts["path"])
+            facts["path"] = os.path.relpath(path, out.absolute().parent)
+    return {**record, "output": out.name, "sources": sources}

@@ -167,7 +167,7 @@ class _Run:
             self._place.drop(BASELINE_NAME)
         rows, rounds, written = self._passing(self._rows())
         if written.ratio is not None:
-            self._place.place(written.sha256)
+            self._place.place(written.sha256, kind="sahc")
         else:
             rows = [replace(row, ratio=None) for row in rows]
         passed, failed, unmeasured = counted(rows, written.gates)

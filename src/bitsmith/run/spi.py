@@ -108,6 +108,7 @@ def write_spi(
         statistics=statistics,
         rounder=rounder,
         overwrite=overwrite,
+        recipe={"recipe": "spi", "critical": critical, "by": by, "seed": seed},
         progress=progress,
     )
     return SpiRecord(selection, folder, time.monotonic() - started)

@@ -8,12 +8,13 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from bitsmith.errors import OutputError
-from bitsmith.store.atomic import refuse_taken
+from bitsmith.run.record import rebased
+from bitsmith.store.atomic import Content, files_in, refuse_taken
 from bitsmith.store.journal import Journal, Key, result_folder
-from bitsmith.store.manifest import write_manifest
+from bitsmith.store.manifest import manifest_of, read_record, record_of, write_manifest
 from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME
 from bitsmith.store.safetensors_writer import move_checkpoint
 
@@ -97,17 +98,28 @@ class Workplace:
             return is_whole(self.out, sha256) or is_whole(self.folder / name, sha256)
         return is_whole(self.folder / name, sha256)
 
-    def place(self, sha256: str) -> None:
-        """Make the candidate the output, with its manifest. Raises OutputError as `move_checkpoint` does."""
+    def place(self, sha256: str, **facts: Any) -> None:
+        """Make the candidate the output, with its manifest and its record, `facts` replaced in it.
+
+        Raises OutputError as `move_checkpoint` does.
+        """
         self.journal.add(_PLACING, sha256)
+        made = self.folder / self._candidate
+
+        def finish(content: Content) -> None:
+            write_manifest(self.out, {**rebased(read_record(made), made, self.out), **facts}, content=content)
+
         if not is_whole(self.out, sha256):
-            made = self.folder / self._candidate
-            move_checkpoint(made, self.out, overwrite=self._overwrite, sources=self._sources)
-        write_manifest(self.out)
+            move_checkpoint(made, self.out, overwrite=self._overwrite, sources=self._sources, finish=finish)
+        elif record_of(made).exists():  # a killed run was about to let go of it
+            finish(files_in(self.out))
+        self.drop(self._candidate)
 
     def drop(self, name: str) -> None:
-        """Remove an artifact that is not to be kept."""
+        """Remove an artifact that is not to be kept, with what lies beside it."""
         shutil.rmtree(self.folder / name, ignore_errors=True)
+        for path in (manifest_of(self.folder / name), record_of(self.folder / name)):
+            path.unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Let go of what the run kept: with an error, the folder goes too if this run made it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bitsmith.errors import BitsmithError
-from bitsmith.store.atomic import Chunk, atomic_folder, write_chunk
+from bitsmith.store.atomic import Chunk, Finish, atomic_folder, write_chunk
 from bitsmith.store.safetensors import (
     INDEX_NAME,
     ITEM_BYTES,
@@ -48,13 +48,14 @@ def write_safetensors(
     files: Mapping[str, bytes] | None = None,
     overwrite: bool = False,
     sources: Iterable[Path] = (),
+    finish: Finish | None = None,
 ) -> None:
     """Write a checkpoint folder, atomically: config.json, shards of at most `shard_bytes`, and their index.
 
     One shard is `model.safetensors` without an index. A tensor larger than `shard_bytes` gets a shard of its
-    own. `files` (tokenizer and the like) are written beside them by name. Raises OutputError as
-    `atomic_folder` does, BitsmithError for a tensor given twice, of an unknown dtype or whose chunks do not
-    add up to its size.
+    own. `files` (tokenizer and the like) are written beside them by name, and `finish` is told of the whole
+    folder before it appears. Raises OutputError as `atomic_folder` does, BitsmithError for a tensor given
+    twice, of an unknown dtype or whose chunks do not add up to its size.
     """
     listed = [TensorData(*tensor) for tensor in tensors]
     _refuse_unsound(listed)
@@ -65,7 +66,13 @@ def write_safetensors(
     last = INDEX_NAME if INDEX_NAME in texts else SINGLE_NAME
     nbytes = sum(map(len, [*headers, *texts.values()])) + sum(tensor.nbytes for tensor in listed)
     with atomic_folder(
-        folder, last=last, stale=_is_model_file, overwrite=overwrite, expect_bytes=nbytes, sources=sources
+        folder,
+        last=last,
+        stale=_is_model_file,
+        overwrite=overwrite,
+        expect_bytes=nbytes,
+        sources=sources,
+        finish=finish,
     ) as part:
         for name, header, shard in zip(names, headers, shards, strict=True):
             _write_shard(part / name, header, shard, folder / name)
@@ -74,7 +81,12 @@ def write_safetensors(
 
 
 def move_checkpoint(
-    made: Path, folder: Path, *, overwrite: bool = False, sources: Iterable[Path] = ()
+    made: Path,
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path] = (),
+    finish: Finish | None = None,
 ) -> None:
     """Move all files of a checkpoint folder into `folder`, which appears as `write_safetensors` makes it.
 
@@ -82,7 +94,9 @@ def move_checkpoint(
     """
     files = sorted(made.iterdir())
     last = INDEX_NAME if made / INDEX_NAME in files else SINGLE_NAME
-    with atomic_folder(folder, last=last, stale=_is_model_file, overwrite=overwrite, sources=sources) as part:
+    with atomic_folder(
+        folder, last=last, stale=_is_model_file, overwrite=overwrite, sources=sources, finish=finish
+    ) as part:
         for path in files:
             path.replace(part / path.name)
     made.rmdir()
