@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith.errors import BitsmithError
+from bitsmith.store.manifest import check_manifest
 
 KILL, FULL, FULL_ONCE = 0, 1, 2
 """At the n-th change: the process ends; the disk is full from there on; it is full for that one."""
 
-MEMORY = Path("/dev/shm")
+MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of its own is made there)
 """A disk that syncs at once: what is synced is counted, not waited for."""
 _STATE = struct.Struct("5q")  # count, stop, kind, process that ends too, armed
 _SOURCE = Path(__file__).with_name("crash_points.c")
@@ -128,12 +129,13 @@ def stage(folder: Path, program: Path | None = None, warm: Sequence[Sequence[str
 class Play:
     """A command, what is there before it, and what may differ: `varying` keys of its JSON files.
 
-    `works` are names under which it works in the open, `journals` what a killed run may leave for the next.
+    `works` are names under which it works in the open, and `out` is the output that a manifest lies beside.
     """
 
     words: tuple[str, ...]
     before: Path | None = None
     works: tuple[str, ...] = ()
+    out: str | None = None
     varying: frozenset[str] = field(
         default_factory=lambda: frozenset({"seconds", "peak_memory_bytes", "resumed", "time", "size_bytes"})
     )
@@ -195,9 +197,9 @@ def chosen(count: int, most: int | None) -> list[int]:
 def sweep(on: Stage, play: Play, *, kind: int = KILL, most: int | None = None) -> int:
     """Stop a play at its points, look at what is left, run it again; return at how many points.
 
-    After each: what is in the open is as before or as after an undisturbed run, file by file; the same command
-    then ends well, or says that the output exists where it is whole; and the folder is byte for byte that of
-    an undisturbed run, with nothing left over.
+    After each: what is in the open is as before or as after an undisturbed run, file by file; the same
+    command then ends well, or says that the output exists where it is whole; and the folder is byte for byte
+    that of an undisturbed run, with nothing left over.
     """
     folder = on.root / "play"
     fresh(play, folder)
@@ -214,7 +216,7 @@ def sweep(on: Stage, play: Play, *, kind: int = KILL, most: int | None = None) -
             assert stopped.code == -signal.SIGKILL, (where, stopped.said)
         else:
             _check_refused(stopped, where)
-        _check_left(in_the_open(files_under(folder, play.varying), play.works), (old, done), where)
+        _check_left(play, folder, (old, done), where)
         if kind != KILL and stopped.code == 0:
             assert files_under(folder, play.varying) == done, where
             continue
@@ -230,9 +232,17 @@ def _check_refused(stopped: Done, where: str) -> None:
         assert "No space left on device" in stopped.said, (where, stopped.said)
 
 
-def _check_left(found: Mapping[str, str], allowed: Sequence[Mapping[str, str]], where: str) -> None:
+def _check_left(play: Play, folder: Path, allowed: Sequence[Mapping[str, str]], where: str) -> None:
+    """Each file is the old one or the new one; where an output is some of both, its manifest says so."""
+    found = in_the_open(files_under(folder, play.varying), play.works)
     for name, digest in found.items():
         assert any(one.get(name) == digest for one in allowed), f"{where}: leaves a partial {name}"
+    if play.out is None or not (folder / play.out).exists():
+        return
+    own = {name: digest for name, digest in found.items() if name.split("/")[0] == play.out}
+    wholes = [{name: one[name] for name in one if name.split("/")[0] == play.out} for one in allowed]
+    if own not in wholes:
+        assert check_manifest(folder / play.out), f"{where}: is torn, and its manifest does not say so"
 
 
 def _check_again(on: Stage, play: Play, folder: Path, done: Mapping[str, str], where: str) -> None:
@@ -309,7 +319,7 @@ def _performed(scenes: Mapping[str, Scene], request: dict[str, Any], said: Path)
         if words[0] in scenes:
             scenes[words[0]]("--overwrite" in words)
             return 0
-        from bitsmith.cli.main import main  # noqa: PLC0415 (scenes need no more than the store)
+        from bitsmith.cli.main import main
 
         sys.argv = ["bitsmith", *words]
         main()

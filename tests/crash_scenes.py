@@ -1,4 +1,4 @@
-"""Small runs of the store, for `crash_points`: each writes what it says in the current folder, and goes on."""
+"""Small runs of the store, for `crash_points`: each writes in the current folder what it says."""
 
 from __future__ import annotations
 
@@ -70,10 +70,11 @@ def parts(overwrite: bool) -> None:
             for chunk in kept.read(name):
                 yield chunk.tobytes()
 
-    with finished_parts(Path("out"), {"source": "s"}, NAMES, make) as kept:
-        with atomic_file(Path("out"), overwrite=overwrite) as stream:
-            for chunk in chunks(kept):
-                stream.write(chunk)
+    out = Path("out")
+    made = finished_parts(out, {"source": "s"}, NAMES, make)
+    with made as kept, atomic_file(out, overwrite=overwrite) as stream:
+        for chunk in chunks(kept):
+            stream.write(chunk)
 
 
 def artifacts(overwrite: bool) -> None:

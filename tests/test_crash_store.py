@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bitsmith.store import open_checkpoint
-from crash_points import FULL, FULL_ONCE, KILL, Play, Stage, files_under, fresh, stage, sweep
+from crash_points import FULL, FULL_ONCE, Play, Stage, stage, sweep
 from crash_scenes import SCENES
 
 PROGRAM = Path(__file__).with_name("crash_scenes.py")

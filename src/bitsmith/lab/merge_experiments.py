@@ -117,8 +117,8 @@ def merge_experiments(
             found = _run(bench, chosen, job.rows, progress)
         result = _result(job, found, resumed, time.monotonic() - started)
         write_result(out / RESULT_NAME, result.to_json())
+        journal.remove()  # before what it speaks of
         remove(out / WORK_NAME)
-        journal.remove()
     return result
 
 

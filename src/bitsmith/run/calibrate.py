@@ -32,7 +32,7 @@ from bitsmith.run.sites import SiteForward, States
 from bitsmith.store.atomic import atomic_folder, link_file, refuse_full, refuse_taken, sync_path
 from bitsmith.store.hub import local
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
-from bitsmith.store.journal import Journal, content_key, key_digest
+from bitsmith.store.journal import Journal, content_key, key_digest, remove_work
 from bitsmith.store.statistics import (
     SiteStatistics,
     imatrix_of,
@@ -330,7 +330,7 @@ class _Work:
 
     def remove(self) -> None:
         """Delete the folder: the run it served is whole."""
-        shutil.rmtree(self.folder)
+        remove_work(self.folder)
 
     def run(self, progress: Progress) -> dict[str, SiteEntry]:
         """Do all steps that are not in the journal; return the manifest's entries of all sites."""

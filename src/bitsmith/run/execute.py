@@ -26,13 +26,16 @@ from bitsmith.run.plan_file import read_plan, read_transforms
 from bitsmith.run.record import TensorFacts, output_record, source_facts
 from bitsmith.run.transforms import SIDECAR_SUFFIX, refuse_inexact, sidecar_bytes, solved
 from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
-from bitsmith.store.atomic import Content, Finish, refuse_taken
+from bitsmith.store.atomic import Content, Finish, refuse_full, refuse_taken
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.manifest import write_manifest
 from bitsmith.store.parts import Parts
 from bitsmith.store.statistics import Statistics, open_statistics
+from bitsmith.store.stored import PLAIN
 
 _WRITTEN = TypeAdapter(Written)
+KEPT_BYTES = 4 << 20
+"""From this size on, as written, a finished tensor is kept for the next run should this one die."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,15 @@ def plan_for(
     plan_file: Path | None = None,
     statistics: Path | None = None,
     transforms: Sequence[Transform] = (),
+    allow_requantize: bool = False,
 ) -> Plan:
     """Return the plan that `compress` would carry out; nothing is written. Raises as `compress` does.
 
     Transforms are not searched for the best scales and orders here.
     """
     with open_checkpoint(model) as checkpoint:
-        source = open_source(checkpoint, _transforms(transforms, plan_file))
+        steps = _transforms(transforms, plan_file)
+        source = open_source(checkpoint, steps, allow_requantize=allow_requantize)
         refuse_inexact(source)
         opened = None if statistics is None else statistics_of(source, statistics)
         return _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
@@ -112,17 +117,19 @@ def compress(
     follow: Callable[[Statistics, Sequence[TensorSpec]], Statistics] | None = None,
     transforms: Sequence[Transform] = (),
     vectors: Mapping[str, Vectors] | None = None,
+    allow_requantize: bool = False,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Record:
-    """Write `model` (a Hugging Face folder, a safetensors file or a float GGUF) to the GGUF `out`.
+    """Write `model` (a Hugging Face folder, a safetensors file or a GGUF) to the GGUF `out`.
 
     Types come from a stock mix, `type_name` (default Q4_K_M), or from `plan_file`, a YAML plan. `transforms`
     are done to the model before, solved for those types unless `vectors` has theirs by name; their vectors go
     to `OUT.transforms`, digests and every tensor's error to `OUT.sha256` and `OUT.record.json`. `statistics`
     (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run that has them goes on
     with the tensor it was at. `follow` may put others in the place of those opened: they are told of every
-    tensor as it is encoded, in their own order. Memory holds one slice of one tensor and one site's
+    tensor as it is encoded, in their own order. With `allow_requantize` weights that are rounded already are
+    rounded again; what a GGUF holds in the planned type is copied, as llama-quantize does. Memory holds one slice of one tensor and one site's
     statistics at a time. The bytes depend on the source (and its folder's name, which
     becomes `general.name`) and the options alone.
 
@@ -133,7 +140,8 @@ def compress(
     started = time.monotonic()
     check_output(out, overwrite)
     with open_checkpoint(model) as checkpoint:
-        source = open_source(checkpoint, _transforms(transforms, plan_file))
+        steps = _transforms(transforms, plan_file)
+        source = open_source(checkpoint, steps, allow_requantize=allow_requantize)
         opened = None if statistics is None else statistics_of(source, statistics)
         kept = check_rounder(rounder, opened, statistics)
         todo = _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
@@ -256,19 +264,24 @@ def _planned(
     if plan_file is not None:
         if type_name is not None or pure or tensor_types:
             raise BitsmithError("a plan names every type; pass it without --type, --pure and --tensor-type")
-        return read_plan(plan_file, source)
-    return plan_source(
-        source,
-        type_name or "Q4_K_M",
-        pure=pure,
-        tensor_types=tensor_types,
-        no_fallback=no_fallback,
-        has_imatrix=statistics is not None,
-    )
+        planned = read_plan(plan_file, source)
+    else:
+        planned = plan_source(
+            source,
+            type_name or "Q4_K_M",
+            pure=pure,
+            tensor_types=tensor_types,
+            no_fallback=no_fallback,
+            has_imatrix=statistics is not None,
+        )
+    return replace(planned, notes=(*planned.notes, *(() if statistics is None else statistics.notes)))
 
 
 class _Job:
-    """One file being written: what is guided by statistics goes through parts that outlive a killed run."""
+    """One file being written: what is guided by statistics or large goes through parts.
+
+    They outlive a killed run.
+    """
 
     def __init__(
         self,
@@ -295,15 +308,21 @@ class _Job:
     def write(self, overwrite: bool, finish: Finish) -> None:
         """Encode and write everything; `finish` is told before the file appears."""
         guided = [row for row in self._plan.rows if self._is_guided(row)]
-        if not guided:
+        large = [row for row in self._plan.rows if row not in guided and _takes_long(row)]
+        if not guided and not large:
             self._write_file(None, overwrite, finish)
         else:
             with Parts(self._out, self._key(), overwrite=overwrite) as parts:
                 self.resumed = parts.resumed
+                missing = [row for row in (*guided, *large) if row.gguf_name not in parts.finished]
+                refuse_full(self._out, self._plan.tensor_bytes + sum(row.nbytes for row in missing))
                 for row in self._ordered(guided):
                     self._part(parts, row)
+                    self._tell_statistics(parts, row)
+                for row in large:
+                    self._part(parts, row)
                 self._write_file(parts, overwrite, finish)
-            parts.remove()
+                parts.remove()
 
     def _ordered(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
         """Return `guided` in the statistics' order, and tell them of the tensors that nothing guides."""
@@ -328,15 +347,27 @@ class _Job:
     def _part(self, parts: Parts, row: PlanRow) -> None:
         name = row.gguf_name
         if name not in parts.finished:
-            written = self._encoder.encode_guided(
-                self._tensors[name], row, lambda blocks: parts.write(name, self._counted(blocks))
-            )
-            parts.add(name, [name], asdict(written))
+            parts.add(name, [name], asdict(self._encoded(parts, row)))
         self._written[name] = _WRITTEN.validate_python(parts.note(name))
-        if self._statistics is not None:
-            stored = blocks_in(parts.path(name), name, row.shape, format_named(row.type))
-            self._statistics.encoded(self._tensors[name].spec, stored)
         self._report(0)
+
+    def _encoded(self, parts: Parts, row: PlanRow) -> Written:
+        """Write a tensor's blocks as a part and return its record."""
+        name, tensor = row.gguf_name, self._tensors[row.gguf_name]
+
+        def write(blocks: Iterable[Bytes]) -> None:
+            parts.write(name, self._counted(blocks))
+
+        if self._is_guided(row):
+            return self._encoder.encode_guided(tensor, row, write)
+        noted: list[Written] = []
+        write(self._encoder.encode(tensor, row, noted.append))
+        return noted[0]
+
+    def _tell_statistics(self, parts: Parts, row: PlanRow) -> None:
+        if self._statistics is not None:
+            stored = blocks_in(parts.path(row.gguf_name), row.gguf_name, row.shape, format_named(row.type))
+            self._statistics.encoded(self._tensors[row.gguf_name].spec, stored)
 
     def _counted(self, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
         done = 0
@@ -378,6 +409,11 @@ class _Job:
 
     def _note(self, written: Written) -> None:
         self._written[written.gguf_name] = written
+
+
+def _takes_long(row: PlanRow) -> bool:
+    """Tell whether a tensor is worth keeping if the run dies after it: large, and searched for."""
+    return row.nbytes >= KEPT_BYTES and row.type not in PLAIN
 
 
 def _rounded(ref: TensorRef, form: Format) -> TensorRef:

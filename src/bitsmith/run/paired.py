@@ -32,7 +32,7 @@ from bitsmith.run.paired_inputs import Corpus, LayerMap, Sides, Tokens, checked_
 from bitsmith.run.paired_sums import PlaceShape, PlaceSums
 from bitsmith.run.sites import States
 from bitsmith.store.atomic import atomic_folder, link_file, remove, sync_path
-from bitsmith.store.journal import Journal, content_key
+from bitsmith.store.journal import Journal, content_key, remove_work
 from bitsmith.store.paired import (
     EMBED_NAME,
     FINAL_NAME,
@@ -113,7 +113,7 @@ def paired(
                 for name in files:
                     link_file(work.folder / name, part / name)
             write_paired_manifest(part / MANIFEST_NAME, run.manifest(files, work.layer_map))
-        remove(work.folder)
+        remove_work(work.folder)
     found = open_paired(out)
     found.resumed_steps = work.resumed
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,7 +41,7 @@ from bitsmith.run.transforms import asked_for, block_formats
 from bitsmith.run.tune import TuneOptions, TuneRecord, tune
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import refuse_taken
-from bitsmith.store.journal import Journal, content_key
+from bitsmith.store.journal import Journal, content_key, remove_work
 from bitsmith.store.statistics import Statistics
 
 PLAN_SUFFIX = ".plan.yaml"
@@ -105,7 +104,7 @@ def _check_goal(job: Job, goal: Target | None) -> None:
     if job.type_name or job.plan_file or job.pure or job.tensor_types:
         raise BitsmithError("a target chooses the types itself; pass it without types, a plan or overrides")
     with open_checkpoint(job.model) as checkpoint:
-        source = open_source(checkpoint, asked_for(job.transforms))
+        source = open_source(checkpoint, asked_for(job.transforms), allow_requantize=job.allow_requantize)
         Costs(source, groups_of(source), limit_of(source, goal)).refuse_too_small()
 
 
@@ -122,12 +121,12 @@ def _opened(job: Job, progress: Progress) -> Iterator[_Recipe]:
             yield _Recipe(job, work, journal, progress)
         except OutputError:
             if set(work.iterdir()) == {journal.path}:
-                shutil.rmtree(work, ignore_errors=True)
+                remove_work(work)
             raise
         except BitsmithError:
-            shutil.rmtree(work, ignore_errors=True)
+            remove_work(work)
             raise
-        shutil.rmtree(work, ignore_errors=True)
+        remove_work(work)
 
 
 def _key(job: Job) -> dict[str, Any]:
@@ -158,7 +157,7 @@ class _Recipe:
         self._path = job.statistics or self._learned()
         self._follows = job.follows(self._path)
         with open_checkpoint(job.model) as checkpoint:
-            self._statistics = statistics_of(open_source(checkpoint), self._path)
+            self._statistics = statistics_of(open_source(checkpoint, allow_requantize=True), self._path)
         self._tokens = held_out_tokens(job.model, self._statistics)
         if job.tune and (self._statistics.held_chunks or 0) < 1:
             raise BitsmithError("tuning needs held-out chunks, and these have none", path=self._path)
@@ -323,5 +322,6 @@ class _Recipe:
 
     def _write_plan(self, plan: Plan, path: Path, nats: Mapping[str, float] | None) -> None:
         with open_checkpoint(self._job.model) as checkpoint:
-            source = open_source(checkpoint, [transform_of(name) for name in plan.transforms])
+            transforms = [transform_of(name) for name in plan.transforms]
+            source = open_source(checkpoint, transforms, allow_requantize=True)
             write_plan(plan, path, source, nats, overwrite=True)

@@ -103,9 +103,9 @@ def study_formats(
                 )
             )
             write_result(out / RESULT_NAME, result.to_json())
+            journal.remove()  # before what it speaks of
             if known is not None and statistics is None and not keep:
                 shutil.rmtree(known, ignore_errors=True)
-            journal.remove()
     return result
 
 
