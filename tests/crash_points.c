@@ -23,7 +23,7 @@
 struct state {
     atomic_long count; /* changes so far */
     atomic_long stop;  /* the one that is not reached; 0: none */
-    atomic_long full;  /* 0: end the processes; 1: the disk is full from there on; 2: it is so for that one */
+    atomic_long full;  /* 0: end the processes; 1: the disk is full from there on; 2: for that one; 3: pause there */
     atomic_long main;  /* the process that is ended with the one that got there; 0: that one alone */
     atomic_long armed;
 };
@@ -91,6 +91,10 @@ static int reached(const char *what, const char *path, int takes_room, int is_sy
     if (!stop || number < stop) return 0;
     long full = atomic_load(&shared->full);
     if (full == 0) return -1;
+    if (full == 3) {
+        if (number == stop) kill(getpid(), SIGSTOP);
+        return 0;
+    }
     if (number > stop && full == 2) return 0;
     return takes_room || (is_sync && number == stop) ? ENOSPC : 0;
 }

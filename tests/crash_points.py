@@ -25,8 +25,8 @@ from typing import Any
 from bitsmith.errors import BitsmithError
 from bitsmith.store.manifest import check_manifest
 
-KILL, FULL, FULL_ONCE = 0, 1, 2
-"""At the n-th change: the process ends; the disk is full from there on; it is full for that one."""
+KILL, FULL, FULL_ONCE, PAUSE = 0, 1, 2, 3
+"""At the n-th change: the process ends; the disk is full from there on; it is full for that one; it waits."""
 
 MEMORY = Path("/dev/shm")  # noqa: S108 (a folder of its own is made there)
 """A disk that syncs at once: what is synced is counted, not waited for."""
@@ -98,11 +98,17 @@ class Stage:
         found = self._ask({"words": list(words), "cwd": str(cwd), "stop": stop, "kind": kind})
         return Done(found["code"], found["changes"], self._said.read_text(errors="replace"))
 
+    def run_twice(self, words: Sequence[str], cwd: Path, stop: int) -> tuple[Done, Done]:
+        """Run a command, and once more while the first waits at a change; return how the two ended."""
+        request = {"words": list(words), "cwd": str(cwd), "stop": stop, "kind": PAUSE}
+        found = self._ask(request)
+        said = [path.read_text(errors="replace") for path in (self._said, _beside(self._said))]
+        return Done(found["code"], found["changes"], said[0]), Done(found["second"], 0, said[1])
+
     def close(self) -> None:
         """End the warm process."""
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._process.wait(30)
+        with self._process:  # closes its pipes, and waits
+            pass
         shutil.rmtree(self.root, ignore_errors=True)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -294,12 +300,25 @@ def _forked(scenes: Mapping[str, Scene], request: dict[str, Any], state: Path, s
             code = _performed(scenes, request, said)
         finally:
             os._exit(code)
-    _, status = os.waitpid(child, 0)
+    second = None
+    _, status = os.waitpid(child, os.WUNTRACED)
+    if os.WIFSTOPPED(status):
+        second = os.fork()
+        if second == 0:
+            _write_state(state, (0, 0, 0, 0, 0))
+            os._exit(_performed(scenes, request, _beside(said)))
+        second = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+        os.kill(child, signal.SIGCONT)
+        _, status = os.waitpid(child, 0)
     count = _STATE.unpack(state.read_bytes())[0]
     _write_state(state, (0, 0, 0, 0, 0))
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)  # its workers
-    return {"code": os.waitstatus_to_exitcode(status), "changes": count}
+    return {"code": os.waitstatus_to_exitcode(status), "changes": count, "second": second}
+
+
+def _beside(said: Path) -> Path:
+    return said.with_name("said by the second")
 
 
 def _write_state(path: Path, values: tuple[int, ...]) -> None:

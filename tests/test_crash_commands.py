@@ -9,13 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bitsmith.lab.models import STUDENT_MODEL, TEACHER_MODEL
-from crash_points import FULL, KILL, Play, Stage, files_under, in_the_open, stage, sweep
+from crash_points import FULL, KILL, Play, Stage, files_under, fresh, in_the_open, stage, sweep
 
 MODEL, TEACHER = str(STUDENT_MODEL), str(TEACHER_MODEL)
 CALIBRATE = ("calibrate", MODEL, "--text", "TEXT", "--ctx", "64", "--chunks", "6", "--no-saliency")
@@ -91,13 +91,7 @@ def on(tmp_path_factory: pytest.TempPathFactory, made: dict[str, str]) -> Iterat
 
 
 def filled(play: Play, made: dict[str, str]) -> Play:
-    return Play(
-        tuple(made.get(word, word) for word in play.words),
-        before=play.before,
-        works=play.works,
-        out=play.out,
-        varying=play.varying,
-    )
+    return replace(play, words=tuple(made.get(word, word) for word in play.words))
 
 
 @pytest.mark.slow
@@ -138,3 +132,100 @@ def test_killed_while_it_replaces_an_earlier_output(
     shutil.copytree(before, tmp_path / "before")
     again = Play((*play.words, "--overwrite"), before=tmp_path / "before", out=play.out)
     assert sweep(on, again, most=40) > 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", [*WRITERS, *LONG])
+def test_an_output_that_exists_and_a_second_run(on: Stage, made: dict[str, str], name: str) -> None:
+    """A run beside another on one output is refused, and so is one after it; neither changes anything."""
+    play = filled((WRITERS | LONG)[name], made)
+    folder = on.root / "play"
+    fresh(play, folder)
+    alone = on.run(play.words, folder)
+    assert alone.code == 0, alone.said
+    done = files_under(folder, play.varying)
+    fresh(play, folder)
+    first, second = on.run_twice(play.words, folder, 1 + alone.changes // 2)
+    assert first.code == 0, first.said
+    assert second.code == 1 and "is being written by another run" in second.said, second.said
+    assert files_under(folder, play.varying) == done
+    again = on.run(play.words, folder)
+    assert again.code == 1 and "exists" in again.said and "Traceback" not in again.said, again.said
+    assert files_under(folder, play.varying) == done
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+@pytest.mark.parametrize("name", [*WRITERS, *LONG])
+def test_an_output_that_is_the_input(
+    on: Stage, made: dict[str, str], name: str, overwrite: list[str]
+) -> None:
+    play = filled((WRITERS | LONG)[name], made)
+    if name in ("synth", "text"):
+        pytest.skip("it has no input")
+    folder = on.root / "play"
+    fresh(play, folder)
+    shutil.copytree(MODEL, folder / "in")
+    put = ("compress", "in", "-o", "in.gguf", "--type", "F16")
+    assert on.run(put, folder).code == 0
+    for out in _inputs_as_outputs(play):
+        before = files_under(folder)
+        words = [out if word.startswith("out") else word for word in play.words]
+        source = "in.gguf" if out == "in.gguf" else "in"
+        words = [source if word == MODEL else word for word in words]
+        found = on.run([*words, *overwrite], folder)
+        assert found.code == 1 and "Traceback" not in found.said, found.said
+        assert files_under(folder) == before
+        if overwrite:
+            assert "input" in found.said, found.said
+
+
+def _inputs_as_outputs(play: Play) -> list[str]:
+    """Return what the play could be told to write that is its input: the folder, or a file of its kind."""
+    out = next(word for word in play.words if word.startswith("out"))
+    return {".gguf": ["in.gguf"], "": ["in"]}.get(Path(out).suffix, [])
+
+
+RANDOM_KILLS = 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    "name", ["gguf with statistics", "packed folder with statistics", "statistics", "assay", *LONG]
+)
+def test_killed_at_random_moments_until_it_is_done(
+    on: Stage, made: dict[str, str], tmp_path: Path, name: str
+) -> None:
+    """A process of its own, killed again and again at moments drawn, ends with an undisturbed run's bytes."""
+    play = filled((WRITERS | LONG)[name], made)
+    folder = on.root / "play"
+    fresh(play, folder)
+    assert on.run(play.words, folder).code == 0
+    done = files_under(folder, play.varying)
+    fresh(play, folder)
+    draw, command = random.Random(name), [sys.executable, "-m", "bitsmith.cli.main", *play.words]
+    began = time.monotonic()
+    subprocess.run([*command[:3], "inspect", MODEL], check=True, capture_output=True)
+    started_seconds = time.monotonic() - began
+    for _ in range(RANDOM_KILLS):
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        try:
+            process.wait(started_seconds * draw.uniform(0.5, 2.5))
+        except subprocess.TimeoutExpired:
+            process.kill()
+        said = process.communicate()[1]
+        assert process.returncode in (0, -signal.SIGKILL) or b"exists" in said, said
+        left = in_the_open(files_under(folder, play.varying), play.works)
+        assert all(done[path] == digest for path, digest in left.items()), name
+        if process.returncode != -signal.SIGKILL:
+            break
+    last = on.run(play.words, folder)
+    assert last.code == 0 or "exists" in last.said, last.said
+    left = files_under(folder, play.varying)
+    if last.code:
+        assert in_the_open(left, play.works) == in_the_open(done, play.works)
+    else:
+        assert left == done
