@@ -9,13 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bitsmith.cli.options import fetched
 from bitsmith.errors import BitsmithError
 
 if TYPE_CHECKING:
     from bitsmith.run.generate import Continuation
 
 _Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .gguf or a .cellm file.")
+    Path,
+    typer.Argument(
+        metavar="MODEL", help="A Hugging Face folder, a .gguf or .cellm file, or org/name of the hub."
+    ),
 ]
 _Gen = Annotated[int, typer.Option("--gen", "-n", "--n-tokens", min=1, help="New tokens at most.")]
 _Temperature = Annotated[
@@ -35,7 +39,7 @@ _Tokenizer = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="PATH",
-        help="A tokenizer.json, its folder or a GGUF, for a MODEL that has no tokenizer beside it.",
+        help="A tokenizer.json, its folder, a GGUF or org/name, for a MODEL without a tokenizer beside it.",
     ),
 ]
 _Ctx = Annotated[
@@ -66,6 +70,7 @@ def generate(
     """Continue a prompt with MODEL, as text comes; speed and memory go to stderr."""
     from bitsmith.run.sampling import Sampling
 
+    model = fetched(model)
     sampling = Sampling(temperature, top_k, top_p, repeat_penalty, repeat_window, seed)
     if backend == "llama":
         from bitsmith.run.generate import continue_with_llama
@@ -102,7 +107,7 @@ def chat(
     from bitsmith.run.vocabulary import open_teller
 
     sampling = Sampling(temperature, top_k, top_p, repeat_penalty, repeat_window, seed)
-    with open_model(model) as opened, open_teller(opened, tokenizer) as teller:
+    with open_model(fetched(model)) as opened, open_teller(opened, tokenizer) as teller:
         talk = Chat(opened, sampling, teller, ctx)
         for line in _lines():
             try:

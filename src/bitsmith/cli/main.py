@@ -13,8 +13,9 @@ from bitsmith.cli import session
 from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.merge import merge
-from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, write_json
+from bitsmith.cli.options import JsonOut, Model, Overwrite, fetched, progress_bars, write_json
 from bitsmith.cli.study import study
+from bitsmith.cli.verify import verify
 from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
@@ -38,7 +39,7 @@ def inspect(model: Model, json_out: JsonOut = None) -> None:
     from bitsmith.report.terminal import print_inspection
     from bitsmith.run.inspect import inspect as run
 
-    inspection = run(model)
+    inspection = run(fetched(model))
     print_inspection(inspection)
     write_json(json_out, inspection.to_json())
 
@@ -142,9 +143,9 @@ app.command()(compress)
 
 @app.command()
 def evaluate(
-    ref: Annotated[Path, typer.Argument(metavar="REF", help="The reference: HF folder or GGUF.")],
+    ref: Annotated[Path, typer.Argument(metavar="REF", help="The reference: HF folder, GGUF, org/name.")],
     candidate: Annotated[
-        Path, typer.Argument(metavar="CANDIDATE", help="What is compared with it: HF folder or GGUF.")
+        Path, typer.Argument(metavar="CANDIDATE", help="What is compared with it: HF folder, GGUF, org/name.")
     ],
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text to measure on.")],
     ctx: Annotated[int, typer.Option("--ctx", min=8, help="Tokens per chunk.")] = 512,
@@ -165,7 +166,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    ref: Annotated[Path, typer.Argument(metavar="REF", help="The checkpoint that CANDIDATE was made of.")],
+    ref: Annotated[Path, typer.Argument(metavar="REF", help="The original: a path or org/name.")],
     candidate: Annotated[Path, typer.Argument(metavar="CANDIDATE", help="A .gguf that compress wrote.")],
     json_out: JsonOut = None,
 ) -> None:
@@ -179,6 +180,7 @@ def compare(
     write_json(json_out, {"tensors": [asdict(error) for error in errors]})
 
 
+app.command()(verify)
 app.command()(merge)
 app.command()(generate)
 app.command()(chat)
@@ -279,7 +281,9 @@ def lab_pair(
 
 @lab.command("embed")
 def lab_embed(
-    student: Annotated[Path, typer.Argument(metavar="STUDENT", help="A Qwen3 or Qwen3.5 folder.")],
+    student: Annotated[
+        Path, typer.Argument(metavar="STUDENT", help="A Qwen3 or Qwen3.5: folder or org/name.")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write: the bigger teacher.")],
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the teacher.")],
     layers: Annotated[int | None, typer.Option(min=1, help="Its layers; default the student's.")] = None,
@@ -290,7 +294,7 @@ def lab_embed(
     """Write a wider, deeper teacher that is STUDENT turned by a rotation: what a merge has to find again."""
     from bitsmith.lab.embedded import Sizes, embed_student
 
-    embed_student(student, out, Sizes(hidden, layers, ffn), seed=seed, overwrite=overwrite)
+    embed_student(fetched(student), out, Sizes(hidden, layers, ffn), seed=seed, overwrite=overwrite)
     typer.echo(f"wrote {out}")
 
 

@@ -22,10 +22,14 @@ _NAMES = {
 
 def merge(
     teacher: Annotated[
-        Path, typer.Argument(metavar="TEACHER", help="The bigger model: what weights are taken from.")
+        Path,
+        typer.Argument(
+            metavar="TEACHER", help="The bigger model, path or org/name: weights are taken of it."
+        ),
     ],
     student: Annotated[
-        Path, typer.Argument(metavar="STUDENT", help="The smaller one, a Hugging Face folder: what is made.")
+        Path,
+        typer.Argument(metavar="STUDENT", help="The smaller one, a folder or org/name: what is made."),
     ],
     text: Annotated[Path, typer.Option("--text", help="UTF-8 text that both are run on.")],
     out: Annotated[

@@ -17,7 +17,12 @@ from bitsmith.log import progressed
 from bitsmith.progress import Progress
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A Hugging Face folder, a .safetensors, .gguf or .cellm file.")
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A Hugging Face folder, a .safetensors, .gguf or .cellm file, or org/name[@revision] of the hub "
+        "(one GGUF of several: org/name:Q4_K_M, org/name/file.gguf).",
+    ),
 ]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
@@ -52,6 +57,14 @@ def progress_bars() -> Iterator[Progress]:
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+def fetched(model: Path) -> Path:
+    """Return where a model lies; one of a hub is brought into the cache first."""
+    from bitsmith.store.hub import local
+
+    with progress_bars() as progress:
+        return local(model, progress)
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bitsmith.errors import printable
 from bitsmith.report.study_json import Study, read_study
+from bitsmith.store.hub_names import last_name
 
 Json = Mapping[str, Any]
 
@@ -77,7 +77,7 @@ def text_digest(protocol: Json) -> dict[str, str]:
 
 def name_of(path: Any) -> str:
     """Return a path's last part as a name."""
-    return printable(Path(str(path)).name or str(path))
+    return printable(last_name(str(path)))
 
 
 def measured(measure: Json, style: str = ".4g") -> str:

@@ -9,6 +9,7 @@ from bitsmith.errors import printable
 from bitsmith.report import assay_figures as figures
 from bitsmith.report.page import Figure, Section, write_page
 from bitsmith.run.assay_result import Assay, ComponentRow, MatrixAssay, Rival, Verdict
+from bitsmith.store.hub_names import last_name
 
 UNMEASURED = "unmeasured"
 _KINDS = {"low_rank_wins": "low rank wins", "int4_wins": "int4 wins", "unmeasured": UNMEASURED}
@@ -16,7 +17,7 @@ _KINDS = {"low_rank_wins": "low rank wins", "int4_wins": "int4 wins", "unmeasure
 
 def write_assay_page(path: Path, assay: Assay) -> Path:
     """Write the assay as one HTML page that needs no network; stored names are shown literally."""
-    title = f"Assay of {printable(Path(assay.path).name or assay.path)}"
+    title = f"Assay of {printable(last_name(assay.path))}"
     return write_page(path, title, list(_sections(assay)))
 
 

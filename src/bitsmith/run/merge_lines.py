@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from bitsmith.store.hub_names import last_name
 
 Json = Mapping[str, Any]
 
@@ -45,7 +46,7 @@ def experiment_lines(record: Json) -> Iterator[dict[str, Any]]:
 
 def name_of(path: Any) -> str:
     """Return what a model is called: the last part of its path."""
-    return Path(str(path)).name or str(path)
+    return last_name(str(path))
 
 
 def _place(one: Json, taken: Json | None = None) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Protocol, Self
 
 from bitsmith import __version__
 from bitsmith.store.checkpoint import Checkpoint
+from bitsmith.store.hub import origin
+from bitsmith.store.hub_names import last_name
 
 ERROR_UNIT = "sum (w - decoded)² / sum w², w as read from the source (after the transforms, if there are any)"
 
@@ -86,8 +88,10 @@ def source_facts(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
     The digest (`Checkpoint.source_digest`) reads every byte.
     """
     path = os.path.abspath(checkpoint.path)  # noqa: PTH100 (links stay as named)
+    found = origin(checkpoint.path)
     return {
-        "name": os.path.basename(path),  # noqa: PTH119
+        **({} if found is None else {"hub": str(found)}),
+        "name": last_name(path),
         "path": os.path.relpath(path, out.absolute().parent),
         "sha256": checkpoint.source_digest,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitsmith.run.study_file import AUTO, Evaluation, Merging, Study
 from bitsmith.run.study_recipe import model_path, set_options
+from bitsmith.store.hub_names import told
 
 _OPTIONS = (
     "type", "recipe", "text", "target", "fit", "ctx", "chunks", "ppl_limit", "stats", "plan", "transforms",
@@ -137,7 +138,7 @@ def _place(study: Study, model: str) -> Path:
 
 
 def _line(*words: str) -> str:
-    return shlex.join(["bitsmith", *words])
+    return shlex.join(["bitsmith", *map(told, words)])
 
 
 def _statistics(model: str) -> str:

@@ -24,6 +24,7 @@ from bitsmith.run.study_graph import maker, named, window_name
 from bitsmith.run.study_lines import claim_lines, gate_line
 from bitsmith.run.task import Task
 from bitsmith.run.task_state import Status
+from bitsmith.store.hub_names import last_name
 
 _STATUS = {
     Status.PENDING: "pending",
@@ -290,7 +291,7 @@ def _row_name(model: str, recipe: str) -> str:
 def _made_of(study: Study, model: str) -> str:
     """Return what a merge is of; nothing for other models."""
     found = study.merges.get(model)
-    return "" if found is None else f"{study.teacher(model).name} merged into {found.student}"
+    return "" if found is None else f"{last_name(study.teacher(model))} merged into {found.student}"
 
 
 def _size(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -121,6 +121,20 @@ def called(path: Path) -> str:
     return real.name if real.is_dir() else real.stem
 
 
+def last_name(path: Path | str) -> str:
+    """Return the last part of a path, of a hub's snapshot its repository's name."""
+    found = origin(Path(path))
+    return found.name if found is not None and found.file is None else Path(path).name or str(path)
+
+
+def told(path: Path | str) -> str:
+    """Return how a command names a model: a hub's as `org/name@commit`, another by its path."""
+    found = origin(Path(path))
+    if found is None:
+        return str(path)
+    return str(found) if found.file is None else f"{found}/{found.file}"
+
+
 @dataclass(frozen=True)
 class Chosen:
     """The files of a repository that make a model, weights last; `entry` is what of them is opened."""
