@@ -13,8 +13,8 @@ import sys
 import time
 from contextlib import suppress
 
-ASK_SECONDS = 1.1
-KILL_SECONDS = 1.6
+ASK_SECONDS = 0.8
+KILL_SECONDS = 1.7
 _FIRST_TEXT_BYTE = 9  # bytes below are numbers of signals
 
 

@@ -111,6 +111,9 @@ def run(app: Callable[[Sequence[str]], object]) -> NoReturn:
         if code == INTERRUPTED:
             guard.say_interrupted()
         event("end", exit_code=code)
+        if code == INTERRUPTED:  # now, not when threads have ended
+            sys.stdout.flush()
+            os._exit(code)
     sys.exit(code)
 
 
@@ -186,9 +189,7 @@ class _Guard:
             _show(f"interrupted; no unfinished output is left; {how_to_resume()}")
 
     def end(self) -> None:
-        """Let it go, but after a Ctrl-C: threads that the end of the process waits for may still run."""
-        if self._lock.locked():
-            return
+        """Let it go."""
         self.tell("end")
         if threading.current_thread() is threading.main_thread():
             signal.set_wakeup_fd(self._before)
