@@ -51,9 +51,14 @@ def rope_of(arch: Architecture) -> dict[str, Any]:
 def shared_metadata(arch: Architecture, block_count: int) -> dict[str, Any]:
     """Return the keys common to all Qwen architectures; ints are UINT32 and floats FLOAT32 in the file.
 
-    Raises UnsupportedError for a rope scaling other than none, linear and yarn.
+    Raises UnsupportedError for a rope scaling other than none, linear and yarn, and for an activation
+    other than SiLU.
     """
     name, text = arch.gguf_arch, arch.text_config
+    if (activation := text.get("hidden_act") or "silu") not in ("silu", "swish"):
+        raise UnsupportedError(
+            f"hidden_act is {printable(repr(activation))}, llama.cpp's {name} has SiLU and no other"
+        )
     keys: dict[str, Any] = {f"{name}.block_count": block_count}
     if text.get("max_position_embeddings") is not None:
         keys[f"{name}.context_length"] = arch.number("max_position_embeddings")

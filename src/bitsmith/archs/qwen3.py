@@ -26,17 +26,18 @@ class Qwen3(Architecture):
 
     @property
     def text_prefix(self) -> str:
-        """Prefix of the text model's tensor names."""
-        return "model."
+        """Prefix of the text model's tensor names: `model.`, none where `Qwen3Model` alone was saved."""
+        return "" if "embed_tokens.weight" in (self.names or ()) else "model."
 
     def specs(self) -> list[TensorSpec]:
         """Return every tensor the config calls for, in block order."""
-        embed, after = trunk("model.", self.number("vocab_size"), self.number("hidden_size"), self.tied, "w")
+        vocab, hidden = self.number("vocab_size"), self.number("hidden_size")
+        embed, after = trunk(self.text_prefix, vocab, hidden, self.tied, "w")
         layers = range(self.number("num_hidden_layers"))
         return [embed, *(spec for n in layers for spec in self._layer(n)), *after]
 
     def _layer(self, n: int) -> list[TensorSpec]:
-        block = Block(f"model.layers.{n}.", n, f"layers.{n}")
+        block = Block(f"{self.text_prefix}layers.{n}.", n, f"layers.{n}")
         hidden, q = self.number("hidden_size"), self.number("num_attention_heads") * self.head_dim
         residual, kv_heads = ("residual", hidden), self.number("num_key_value_heads")
         return [

@@ -23,6 +23,7 @@ from bitsmith.store.checkpoint import TensorRef
 
 _DEFAULT_MROPE_SECTION = [11, 11, 10, 0]
 _LAYER_TYPES = ("linear_attention", "full_attention")
+_PREFIXES = ("model.language_model.", "model.", "language_model.", "")
 _ROTARY_SHARE = 0.25
 _MAX_CHANNELS = 1 << 22
 _ADD_ONE = (AddOne(),)
@@ -51,11 +52,10 @@ class Qwen35(Architecture):
 
     @property
     def text_prefix(self) -> str:
-        """`model.language_model.` in a vision-language checkpoint, else `model.`."""
-        nested = "model.language_model."
+        """`model.language_model.` beside vision, else `model.`; a bare model was saved without `model.`."""
         if self.names is None:
-            return nested if "text_config" in self.config else "model."
-        return nested if any(name.startswith(nested) for name in self.names) else "model."
+            return _PREFIXES[0] if "text_config" in self.config else _PREFIXES[1]
+        return next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in self.names), _PREFIXES[1])
 
     @property
     def layer_types(self) -> list[str]:

@@ -127,7 +127,7 @@ def allocate(
     """
     used = held_out_tokens(model, statistics) if tokens is None else tokens
     with open_checkpoint(model) as checkpoint, open_model(model) as network:
-        source = open_source(checkpoint, transforms)
+        source = open_source(checkpoint, transforms, allow_requantize=True)
         limit = limit_of(source, target)
         groups = groups_of(source, formats)
         Costs(source, groups, limit).refuse_too_small()

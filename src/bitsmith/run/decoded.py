@@ -44,7 +44,7 @@ def gguf_sources(
 
     Raises BitsmithError for transforms that are not of the model.
     """
-    source = open_source(checkpoint, [transform for transform, _ in found])
+    source = open_source(checkpoint, [transform for transform, _ in found], allow_requantize=True)
     model = model_of(checkpoint)
     for transform, vectors in found:
         model = model.applying(transform, vectors)

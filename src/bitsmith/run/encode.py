@@ -26,6 +26,7 @@ from bitsmith.run.finite import file_of
 from bitsmith.run.plan import PlanRow, SourceTensor
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.statistics import SiteStatistics, Statistics
+from bitsmith.store.stored import FLOATS
 
 Float32 = NDArray[np.float32]
 Rounder = Literal["nearest", "weighted", "gptq", "auto"]
@@ -89,7 +90,8 @@ class TensorEncoder:
     def is_guided(self, tensor: SourceTensor, row: PlanRow) -> bool:
         """Tell whether statistics decide how the tensor is encoded."""
         return (
-            self._statistics is not None
+            not is_copied(tensor, row)
+            and self._statistics is not None
             and self._rounder != "nearest"
             and isinstance(format_named(row.type), BlockFormat)
             and self._statistics.knows(tensor.spec)
@@ -100,9 +102,12 @@ class TensorEncoder:
         started = time.monotonic()
         event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
         total = _Total(format_named(row.type), None)
-        for weights in self._slices(tensor, row):
-            blocks = total.form.encode(weights)
-            total.add(weights, blocks)
+        copied = is_copied(tensor, row)
+        for start, stop in tensor.ref.slices(SLICE_BYTES):
+            weights = self._read(tensor, row, start, stop)
+            blocks = tensor.ref.raw(start, stop) if copied else total.form.encode(weights)
+            if not copied:
+                total.add(weights, blocks)
             yield blocks
         done(total.written(row, time.monotonic() - started, Rounding("nearest")))
 
@@ -204,6 +209,11 @@ class TensorEncoder:
         if first_non_finite(weights) is not None:
             _refuse_non_finite(tensor, self._path)
         return weights
+
+
+def is_copied(tensor: SourceTensor, row: PlanRow) -> bool:
+    """Tell whether the source holds exactly the blocks that the plan asks for."""
+    return tensor.ref is tensor.origin and tensor.origin.dtype == row.type and row.type not in FLOATS
 
 
 class _Total:

@@ -129,9 +129,9 @@ def compress(
     (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run that has them goes on
     with the tensor it was at. `follow` may put others in the place of those opened: they are told of every
     tensor as it is encoded, in their own order. With `allow_requantize` weights that are rounded already are
-    rounded again; what a GGUF holds in the planned type is copied, as llama-quantize does. Memory holds one slice of one tensor and one site's
-    statistics at a time. The bytes depend on the source (and its folder's name, which
-    becomes `general.name`) and the options alone.
+    rounded again; what a GGUF holds in the planned type is copied, as llama-quantize does. Memory holds one
+    slice of one tensor and one site's statistics at a time. The bytes depend on the source (and its folder's
+    name, which becomes `general.name`) and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
     disk; DamagedFileError for a weight that is not finite; else as `plan`, `read_plan`, `open_statistics` and

@@ -94,6 +94,7 @@ class Job:
     pure: bool = False
     tensor_types: tuple[tuple[str, str], ...] = ()
     no_fallback: bool = False
+    allow_requantize: bool = False
     overwrite: bool = False
     group: int | None = None
     like_seed: bool = False
@@ -132,7 +133,7 @@ class Job:
     @property
     def types(self) -> dict[str, Any]:
         """The arguments that say which types and transforms are wanted, for `compress` and `plan_for`."""
-        names = ("type_name", "plan_file", "pure", "tensor_types", "no_fallback")
+        names = ("type_name", "plan_file", "pure", "tensor_types", "no_fallback", "allow_requantize")
         return {**{name: getattr(self, name) for name in names}, "transforms": asked_for(self.transforms)}
 
     @property
@@ -177,7 +178,7 @@ class Job:
         if self.sequential is not None or statistics is None or self.rounder != "auto":
             return bool(self.sequential)
         with open_checkpoint(self.model) as checkpoint:
-            source = open_source(checkpoint)
+            source = open_source(checkpoint, allow_requantize=True)
             tokens = statistics_of(source, statistics).tokens()
         weights = sum(tensor.ref.size for tensor in source.tensors)
         return tokens is not None and weights * sum(part.size for part in tokens) <= SEQUENTIAL_WORK
@@ -245,7 +246,8 @@ def run_dry(job: Job, progress: Progress = silent) -> Plan:
 def _write_plan(job: Job, planned: Plan) -> None:
     if job.plan_out is not None:
         with open_checkpoint(job.model) as checkpoint:
-            source = open_source(checkpoint, [transform_of(one) for one in planned.transforms])
+            transforms = [transform_of(one) for one in planned.transforms]
+            source = open_source(checkpoint, transforms, allow_requantize=True)
             write_plan(planned, job.plan_out, source, overwrite=job.overwrite)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from bitsmith.archs import Export, TensorSpec
 from bitsmith.archs.export import export_of
 from bitsmith.archs.tokenizer import tokenizer_metadata
-from bitsmith.errors import BitsmithError, printable
+from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.formats import format_named
 from bitsmith.passes.transform import Model as Rewritten
 from bitsmith.passes.transform import Transform, model_of
@@ -23,19 +23,24 @@ from bitsmith.store import TensorInfo, Typed, gguf_size_bytes
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.gguf_layout import ALIGNMENT_KEY, DEFAULT_ALIGNMENT, padded
+from bitsmith.store.gguf_split import SPLIT_KEYS
 from bitsmith.store.hub import origin
 from bitsmith.store.packed import refuse_rounded
+from bitsmith.store.stored import FLOATS
 
 QUANTIZATION_VERSION = 2
 """`general.quantization_version`: the layout of ggml's blocks that the formats write."""
+
+REPOSITORY_KEY, SOURCE_KEY = "general.source.huggingface.repository", "bitsmith.source"
+"""Of a model of a hub: its repository, and that with the commit."""
 
 TRANSFORMS_KEY, TRANSFORMS_DIGEST_KEY = "bitsmith.transforms", "bitsmith.transforms.sha256"
 """Keys of a transformed GGUF: its transforms in their order, and the SHA-256 of their vectors."""
 
 _MTP_KEY = ".nextn_predict_layers"
 _REPLACED_KEYS = (
-    "general.file_type", "general.quantization_version", "split.no", "split.count",
-    TRANSFORMS_KEY, TRANSFORMS_DIGEST_KEY,
+    "general.file_type", "general.quantization_version", "quantize.imatrix.",
+    TRANSFORMS_KEY, TRANSFORMS_DIGEST_KEY, *SPLIT_KEYS,
 )  # fmt: skip
 
 
@@ -197,11 +202,13 @@ def plan(
     )
 
 
-def open_source(checkpoint: Checkpoint, transforms: Sequence[Transform] = ()) -> Source:
+def open_source(
+    checkpoint: Checkpoint, transforms: Sequence[Transform] = (), *, allow_requantize: bool = False
+) -> Source:
     """Return `checkpoint` in GGUF layout with its metadata, for `transforms` to be done; no weight is read.
 
     A GGUF file's tensors and metadata are taken as they are. Raises UnsupportedError for weights that are not
-    floats, else as `claim` and `tokenizer_metadata` do.
+    floats unless `allow_requantize`, else as `claim` and `tokenizer_metadata` do.
     """
     model, notes = model_of(checkpoint), list[str]()
     layout = tuple(
@@ -219,9 +226,18 @@ def open_source(checkpoint: Checkpoint, transforms: Sequence[Transform] = ()) ->
         names, unsolved = [str(transform) for transform in transforms], "0" * 64
         said = {TRANSFORMS_KEY: names, TRANSFORMS_DIGEST_KEY: unsolved}
         source = replace(source, metadata={**source.metadata, **said})
-    for tensor in source.tensors:
-        refuse_rounded(tensor.origin, checkpoint.path)
-    return source
+    rounded = [tensor.origin for tensor in source.tensors if tensor.origin.dtype not in FLOATS]
+    for ref in [] if allow_requantize else rounded:
+        refuse_rounded(ref, checkpoint.path, ", or --allow-requantize, which rounds what is rounded already")
+    return replace(source, notes=(*source.notes, _requantized(rounded))) if rounded else source
+
+
+def _requantized(rounded: Sequence[TensorRef]) -> str:
+    types = ", ".join(sorted({ref.dtype for ref in rounded}))
+    return (
+        f"{len(rounded)} tensors are rounded already ({types}): what keeps its type is copied, the rest is "
+        "rounded a second time, and errors are told against the rounded values"
+    )
 
 
 def plan_source(
@@ -341,10 +357,16 @@ def _refuse_fallbacks(rows: Iterable[PlanRow], checkpoint: Checkpoint) -> None:
 
 
 def _from_folder(checkpoint: Checkpoint, model: Rewritten) -> Source:
-    export = export_of(model.arch, model.tensors.values())
+    try:
+        export = export_of(model.arch, model.tensors.values())
+    except UnsupportedError as error:
+        raise UnsupportedError(error.message, path=error.path or checkpoint.path) from error
     tokenizer, warnings = tokenizer_metadata(checkpoint, export.arch)
     architecture = {"general.architecture": export.metadata["general.architecture"]}
     general = {**architecture, "general.type": "model", "general.name": _model_name(checkpoint)}
+    found = origin(checkpoint.path)
+    if found is not None:
+        general |= {REPOSITORY_KEY: found.repo, SOURCE_KEY: str(found)}
     tensors = tuple(
         SourceTensor(t.spec, t.gguf_name, t.ref, model.tensors[t.spec.name][1]) for t in export.tensors
     )
@@ -364,7 +386,7 @@ def _from_gguf(checkpoint: GgufCheckpoint, model: Rewritten) -> Source:
         else SourceTensor(spec, name, spec.to_gguf(ref), ref)  # an untied head
         for spec, name, ref in named
     )
-    metadata = {k: v for k, v in checkpoint.typed_metadata().items() if k not in _REPLACED_KEYS}
+    metadata = {k: v for k, v in checkpoint.typed_metadata().items() if not k.startswith(_REPLACED_KEYS)}
     if len(tensors) < len(checkpoint):  # MTP layers were dropped
         said = model.arch.gguf_metadata()
         metadata = {k: said.get(k, v) for k, v in metadata.items() if k in said or not k.endswith(_MTP_KEY)}

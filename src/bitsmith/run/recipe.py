@@ -98,13 +98,13 @@ def _check_files(job: Job, goal: Target | None) -> None:
 
 
 def _check_goal(job: Job, goal: Target | None) -> None:
-    """Refuse a goal that cannot be met, before minutes are spent."""
-    if goal is None:
-        return
-    if job.type_name or job.plan_file or job.pure or job.tensor_types:
+    """Refuse a model that cannot be rounded and a goal that cannot be met, before minutes are spent."""
+    if goal and (job.type_name or job.plan_file or job.pure or job.tensor_types):
         raise BitsmithError("a target chooses the types itself; pass it without types, a plan or overrides")
     with open_checkpoint(job.model) as checkpoint:
         source = open_source(checkpoint, asked_for(job.transforms), allow_requantize=job.allow_requantize)
+        if goal is None:
+            return
         Costs(source, groups_of(source), limit_of(source, goal)).refuse_too_small()
 
 

@@ -72,11 +72,14 @@ class UnpackedView(View):
         self.base.close()
 
 
-def refuse_rounded(ref: TensorRef, path: Path) -> None:
-    """Raise UnsupportedError for a tensor that is stored as no floats: codes are not rounded again."""
+def refuse_rounded(ref: TensorRef, path: Path, instead: str = "") -> None:
+    """Raise UnsupportedError for a tensor that is stored as no floats: codes are not rounded again.
+
+    `instead` tells what else can be done.
+    """
     if ref.dtype not in FLOATS:
         raise UnsupportedError(
-            f"is stored as {ref.dtype}; expected the original in {', '.join(FLOATS)}",
+            f"is stored as {ref.dtype}; expected the original in {', '.join(FLOATS)}{instead}",
             path=path,
             tensor=ref.name,
         )
