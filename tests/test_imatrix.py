@@ -128,16 +128,7 @@ ONE = np.ones(1, np.float32)
     [
         ({"a.in_sum2": np.ones(8, np.float32)}, "'a': has sums but no counts"),
         ({"a.counts": ONE}, "no tensor ends in .in_sum2"),
-        ({"a.in_sum2": np.ones((4, 8), np.float32), "a.counts": np.ones((4, 1), np.float32)}, "one matrix's"),
         ({"a.in_sum2": np.ones(8, np.float16), "a.counts": ONE}, "F16 and F32"),
-        (
-            {"a.in_sum2": np.array([1, np.nan], np.float32), "a.counts": ONE},
-            "'a': sum of squares nan at column 1",
-        ),
-        ({"a.in_sum2": np.array([-1, 1], np.float32), "a.counts": ONE}, "sum of squares -1.0 at column 0"),
-        ({"a.in_sum2": np.array([np.inf, 1], np.float32), "a.counts": ONE}, "sum of squares inf"),
-        ({"a.in_sum2": np.ones(8, np.float32), "a.counts": -ONE}, "counts -1.0 tokens"),
-        ({"a.in_sum2": np.ones(8, np.float32), "a.counts": np.nan * ONE}, "counts nan tokens"),
     ],
 )
 def test_a_broken_gguf_is_refused(tmp_path: Path, tensors: dict[str, np.ndarray], message: str) -> None:
@@ -166,8 +157,6 @@ def test_a_truncated_legacy_file_is_refused_wherever_it_ends(tmp_path: Path) -> 
         (struct.pack("<ii", 1, -5), "a name's length at byte 4 is -5"),
         (legacy({"a": (1, np.ones(2))})[:13] + struct.pack("<i", 1 << 30), "values at byte 17 needs"),
         (legacy({"a": (-1, np.ones(2))}), "a count of chunks at byte 9 is -1"),
-        (legacy({"a": (1, np.array([1, np.nan]))}), "'a': sum of squares nan"),
-        (legacy({"a": (1, np.array([1, 3e38]))}), "'a': sum of squares inf"),
         (struct.pack("<i", 2) + 2 * legacy({"a": (1, np.ones(1))}, text=None)[4:], "'a' twice"),
         (struct.pack("<ii", 1, 2) + b"\xff\xfe", "a name is not UTF-8"),
     ],
@@ -195,7 +184,7 @@ def test_entries_are_held_against_the_model(tiny_qwen3: Path, tmp_path: Path, su
     np.testing.assert_array_equal(statistics.of(k).diagonal, np.full(256, 2, np.float32))
     assert sum(statistics.of(spec) is not None for spec in specs) == 1 and statistics.tokens() is None
     for name, width, message in (
-        ("blk.1.attn_k.weight", 255, "'blk.1.attn_k.weight': holds 255 sums, expected 256"),
+        ("blk.1.attn_k.weight", 255, "'blk.1.attn_k.weight': holds 255 sums, expected 256; no entry"),
         ("blk.7.attn_k.weight", 256, "'blk.7.attn_k.weight': is no matrix of this model"),
         ("blk.1.attn_norm.weight", 256, "is no matrix of this model"),
     ):
@@ -204,24 +193,6 @@ def test_entries_are_held_against_the_model(tiny_qwen3: Path, tmp_path: Path, su
             open_statistics(path, specs)
     with pytest.raises(BitsmithError, match="no statistics of this model"):
         open_statistics(path, specs, partial=True)
-
-
-def test_an_entry_that_counted_nothing_is_left_out_and_said(tiny_qwen3: Path, tmp_path: Path) -> None:
-    specs = specs_of(tiny_qwen3)
-    path = gguf_imatrix(
-        tmp_path / "i.gguf",
-        {
-            "blk.1.attn_k.weight.in_sum2": np.zeros(256, np.float32),
-            "blk.1.attn_k.weight.counts": 0 * ONE,
-            "blk.1.attn_q.weight.in_sum2": np.zeros(256, np.float32),
-            "blk.1.attn_q.weight.counts": ONE,
-        },
-    )
-    statistics = open_statistics(path, specs)
-    assert statistics.notes == ("blk.1.attn_k.weight: no token was counted, so it is left out",)
-    found = {spec.gguf_name: statistics.of(spec) for spec in specs}
-    assert found["blk.1.attn_k.weight"] is None
-    np.testing.assert_array_equal(found["blk.1.attn_q.weight"].diagonal, np.zeros(256))
 
 
 def tool(name: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,23 +38,24 @@ _MAX_ENTRIES = 1 << 20
 class Imatrix:
     """Σ x² (`in`) and the tokens counted, by GGUF tensor name, columns in GGUF order.
 
-    `datasets` name the texts, `chunks` of `chunk_tokens` were run (0: unknown). `empty` are the entries of a
-    file that counted no token, which `entries` leaves out.
+    `datasets` name the texts, `chunks` of `chunk_tokens` were run (0: unknown). `left_out` are the entries of
+    a file that cannot weigh anything, by name with the reason, and are not among `entries`: no token counted,
+    sums all zero, negative or not finite, several matrices (experts) in one.
     """
 
     entries: Mapping[str, tuple[Float32, float]]
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     chunk_tokens: int = 0
-    empty: tuple[str, ...] = ()
+    left_out: Mapping[str, str] = field(default_factory=dict)
     sha256: str = field(default="", compare=False)
 
 
 def read_imatrix(path: Path) -> Imatrix:
     """Read an imatrix, GGUF or legacy: which one, the first bytes say.
 
-    Raises BitsmithError naming file and tensor for a file that is none, for one entry of several matrices
-    (experts), and for values that are negative or not finite; DamagedFileError for a truncated one.
+    Raises BitsmithError naming file and tensor for a file that is none; DamagedFileError for a truncated one
+    and for an entry without its counts.
     """
     source = SourceFile(path)
     try:
@@ -109,7 +111,7 @@ def _sha256(source: SourceFile) -> str:
 
 def _read_gguf(path: Path, sha256: str) -> Imatrix:
     entries: dict[str, tuple[Float32, float]] = {}
-    empty: list[str] = []
+    left_out: dict[str, str] = {}
     with open_gguf(path) as file:
         names = [name.removesuffix(_SUMS) for name in file if name.endswith(_SUMS)]
         if not names:
@@ -123,44 +125,46 @@ def _read_gguf(path: Path, sha256: str) -> Imatrix:
                     f"holds {sums.dtype} and {counts.dtype}, expected F32", path=path, tensor=name
                 )
             if counts.size != 1 or prod(sums.shape[:-1]) != 1:
-                raise BitsmithError(
-                    f"holds {sums.size} sums and {counts.size} counts, expected one matrix's",
-                    path=path,
-                    tensor=name,
-                )
+                left_out[name] = f"holds {sums.size} sums and {counts.size} counts, expected one matrix's"
+                continue
             count = float(counts.read().reshape(-1)[0])
-            _add(entries, empty, path, name, sums.read().reshape(-1), count)
-        chunks, size = (file.metadata.get(key, 0) for key in (_CHUNKS, _CHUNK_SIZE))
+            _add(entries, left_out, name, sums.read().reshape(-1), count)
+        chunks, size = (_whole(path, file.metadata, key) for key in (_CHUNKS, _CHUNK_SIZE))
         datasets = file.metadata.get(_DATASETS, [])
-    return Imatrix(
-        entries,
-        tuple(datasets) if isinstance(datasets, list) else (),
-        chunks if isinstance(chunks, int) else 0,
-        size if isinstance(size, int) else 0,
-        tuple(empty),
-        sha256,
-    )
+    if not isinstance(datasets, list) or not all(isinstance(text, str) for text in datasets):
+        raise DamagedFileError(f"metadata {_DATASETS!r} are no names of texts", path=path)
+    texts = (text.encode(errors="surrogateescape").decode(errors="replace") for text in datasets)
+    return Imatrix(entries, tuple(texts), chunks, size, left_out, sha256)
+
+
+def _whole(path: Path, metadata: Mapping[str, Any], key: str) -> int:
+    """Return a number of the metadata, 0 where it is not there."""
+    value = metadata.get(key, 0)
+    if type(value) is not int or value < 0:
+        raise DamagedFileError(
+            f"metadata {key!r} is {printable(str(value), 40)}, expected a number of at least 0", path=path
+        )
+    return value
 
 
 def _add(
     entries: dict[str, tuple[Float32, float]],
-    empty: list[str],
-    path: Path,
+    left_out: dict[str, str],
     name: str,
     sums: Float32,
     count: float,
 ) -> None:
-    if not np.isfinite(count) or count < 0:
-        raise DamagedFileError(f"counts {count} tokens", path=path, tensor=name)
     bad = np.flatnonzero(~(np.isfinite(sums) & (sums >= 0)))
-    if len(bad):
-        raise DamagedFileError(
-            f"sum of squares {sums[bad[0]]} at column {bad[0]}, expected a finite one of at least 0",
-            path=path,
-            tensor=name,
+    if not np.isfinite(count) or count < 0:
+        left_out[name] = f"counts {count} tokens"
+    elif count == 0:
+        left_out[name] = "no token was counted"
+    elif len(bad):
+        left_out[name] = (
+            f"sum of squares {sums[bad[0]]} at column {bad[0]}, expected a finite one of at least 0"
         )
-    if count == 0:
-        empty.append(name)
+    elif not sums.any():
+        left_out[name] = f"the sums of all its {sums.size} columns are zero"
     else:
         entries[name] = sums.astype(np.float32), count
 
@@ -202,24 +206,24 @@ def _read_legacy(source: SourceFile) -> Imatrix:
     """Read `n`, then per entry a name, a count of chunks and mean squares times that count."""
     file = _Legacy(source)
     entries: dict[str, tuple[Float32, float]] = {}
-    empty: list[str] = []
+    left_out: dict[str, str] = {}
     for _ in range(file.number("the number of entries", 1, _MAX_ENTRIES)):
         name = file.text(file.number("a name's length", 1, MAX_NAME_BYTES), "a name")
-        if name in entries or name in empty or not name.isprintable():
+        if name in entries or name in left_out or not name.isprintable():
             raise DamagedFileError(f"has the name {printable(name)!r} twice or unprintable", path=file.path)
         calls = file.number("a count of chunks", 0, (1 << 31) - 1)
         size = file.number("a count of values", 1, (1 << 31) - 1)
         values = file.take(4 * size, "values").copy().view("<f4")
         with np.errstate(over="ignore"):
             sums = values * np.float32(LEGACY_CHUNK_TOKENS)
-        _add(entries, empty, file.path, name, sums, float(calls * LEGACY_CHUNK_TOKENS))
+        _add(entries, left_out, name, sums, float(calls * LEGACY_CHUNK_TOKENS))
     chunks, datasets = 0, tuple[str, ...]()
     if file.at < len(file.content):  # older files end here
         chunks = file.number("the number of chunks", 0, (1 << 31) - 1)
         length = file.number("the text's name", 0, len(file.content))
         datasets = (file.text(length, "the text's name"),) if length else ()
     sha256 = hashlib.sha256(file.content.data).hexdigest()
-    return Imatrix(entries, datasets, chunks, LEGACY_CHUNK_TOKENS, tuple(empty), sha256)
+    return Imatrix(entries, datasets, chunks, LEGACY_CHUNK_TOKENS, left_out, sha256)
 
 
 def _legacy_bytes(imatrix: Imatrix) -> bytes:

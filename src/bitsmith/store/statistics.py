@@ -11,12 +11,14 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError, DamagedFileError, printable
+from bitsmith.log import warn
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.imatrix import Imatrix, read_imatrix
 from bitsmith.store.safetensors import open_safetensors
@@ -138,7 +140,9 @@ def open_statistics(path: Path, specs: Iterable[SiteSpec], *, partial: bool = Fa
     """Open what `calibrate` wrote, or llama.cpp's imatrix (GGUF or legacy .dat), for the model of `specs`.
 
     Headers, shapes and sites are checked here, a tensor's bytes against their SHA-256 when it is read. With
-    `partial`, `specs` are some of the model's, and sites of others are passed over.
+    `partial`, `specs` are some of the model's, and sites of others are passed over. An entry of an imatrix
+    that cannot be used (see `Imatrix.left_out`, or one for another number of columns than its matrix has) is
+    left out, and its tensor is rounded as without statistics: `notes` name each, a warning tells so once.
 
     Raises BitsmithError naming file and tensor for a site that the model does not have, one of another width,
     and where nothing is held of any; DamagedFileError for a damaged or incomplete file.
@@ -307,36 +311,49 @@ class _ImatrixStatistics(Statistics):
         self.digest = self._imatrix.sha256
         self.text = ", ".join(self._imatrix.datasets) or None
         self.ctx_tokens, self.chunks = self._imatrix.chunk_tokens, self._imatrix.chunks
-        self.notes = tuple(
-            f"{printable(name)}: no token was counted, so it is left out" for name in self._imatrix.empty
-        )
-        self._check(partial)
+        self._entries = self._checked(partial)
+        _warn(path, self.digest, self.notes)
 
-    def _check(self, partial: bool) -> None:
-        """Refuse entries of no matrix of the model, and of other widths."""
+    def _checked(self, partial: bool) -> dict[str, tuple[Float32, float]]:
+        """Return the entries that fit the model; refuse those of no matrix of it, note what is left out."""
         known = {spec.gguf_name: spec for spec in self._specs if len(spec.shape) > 1}
+        left_out = dict(self._imatrix.left_out)
         for name, (sums, _) in self._imatrix.entries.items():
             if name not in known:
                 if not partial:
                     raise BitsmithError("is no matrix of this model", path=self.path, tensor=name)
             elif sums.size != known[name].shape[-1]:
-                raise BitsmithError(
-                    f"holds {sums.size} sums, expected {known[name].shape[-1]}", path=self.path, tensor=name
-                )
-        if not known.keys() & self._imatrix.entries.keys():
+                left_out[name] = f"holds {sums.size} sums, expected {known[name].shape[-1]}"
+        self.notes = tuple(
+            f"{printable(name)}: {why}; left out, so it is rounded as without statistics"
+            for name, why in left_out.items()
+        )
+        entries = {name: entry for name, entry in self._imatrix.entries.items() if name not in left_out}
+        if not known.keys() & entries.keys():
+            for name, why in left_out.items():
+                raise BitsmithError(f"{why}; no entry of the file is of use", path=self.path, tensor=name)
             raise BitsmithError("holds no statistics of this model's matrices", path=self.path)
+        return entries
 
     def knows(self, spec: SiteSpec) -> bool:
         """Tell whether the imatrix has an entry of `spec`'s GGUF name."""
-        return spec.gguf_name in self._imatrix.entries
+        return spec.gguf_name in self._entries
 
     def hugging_face(self, spec: SiteSpec) -> SiteStatistics | None:
         """Return E[x²] of the entry of `spec`'s GGUF name."""
         if not self.knows(spec):
             return None
-        sums, count = self._imatrix.entries[str(spec.gguf_name)]
+        sums, count = self._entries[str(spec.gguf_name)]
         mean = spec.importance_from_gguf((sums.astype(np.float64) / count).astype(np.float32))
         return SiteStatistics(self._site(spec) or str(spec.gguf_name), int(count), mean)
+
+
+@lru_cache(maxsize=256)
+def _warn(path: Path, digest: str, notes: tuple[str, ...]) -> None:
+    """Warn of what a file's entries lack: once, however often a run opens it."""
+    del digest  # another content under the same name is told of again
+    for note in notes:
+        warn(f"{path}: {note}")
 
 
 def imatrix_of(statistics: Statistics, specs: Iterable[SiteSpec]) -> Imatrix:
