@@ -30,7 +30,7 @@ from bitsmith.passes.nf4_feedback import choose_four_bit, feedback, feedback_imp
 from bitsmith.passes.trial import sample
 from bitsmith.run.guide import Total
 from bitsmith.run.packer import Assigned, Matrix, Outcome, Part, names_in_both
-from bitsmith.store.bitsandbytes import METHOD, STATE
+from bitsmith.store.bitsandbytes import METHOD, STATE, rounded
 from bitsmith.store.site_statistics import SiteStatistics
 
 _BOOKS = {book.name: book for book in (NF4, FP4)}
@@ -205,7 +205,8 @@ class _Encoding:
             block = at * rows.shape[1] // form.block_size
             scales = self._nested.scales(block, block + form.blocks(rows.size))
             codes = self._coded(rows, scales, metric)
-            total.add(rows, form.dequantize(codes, scales).reshape(rows.shape))
+            decoded = rounded(form.dequantize(codes, scales), _dtype(self._row))  # as loaders read it
+            total.add(rows, decoded.reshape(rows.shape))
             yield form.pack(codes)
         self._outcome = Outcome(self._choice.rounder, *total.errors())
 

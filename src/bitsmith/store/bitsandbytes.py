@@ -112,7 +112,7 @@ class _FourBitWeight:
         scales = self._scales(block, -(-last // size))
         steps = np.repeat(scales, size)[first - block * size :][: last - first]
         with np.errstate(over="ignore", invalid="ignore"):
-            values = _rounded(state.book.levels[codes] * steps, state.dtype)
+            values = rounded(state.book.levels[codes] * steps, state.dtype)
         return values.reshape(max(start, stop) - start, *state.shape[1:])
 
     def _bytes(self, first: int, last: int) -> Bytes:
@@ -229,10 +229,10 @@ def _is_one_of(value: Any, known: Sequence[int]) -> bool:
 
 def _is_shape(value: Any) -> bool:
     sizes = isinstance(value, list) and all(type(size) is int and 0 <= size <= _MAX_WEIGHTS for size in value)
-    return sizes and 0 < len(value) <= MAX_DIMS and prod(value) <= _MAX_WEIGHTS
+    return sizes and 0 < len(value) <= MAX_DIMS and prod(size or 1 for size in value) <= _MAX_WEIGHTS
 
 
-def _rounded(values: Float32, dtype: str) -> Float32:
+def rounded(values: Float32, dtype: str) -> Float32:
     """Return values rounded to a type (nearest even) and widened back."""
     if dtype == "float16":
         return values.astype(np.float16).astype(np.float32)

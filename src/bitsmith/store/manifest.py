@@ -32,9 +32,10 @@ class Fault:
     what: str
     tensor: str | None = None
 
-    def error(self) -> BitsmithError:
-        """Return the error that says it."""
-        return DamagedFileError(self.what, path=self.path, tensor=self.tensor)
+    def error(self, more: int = 0) -> BitsmithError:
+        """Return the error that says it, and how many more there are."""
+        said = f"{self.what}; {more} more" if more else self.what
+        return DamagedFileError(said, path=self.path, tensor=self.tensor)
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,9 @@ def _write_all(out: Path, texts: Mapping[str, bytes | None]) -> None:
         for suffix, text in texts.items():
             path = out.with_name(out.name + suffix)
             if text is not None:
-                stack.enter_context(atomic_file(path, overwrite=True)).write(text)
+                stream = stack.enter_context(atomic_file(path, overwrite=True))
+                stream.write(text)
+                stream.flush()  # where the disk is full, none appears
             elif path.exists():
                 _remove(path)
 
