@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +61,39 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     assert record.tensors == fresh.tensors
     expected = bytes_of(tmp_path / f"fresh-{name}")
     assert bytes_of(out) == {file.removeprefix("fresh-"): data for file, data in expected.items()}
+
+
+def test_a_killed_run_is_not_gone_on_with_where_something_changed(
+    demo_model: Path, stats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, out = WRITERS["x.cellm"], tmp_path / "x.cellm"
+    options = {"statistics": stats, "rounder": "weighted"}
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "round" and done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write(demo_model, out, progress=stop, **options)
+    kept = bytes_of(tmp_path / ".x.cellm.parts")
+    changed = tmp_path / "changed"
+    shutil.copytree(demo_model, changed)
+    [shard] = changed.glob("*.safetensors")
+    with shard.open("r+b") as stream:
+        stream.seek(-2, os.SEEK_END)  # the last weight's sign
+        last = stream.read(2)
+        stream.seek(-2, os.SEEK_END)
+        stream.write(bytes([last[0], last[1] ^ 0x80]))
+    with pytest.raises(OutputError, match=r"\.x\.cellm\.parts/journal: .* with other source;"):
+        write(changed, out, **options)
+    with pytest.raises(OutputError, match="with other types or schemes;"):
+        write(demo_model, out, **options, group=32)
+    with monkeypatch.context() as patch:
+        patch.setattr("bitsmith.store.journal.__version__", "99")
+        with pytest.raises(OutputError, match=r'other bitsmith version \(".*", now "99"\); .* --overwrite'):
+            write(demo_model, out, **options)
+    assert bytes_of(tmp_path / ".x.cellm.parts") == kept and not out.exists()
+    assert write(demo_model, out, **options).resumed == 1
 
 
 def test_parts_of_another_key_are_refused_or_dropped(tmp_path: Path) -> None:
