@@ -245,7 +245,9 @@ class Change:
             case _:
                 kind = self.random.choice(_KINDS)
                 count = self.random.choice((0, 1, 2, 300))
-                width = 8 if kind not in NUMBERS else struct.calcsize(NUMBERS[kind][1:].replace("u1", "B")[:1])
+                width = (
+                    8 if kind not in NUMBERS else struct.calcsize(NUMBERS[kind][1:].replace("u1", "B")[:1])
+                )
                 body = self.random.randbytes(count * width)
                 one[1], one[2] = 9, struct.pack("<IQ", VALUE_TYPES[kind], count) + body
 
@@ -392,5 +394,6 @@ def _digests(data: bytes) -> dict[str, str]:
     header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
     header.pop("__metadata__", None)
     return {
-        name: hashlib.sha256(body[slice(*entry["data_offsets"])]).hexdigest() for name, entry in header.items()
+        name: hashlib.sha256(body[slice(*entry["data_offsets"])]).hexdigest()
+        for name, entry in header.items()
     }

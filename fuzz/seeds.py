@@ -83,7 +83,10 @@ def _gguf() -> Iterable[bytes]:
         yield _gguf_file({"general.architecture": "qwen3"}, known[first : first + 8])
     vectors = [TensorInfo("v", (4,), "F32"), TensorInfo("q", (64,), "Q8_0"), TensorInfo("u", (), "F32")]
     values: dict[str, Any] = {"general.alignment": 64, "a.tokens": ["x", "yy", ""], "a.flag": True}
-    values |= {f"n.{kind}": Typed(kind, [_ONES.get(kind, 1)] * 2) for kind in NUMBERS} | {"a.name": "é", "a.real": 0.5}
+    values |= {f"n.{kind}": Typed(kind, [_ONES.get(kind, 1)] * 2) for kind in NUMBERS} | {
+        "a.name": "é",
+        "a.real": 0.5,
+    }
     yield _gguf_file(values, [*vectors, TensorInfo("deep", (2, 1, 3, 32), "Q4_0")])
     yield _gguf_file({}, [])
 
@@ -251,10 +254,12 @@ def _factored() -> Iterable[bytes]:
         (wide, _cores("weight")),
         (
             wide | {"scales": True},
-            _cores("weight")
-            | {"a.weight_row_scale": ("F16", (8,)), "a.weight_column_scale": ("F16", (8,))},
+            _cores("weight") | {"a.weight_row_scale": ("F16", (8,)), "a.weight_column_scale": ("F16", (8,))},
         ),
-        ({"form": "trains", "weight_left": wide, "weight_right": wide}, _cores("weight_left") | _cores("weight_right")),
+        (
+            {"form": "trains", "weight_left": wide, "weight_right": wide},
+            _cores("weight_left") | _cores("weight_right"),
+        ),
     ]
     for form, tensors in forms:
         yield _quantized({"quant_method": "bitsmith", "version": 1, "modules": {"a": form}}, tensors)

@@ -19,7 +19,7 @@ from bitsmith.formats.format import Float32
 from bitsmith.formats.integer import Coded, GridFormat, unpack_codes
 from bitsmith.formats.minifloat import E4M3
 from bitsmith.store.checkpoint import Bytes, Rows, TensorRef
-from bitsmith.store.safetensors import is_unicode, load_json
+from bitsmith.store.safetensors import MAX_ELEMENTS, is_unicode, load_json
 from bitsmith.store.stored import Decoder, SourceFile, StoredCheckpoint, StoredTensor, plain_decoder
 
 CELLM_MAGIC = b"CELLM"
@@ -106,7 +106,8 @@ def cellm_bytes(name: str, shape: Sequence[int], dtype: str) -> int:
     """
     if dtype not in DTYPES:
         raise UnsupportedError(f"has dtype {printable(dtype)!r}, known: {' '.join(DTYPES)}", tensor=name)
-    if len(shape) > MAX_DIMS or 2 * prod(length or 1 for length in shape) > MAX_BYTES:
+    sides = prod(length or 1 for length in shape)
+    if len(shape) > MAX_DIMS or 2 * sides > MAX_BYTES or (0 in shape and sides > MAX_ELEMENTS):
         raise BitsmithError(f"has shape {list(shape)}: its size overflows", tensor=name)
     if dtype in ("f16", "f8e4m3"):
         return (2 if dtype == "f16" else 1) * prod(shape)

@@ -11,12 +11,15 @@ Source: compressed_tensors 0.20.0, `compressors/pack_quantized`, `quantization/l
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import regex
 from numpy.typing import NDArray
 
 from bitsmith.errors import DamagedFileError, UnsupportedError, printable
@@ -41,6 +44,12 @@ _BYTE_TYPES = {"int": "I8", "float": "F8_E4M3"}
 _SCALE_TYPES = ("BF16", "F16", "F32")
 _STRATEGIES = ("tensor", "channel", "group", "block")
 _LINEAR, _PATTERN = "Linear", "re:"
+_LONGEST_TEXT = 1000
+_LARGEST_BLOCK = 1 << 40
+_TIMES = re.compile(r"[{,](?=0*[1-9])(\d+)(?=[,}])")
+_MOST_REPEATS = 10_000  # compiling takes time in their number
+_MATCH_SECONDS = 0.5  # of processor time for a config's patterns: an expression can take for ever
+_SLOW_SECONDS = 1e-3
 
 
 def words(codes: int, bits: int) -> int:
@@ -129,7 +138,7 @@ class _Schemes:
     """The config groups, and which of them a module is in."""
 
     def __init__(self, stored: Checkpoint, settings: Mapping[str, Any]) -> None:
-        self._path = stored.path
+        self._path, self._slow_seconds = stored.path, 0.0
         groups = settings.get("config_groups")
         if not isinstance(groups, Mapping) or not groups:
             self._refuse("config_groups holds no schemes")
@@ -145,10 +154,10 @@ class _Schemes:
 
     def of(self, module: str) -> _Scheme:
         """Return a packed module's scheme: its name goes before patterns, patterns before `Linear`."""
-        if any(_matches(module, entry) for entry in self._ignored):
+        if any(self._matches(module, entry) for entry in self._ignored):
             self._refuse(f"ignores {printable(module)}, which is stored packed")
         for target, scheme in self._targets:
-            if target == _LINEAR or _matches(module, target):
+            if target == _LINEAR or self._matches(module, target):
                 return scheme
         self._refuse(f"no config group targets {printable(module)}, which is stored packed")
 
@@ -156,11 +165,28 @@ class _Schemes:
         if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
             self._refuse("targets and ignore are no lists of names")
         for entry in entries:
+            repeats = prod(int(times) for times in _TIMES.findall(entry[:_LONGEST_TEXT]))
+            if len(entry) > _LONGEST_TEXT or repeats > _MOST_REPEATS:
+                self._refuse(f"{printable(entry, 80)!r} is too long, or repeats too often")
             try:
-                re.compile(entry.removeprefix(_PATTERN))
-            except re.error as error:
+                regex.compile(entry.removeprefix(_PATTERN))
+            except regex.error as error:
                 self._refuse(f"{printable(entry)!r} is no regular expression: {error}")
         return entries
+
+    def _matches(self, module: str, target: str) -> bool:
+        if not target.startswith(_PATTERN):
+            return target == module
+        started = time.thread_time()
+        try:
+            found = regex.match(target.removeprefix(_PATTERN), module, timeout=_MATCH_SECONDS)
+        except TimeoutError:
+            self._slow_seconds = _MATCH_SECONDS
+        spent = time.thread_time() - started
+        self._slow_seconds += spent if spent > _SLOW_SECONDS else 0.0
+        if self._slow_seconds >= _MATCH_SECONDS:
+            self._refuse(f"{printable(target)!r} takes too long to match {printable(module)}")
+        return found is not None
 
     def _scheme(self, weights: Any, stored_as: Any) -> _Scheme:
         if not isinstance(weights, Mapping):
@@ -189,9 +215,11 @@ class _Schemes:
         return strategy, group if strategy == "group" else 0, block
 
     def _block(self, said: Any) -> tuple[int, int]:
-        sides = [int(side) for side in said.split("x") if side.isdecimal()] if isinstance(said, str) else said
+        sides = said
+        if isinstance(said, str) and len(said) < _LONGEST_TEXT:
+            sides = [int(side) for side in said.split("x") if side.isdecimal()]
         if isinstance(sides, list) and [type(side) for side in sides] == [int, int] and min(sides) > 0:
-            return sides[0], sides[1]
+            return min(sides[0], _LARGEST_BLOCK), min(sides[1], _LARGEST_BLOCK)
         self._refuse(f"block_structure is {printable(str(said))}, expected two sizes")
 
     def _refuse(self, said: str) -> NoReturn:
@@ -322,12 +350,6 @@ class _Weight:
 
     def _fail(self, ref: TensorRef, said: str) -> NoReturn:
         raise DamagedFileError(said, path=_file(ref, self._stored), tensor=ref.name)
-
-
-def _matches(module: str, target: str) -> bool:
-    if target.startswith(_PATTERN):
-        return re.match(target.removeprefix(_PATTERN), module) is not None
-    return target == module
 
 
 def _rank(target: str) -> int:

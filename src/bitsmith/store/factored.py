@@ -37,6 +37,8 @@ FLOAT_CODES = {"f32": "F32", "f16": "F16"}
 CODES = (*FLOAT_CODES, *(name for name in GRIDS if re.fullmatch(r"int[48](_g\d+)?", name)))
 """Ways of storing a matrix of numbers; `int4_g32` has a scale for every 32 columns."""
 
+_INNER_BYTES = 1 << 24
+
 StoredPart = tuple[str, str, tuple[int, ...]]
 """Suffix, dtype and shape of a stored tensor."""
 
@@ -292,13 +294,17 @@ def train_rows(
     middle = cores[1].reshape(r1, m2, n2, r2)
     last = cores[2].reshape(r2, m3, n3)
     rows = np.empty((stop - start, form.shape[1]), np.float32)
+    step = max(1, _INNER_BYTES // (4 * n2 * max(r2, m3 * n3)))  # of n1 at once: small cores can span much
     for block in range(start // m3, -(-stop // m3)):
         i1, i2 = divmod(block, m2)
         begin, end = max(start, block * m3), min(stop, (block + 1) * m3)
-        inner = np.tensordot(first[i1], middle[:, i2], axes=1).reshape(n1 * n2, r2)
-        part = inner @ last[:, begin - block * m3 : end - block * m3].reshape(r2, -1)
-        apart = part.reshape(n1 * n2, end - begin, n3).transpose(1, 0, 2)
-        rows[begin - start : end - start] = apart.reshape(end - begin, -1)[:, : form.shape[1]]
+        ends = last[:, begin - block * m3 : end - block * m3].reshape(r2, -1)
+        for at in range(0, n1, step):
+            inner = np.tensordot(first[i1, at : at + step], middle[:, i2], axes=1).reshape(-1, r2)
+            apart = (inner @ ends).reshape(len(inner), end - begin, n3).transpose(1, 0, 2)
+            columns = slice(at * n2 * n3, min(form.shape[1], (at + step) * n2 * n3))
+            kept = apart.reshape(end - begin, -1)[:, : max(0, columns.stop - columns.start)]
+            rows[begin - start : end - start, columns] = kept
     if scales is not None:
         rows *= scales[0][start:stop, None] * scales[1]
     return rows

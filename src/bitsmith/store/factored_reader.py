@@ -38,7 +38,8 @@ from bitsmith.store.stored import StoredTensor
 _OURS = re.compile(
     rf"\.(({LEFT}|{RIGHT}|{REST})|({WHOLE}|{LEFT}|{RIGHT})({'|'.join(CORES)}|{ROW_SCALE}|{COLUMN_SCALE}))({SCALE})?$"
 )
-_LONGEST = 1 << 26  # rows or columns of a weight: beyond any model
+_LONGEST = 1 << 22  # rows or columns of a weight: beyond any model, and a row of them is 16 MiB
+_HELD_BYTES = 1 << 25  # of a decoded factor that is kept; small files can hold trains of any size
 
 
 def read_factored(stored: Checkpoint, settings: Mapping[str, Any]) -> dict[str, TensorRef]:
@@ -114,10 +115,7 @@ class _Weight:
         if isinstance(form, TrainForm):
             return self._train(form, WHOLE, start, stop)
         if isinstance(form, TrainsForm):
-            held = self._recent.of(self.name)
-            if RIGHT not in held:
-                held[RIGHT] = self._train(form.right, RIGHT, 0, form.right.shape[0])
-            return self._train(form.left, LEFT, start, stop) @ held[RIGHT]
+            return self._product(form, start, stop)
         first, last, at = start, stop, np.arange(stop - start)
         if form.rows is not None:
             index = form.rows.index
@@ -129,6 +127,22 @@ class _Weight:
         rows = np.zeros((stop - start, form.shape[1]), np.float32)
         columns = np.arange(form.shape[1]) if form.columns is None else form.columns.index
         rows[at[:, None], columns] = kept
+        return rows
+
+    def _product(self, form: TrainsForm, start: int, stop: int) -> Float32:
+        """Return rows `[start, stop)` of the product of two trains, of whose right one not all is held."""
+        rank, columns = form.right.shape
+        left = self._train(form.left, LEFT, start, stop)
+        step = max(1, _HELD_BYTES // (4 * columns))
+        if rank <= step:
+            held = self._recent.of(self.name)
+            if RIGHT not in held:
+                held[RIGHT] = self._train(form.right, RIGHT, 0, rank)
+            return left @ held[RIGHT]
+        rows = np.zeros((stop - start, columns), np.float32)
+        for first in range(0, rank, step):
+            last = min(first + step, rank)
+            rows += left[:, first:last] @ self._train(form.right, RIGHT, first, last)
         return rows
 
     def _train(self, form: TrainForm, begin: str, start: int, stop: int) -> Float32:

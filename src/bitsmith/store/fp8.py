@@ -54,7 +54,9 @@ def _weight(stored: Checkpoint, codes: TensorRef, block: tuple[int, int]) -> Pac
     scales = stored.get(name + _SCALE_SUFFIX)
     if scales is None:
         raise DamagedFileError(f"has no scales: {name + _SCALE_SUFFIX!r} is missing", path=path, tensor=name)
-    expected = tuple(-(-length // size) for length, size in zip(codes.shape, block, strict=True))
+    # A block is no larger than the matrix, whatever the config says: scales are repeated that often.
+    high, wide = (min(size, max(1, length)) for length, size in zip(codes.shape, block, strict=True))
+    expected = -(-codes.shape[0] // high), -(-codes.shape[1] // wide)
     if scales.dtype not in _SCALE_TYPES or scales.shape != expected:
         raise DamagedFileError(
             f"are {scales.dtype} {list(scales.shape)}, expected {' or '.join(_SCALE_TYPES)} {list(expected)}",
@@ -64,11 +66,11 @@ def _weight(stored: Checkpoint, codes: TensorRef, block: tuple[int, int]) -> Pac
     columns = codes.shape[1]
 
     def decode(start: int, stop: int) -> Rows:
-        first = start // block[0]
-        near = scales.read(first, -(-stop // block[0]))
-        wide = np.repeat(near, block[1], axis=1)[:, :columns]
+        first = start // high
+        near = scales.read(first, -(-stop // high))
+        spread = np.repeat(near, wide, axis=1)[:, :columns]
         rows = E4M3[codes.raw(start, stop)].reshape(stop - start, columns)
-        rows *= wide[np.arange(start, stop) // block[0] - first]
+        rows *= spread[np.arange(start, stop) // high - first]
         return rows
 
     return PackedTensor(name, codes.shape, f"FP8_{block[0]}x{block[1]}", (codes, scales), decode)

@@ -21,6 +21,8 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 MAX_DIMS = 32
 MAX_TENSOR_BYTES = (1 << 63) - 1
+MAX_ELEMENTS = 1 << 48
+"""Elements of an empty tensor, axes of length 0 taken as 1: numpy cannot shape many more, even of none."""
 MAX_FILE_NAME_BYTES = 255
 LISTED = 50
 ITEM_BYTES = {name: int(bits[2:]) for name, bits in PLAIN.items()} | {"F8_E4M3": 1, "F8_E5M2": 1}
@@ -296,7 +298,8 @@ def _entry(path: Path, name: str, value: Any) -> _Entry:
         raise DamagedFileError(f"has shape {printable(str(shape), 80)}", path=path, tensor=name)
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise DamagedFileError(f"has data_offsets {printable(str(offsets), 80)}", path=path, tensor=name)
-    if ITEM_BYTES[dtype] * prod(length or 1 for length in shape) > MAX_TENSOR_BYTES:
+    sides = prod(length or 1 for length in shape)
+    if ITEM_BYTES[dtype] * sides > MAX_TENSOR_BYTES or (0 in shape and sides > MAX_ELEMENTS):
         raise DamagedFileError(f"has shape {shape}: its size overflows", path=path, tensor=name)
     expected, found = ITEM_BYTES[dtype] * prod(shape), offsets[1] - offsets[0]
     if expected != found:
