@@ -257,7 +257,7 @@ def _group(tensor: StoredTensor, scales: StoredTensor) -> int | None:
     groups = 1 if len(shape) == 1 else shape[1]
     if groups == 1:
         return None
-    even = [columns // groups] if groups and columns % groups == 0 else []
+    even = [columns // groups] if groups and columns and columns % groups == 0 else []
     for group in [*_GROUPS, *even]:
         if -(-columns // group) == groups:
             return group
