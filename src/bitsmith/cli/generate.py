@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from bitsmith.cli.options import fetched
-from bitsmith.errors import BitsmithError
+from bitsmith.cli.options import fetched, remark
+from bitsmith.cli.session import session
+from bitsmith.errors import BitsmithError, printable
 
 if TYPE_CHECKING:
     from bitsmith.run.generate import Continuation
@@ -85,7 +86,7 @@ def generate(
             model, prompt, gen, sampling, chat=chat, tokenizer=tokenizer, ctx_tokens=ctx, emit=_write
         )
     typer.echo()
-    typer.echo(_told(found), err=True)
+    remark(_told(found))
 
 
 def chat(
@@ -113,17 +114,17 @@ def chat(
             try:
                 found = talk.say(line, gen, _write)
             except BitsmithError as error:
-                typer.echo(f"error: {error}", err=True)
+                typer.echo(f"error: {printable(str(error), 2000)}", err=True)
                 if not sys.stdin.isatty():
                     raise typer.Exit(error.exit_code) from error
                 continue
             typer.echo()
-            typer.echo(_told(found), err=True)
+            remark(_told(found))
 
 
 def _lines() -> Iterator[str]:
     while True:
-        if sys.stdin.isatty():
+        if sys.stdin.isatty() and session.shows_progress:
             typer.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:

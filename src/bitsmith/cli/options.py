@@ -13,7 +13,8 @@ import typer
 from rich.console import Console
 
 from bitsmith.cli.session import session
-from bitsmith.log import progressed
+from bitsmith.errors import printable
+from bitsmith.log import event, progressed
 from bitsmith.progress import Progress
 
 Model = Annotated[
@@ -36,7 +37,7 @@ def progress_bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TaskProgressColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -53,7 +54,7 @@ def progress_bars() -> Iterator[Progress]:
                 told[stage] = now
                 progressed(stage, done, total)
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
+                tasks[stage] = bars.add_task(printable(stage), total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
@@ -65,6 +66,13 @@ def fetched(model: Path) -> Path:
 
     with progress_bars() as progress:
         return local(model, progress)
+
+
+def remark(text: str) -> None:
+    """Say something beside the result, on stderr, and in the log."""
+    event("remark", text=text)
+    if session.shows_progress:
+        typer.echo(printable(text, 2000), err=True)
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:

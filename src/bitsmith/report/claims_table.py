@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from bitsmith.report.markdown import UNMEASURED, markdown_table, plain, write_markdown
-from bitsmith.report.terminal import Rows, table
+from bitsmith.report.terminal import Rows, say, table
 from bitsmith.run.evaluation import Measure
 from bitsmith.run.format_rows import Outcome
 from bitsmith.run.seed_claims import EXACT, ClaimsStudy, Cost
@@ -65,7 +64,7 @@ def print_claims(study: ClaimsStudy) -> None:
     console = Console()
     console.print(table(*claim_rows(study)))
     for line in (tally(study), *protocol_lines(study)):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def tally(study: ClaimsStudy) -> str:

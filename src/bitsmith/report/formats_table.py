@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED, code, markdown_table, measure_text, plain, write_markdown
-from bitsmith.report.terminal import Rows, table
+from bitsmith.report.terminal import Rows, say, table
 from bitsmith.run.coherence import GRAM_TOKENS, SAMPLED, Coherence, rule
 from bitsmith.run.evaluation import Measure
 from bitsmith.run.format_rows import ORIGINAL, FormatRow, FormatsStudy
@@ -102,7 +101,7 @@ def print_formats(study: FormatsStudy) -> None:
     for line in (*lines, *(f"{row.name}: {sample_of(row)}" for row in study.rows)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in protocol_lines(study):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def formats_markdown(study: FormatsStudy) -> str:

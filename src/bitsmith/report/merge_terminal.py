@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from bitsmith.errors import printable
 from bitsmith.report.markdown import UNMEASURED
-from bitsmith.report.terminal import bytes_text, table
+from bitsmith.report.terminal import bytes_text, say, table
 from bitsmith.run.merge import RESULT_NAME, MergeCost, MergeResult
 
 Json = Mapping[str, Any]
@@ -63,7 +62,7 @@ def print_merge(result: MergeResult, page: Path) -> None:
     measures = [(said, *_figure(record["measures"][name])) for name, said in _MEASURES.items()]
     console.print(table(("all held-out chunks", "value", "95 % interval"), measures, right=("value",)))
     for line in (*_lines(result), f"the page: {page}"):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def _lines(result: MergeResult) -> Iterator[str]:

@@ -6,11 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.markup import escape
 
 from bitsmith.errors import printable
 from bitsmith.report.markdown import measure_text
-from bitsmith.report.terminal import Rows, bytes_text, protocol_text, table
+from bitsmith.report.terminal import Rows, bytes_text, protocol_text, say, table
 from bitsmith.run.gate import PPL_RATIO
 from bitsmith.run.sahc_planned import PlannedMethod, SahcPlan, component_bytes
 from bitsmith.run.sahc_rows import SahcRecord, SahcResult, Written
@@ -27,7 +26,7 @@ def print_sahc(record: SahcRecord) -> None:
     names, rows = model_table(result)
     console.print(table(names, rows, right=names[1:]))
     for line in (*gate_lines(result), *_comparison(result), *_places(record)):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def print_sahc_plan(plan: SahcPlan) -> None:
@@ -59,7 +58,7 @@ def print_sahc_plan(plan: SahcPlan) -> None:
         f"{plan.int4_file_bytes:,} bytes of files",
         f"stored now: {bytes_text(plan.stored_bytes)}; nothing written (dry run)",
     ):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def component_table(result: SahcResult) -> Rows:

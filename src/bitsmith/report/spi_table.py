@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from bitsmith.report.markdown import markdown_table, measure_text, plain, write_markdown
-from bitsmith.report.terminal import Rows, bytes_text, protocol_text, table
+from bitsmith.report.terminal import Rows, bytes_text, protocol_text, say, table
 from bitsmith.run.evaluation import Measure
 from bitsmith.run.spi_rows import SpiRow, SpiStudy, SpiTable
 
@@ -25,7 +25,7 @@ def print_spi_study(study: SpiStudy) -> None:
         console.print(f"\n{escape(title)}", highlight=False, soft_wrap=True)
         console.print(table(columns, rows, right=_NUMBERS))
     for line in _protocol(study):
-        console.print(escape(line), highlight=False, soft_wrap=True)
+        say(console, line)
 
 
 def spi_markdown(study: SpiStudy) -> str:

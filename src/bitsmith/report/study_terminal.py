@@ -13,7 +13,7 @@ from bitsmith.report.markdown import UNMEASURED
 from bitsmith.report.study_json import Experiment, Study
 from bitsmith.report.study_page import summary_of
 from bitsmith.report.study_tables import MEASURES, figure_text
-from bitsmith.report.terminal import Rows, table
+from bitsmith.report.terminal import Rows, say, table
 from bitsmith.run.study import StudyStatus
 
 _MEASURES = ("mean_kld", "ppl_ratio")
@@ -29,7 +29,7 @@ def print_study(study: Study, files: tuple[Path, ...]) -> None:
         console.print(escape(f"\n{printable(one.name)}: {printable(one.words, 300)}"), soft_wrap=True)
         console.print(table(*_experiment_rows(one)))
     for line in (*summary_of(study), *_not_done(study), f"wrote {', '.join(map(str, files))}"):
-        console.print(escape(printable(line, 1000)), highlight=False, soft_wrap=True)
+        say(console, printable(line, 1000))
 
 
 def print_study_status(status: StudyStatus) -> None:

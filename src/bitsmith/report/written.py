@@ -11,7 +11,7 @@ from rich.markup import escape
 
 from bitsmith.errors import printable
 from bitsmith.report.sahc_table import print_sahc, print_sahc_plan
-from bitsmith.report.terminal import bytes_text, print_plan, print_record, table
+from bitsmith.report.terminal import bytes_text, print_plan, print_record, say, table
 from bitsmith.run.cellm import CellmPlan, CellmRecord
 from bitsmith.run.compress import Planned, Written
 from bitsmith.run.critical import Selection
@@ -70,7 +70,7 @@ def print_written(record: Written) -> None:
         console.print(table(names, rounders, right=names[1:]))
     for row in record.tensors:
         if isinstance(row, FolderRow) and row.note:
-            console.print(f"note: {escape(printable(row.name))}: {escape(row.note)}", soft_wrap=True)
+            say(console, f"note: {row.name}: {row.note}")
     what = record.kind if isinstance(record, CellmRecord) else record.scheme
     console.print(
         f"wrote {escape(printable(str(record.out)))}\n{_size(what, record)}, {record.seconds:.1f} s",
@@ -140,4 +140,4 @@ def _print_selection(console: Console, selection: Selection) -> None:
         soft_wrap=True,
     )
     if selection.protocol is not None:
-        console.print(escape(printable(selection.protocol)), highlight=False, soft_wrap=True)
+        say(console, printable(selection.protocol))
