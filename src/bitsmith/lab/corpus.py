@@ -10,7 +10,8 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from bitsmith.run.corpus import documents
-from bitsmith.store.atomic import atomic_file
+from bitsmith.run.record import seal
+from bitsmith.store.atomic import Content, atomic_file
 
 QWEN35_REGEX = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
@@ -39,7 +40,11 @@ def held_out_text(limit_bytes: int = 200_000) -> str:
 
 def write_held_out_text(out: Path, limit_bytes: int = 200_000, *, overwrite: bool = False) -> Path:
     """Write `held_out_text(limit_bytes)` to `out`. Raises OutputError if it exists without `overwrite`."""
-    with atomic_file(out, overwrite=overwrite) as stream:
+
+    def finish(content: Content) -> None:
+        seal(out, "lab text", content, limit_bytes=limit_bytes)
+
+    with atomic_file(out, overwrite=overwrite, finish=finish) as stream:
         stream.write(held_out_text(limit_bytes).encode())
     return out
 

@@ -9,7 +9,7 @@ lie in random order. A merge that finds all of it gives the student back.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from bitsmith.passes.axes import Layer, layers_of
 from bitsmith.passes.merge_axes import by_channel
 from bitsmith.passes.merge_inner import groups_of
 from bitsmith.passes.transform import Model, model_of
+from bitsmith.run.record import seal, source_facts
 from bitsmith.store import open_checkpoint
+from bitsmith.store.atomic import Content
 from bitsmith.store.hub import local
 from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
@@ -104,7 +106,20 @@ def embed_student(
         data = [TensorData(s.name, "F32", s.shape, [build.tensor(s)]) for s in build.specs]
         folder = student if student.is_dir() else student.parent
         files = side_files(folder, TOKENIZER_FILES)
-        write_safetensors(out, data, build.config, files=files, overwrite=overwrite, sources=checkpoint.files)
+        made_of = {"student": source_facts(checkpoint, out)}
+
+        def finish(content: Content) -> None:
+            seal(out, "lab embed", content, made_of, **asdict(sizes), seed=seed, turn_values=turn_values)
+
+        write_safetensors(
+            out,
+            data,
+            build.config,
+            files=files,
+            overwrite=overwrite,
+            sources=checkpoint.files,
+            finish=finish,
+        )
     return Embedding(out, build.frame, build.scale, build.taken, tuple(build.places))
 
 

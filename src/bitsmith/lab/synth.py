@@ -15,6 +15,8 @@ from bitsmith.archs.published import published_config
 from bitsmith.formats import format_named
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.progress import Progress, silent
+from bitsmith.run.record import seal
+from bitsmith.store.atomic import Content
 from bitsmith.store.checkpoint import ComputedTensor, TensorRef
 from bitsmith.store.safetensors_writer import SHARD_BYTES, TensorData, write_safetensors
 
@@ -96,5 +98,9 @@ def synth(
             progress("synth", done, total)
 
     data = [TensorData(name, ref.dtype, ref.shape, encoded(ref)) for name, ref in tensors.items()]
-    write_safetensors(out, data, config, shard_bytes=shard_bytes, files=files)
+
+    def finish(content: Content) -> None:
+        seal(out, "lab synth", content, size=size, seed=seed, dtype=dtype)
+
+    write_safetensors(out, data, config, shard_bytes=shard_bytes, files=files, finish=finish)
     return out

@@ -35,8 +35,9 @@ from bitsmith.run.corpus import documents
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import quiet_transformers
 from bitsmith.run.free_model import plain
+from bitsmith.run.record import seal
 from bitsmith.store import open_checkpoint
-from bitsmith.store.atomic import atomic_folder
+from bitsmith.store.atomic import Content, atomic_folder
 
 _FLOAT32_SUFFIXES = (".A_log", ".linear_attn.norm.weight")  # Qwen's own files keep these two in F32
 _SAVED_EVERY_SECONDS = 300.0
@@ -352,7 +353,11 @@ def train(out: Path, spec: TrainSpec, progress: Progress = silent, *, teacher: P
         "bf16_autocast": bf16_is_faster(),
     }
     log = [header, *run.fit(stream, held_out, progress)]
-    with atomic_folder(out, last="model.safetensors", stale=lambda _: False) as folder:
+
+    def finish(content: Content) -> None:
+        seal(out, "lab train", content, **run.asked)
+
+    with atomic_folder(out, last="model.safetensors", stale=lambda _: False, finish=finish) as folder:
         _save_model(folder, run.model, tokenizer, spec)
         (folder / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
     run.state.unlink(missing_ok=True)

@@ -26,10 +26,11 @@ from bitsmith.run.evaluate import open_model, text_chunks
 from bitsmith.run.evaluation import Protocol
 from bitsmith.run.forward import TextModel, Tokens
 from bitsmith.run.moments import Exported, export_imatrix
+from bitsmith.run.record import seal, source_facts
 from bitsmith.run.saliency import Saliency, token_saliency
 from bitsmith.run.site_sums import SiteSums
 from bitsmith.run.sites import SiteForward, States
-from bitsmith.store.atomic import atomic_folder, link_file, refuse_full, refuse_taken, sync_path
+from bitsmith.store.atomic import Content, atomic_folder, link_file, refuse_full, refuse_taken, sync_path
 from bitsmith.store.hub import local
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
 from bitsmith.store.journal import Journal, content_key, key_digest, remove_work
@@ -232,6 +233,7 @@ class _Run:
             overwrite=overwrite,
             expect_bytes=self.expect_bytes,
             sources=sources,
+            finish=lambda content: self._seal(out, "statistics", content),
         ) as part:
             with _Work(self, out, overwrite) as work:
                 sites = work.run(progress)
@@ -259,9 +261,28 @@ class _Run:
             tokens = write_tokens(work.folder / TOKENS_NAME, *self._split(self.tokens))
             write_manifest(work.folder / MANIFEST_NAME, self._manifest(sites, tokens))
             statistics = open_statistics(work.folder, self.specs)
-            write_imatrix(out, imatrix_of(statistics, self.specs), overwrite=overwrite, sources=sources)
+            write_imatrix(
+                out,
+                imatrix_of(statistics, self.specs),
+                overwrite=overwrite,
+                sources=sources,
+                finish=lambda content: self._seal(out, "imatrix", content),
+            )
         work.remove()
         return self._result(out, sites, work.resumed)
+
+    def _seal(self, out: Path, kind: str, content: Content) -> None:
+        """Write the manifest and the record of what is about to appear."""
+        chunks, ctx = self.tokens.shape
+        options = {
+            "text_sha256": self.protocol.text_sha256,
+            "ctx_tokens": ctx,
+            "chunks": chunks,
+            "held_chunks": len(self.held),
+            "saliency": self.saliency,
+            "seed": self.seed,
+        }
+        seal(out, kind, content, {"model": source_facts(self.model.source, out)}, **options)
 
     def _split(self, chunks: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
         fit = np.setdiff1d(np.arange(len(chunks)), self.held)

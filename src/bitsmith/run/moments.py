@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec, claim, import_view
 from bitsmith.errors import BitsmithError
+from bitsmith.run.record import seal
 from bitsmith.store import open_checkpoint
+from bitsmith.store.atomic import Content
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.imatrix import is_imatrix_name, write_imatrix
 from bitsmith.store.statistics import Statistics, dense_moment, imatrix_of, open_statistics
@@ -80,9 +82,14 @@ def export_imatrix(model: Path, statistics: Path, out: Path, *, overwrite: bool 
         raise BitsmithError("is no name of an imatrix: expected .gguf or .dat", path=out)
     with open_checkpoint(model) as checkpoint:
         specs = model_specs(checkpoint)
-        found = imatrix_of(open_statistics(statistics, specs), specs)
+        opened = open_statistics(statistics, specs)
+        found = imatrix_of(opened, specs)
     files = statistics.iterdir() if statistics.is_dir() else [statistics]
-    write_imatrix(out, found, overwrite=overwrite, sources=files)
+
+    def finish(content: Content) -> None:
+        seal(out, "imatrix", content, statistics_sha256=opened.digest)
+
+    write_imatrix(out, found, overwrite=overwrite, sources=files, finish=finish)
     return Exported(out, statistics, len(found.entries))
 
 

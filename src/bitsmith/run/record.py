@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from bitsmith import __version__
+from bitsmith.store.atomic import Content
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.hub import origin
 from bitsmith.store.hub_names import last_name
+from bitsmith.store.manifest import read_record, record_of, write_manifest
 
 ERROR_UNIT = "sum (w - decoded)² / sum w², w as read from the source (after the transforms, if there are any)"
 
@@ -95,6 +97,22 @@ def source_facts(checkpoint: Checkpoint, out: Path) -> dict[str, Any]:
         "path": os.path.relpath(path, out.absolute().parent),
         "sha256": checkpoint.source_digest,
     }
+
+
+def seal(
+    out: Path,
+    kind: str,
+    content: Content | None = None,
+    sources: Mapping[str, Mapping[str, Any]] | None = None,
+    **options: Any,
+) -> None:
+    """Write the manifest and the record of an output that holds no tensors of a model to compare with.
+
+    What has a record of another kind keeps it. Raises OutputError as `write_manifest` does.
+    """
+    if content is None and record_of(out).exists() and read_record(out).get("kind") != kind:
+        return
+    write_manifest(out, output_record(out, kind, sources or {}, options), content=content)
 
 
 def rebased(record: Mapping[str, Any], made: Path, out: Path) -> dict[str, Any]:

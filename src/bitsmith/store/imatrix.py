@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError, DamagedFileError, printable
-from bitsmith.store.atomic import atomic_file
+from bitsmith.store.atomic import Finish, atomic_file
 from bitsmith.store.checkpoint import SLICE_BYTES
 from bitsmith.store.gguf import open_gguf
 from bitsmith.store.gguf_layout import MAGIC, MAX_NAME_BYTES, TensorInfo, Typed
@@ -71,15 +71,22 @@ def is_imatrix_name(path: Path) -> bool:
 
 
 def write_imatrix(
-    target: Path, imatrix: Imatrix, *, overwrite: bool = False, sources: Iterable[Path] = ()
+    target: Path,
+    imatrix: Imatrix,
+    *,
+    overwrite: bool = False,
+    sources: Iterable[Path] = (),
+    finish: Finish | None = None,
 ) -> None:
     """Write an imatrix, atomically: legacy where the name ends in `.dat`, else GGUF.
 
-    Raises OutputError as `atomic_file` does.
+    `finish` is told of the whole file before it appears. Raises OutputError as `atomic_file` does.
     """
     if target.suffix == ".dat":
         content = _legacy_bytes(imatrix)
-        with atomic_file(target, overwrite=overwrite, expect_bytes=len(content), sources=sources) as stream:
+        with atomic_file(
+            target, overwrite=overwrite, expect_bytes=len(content), sources=sources, finish=finish
+        ) as stream:
             stream.write(content)
         return
     arrays: dict[str, Float32] = {}
@@ -99,6 +106,7 @@ def write_imatrix(
         lambda info: [arrays[info.name]],
         overwrite=overwrite,
         sources=sources,
+        finish=finish,
     )
 
 
