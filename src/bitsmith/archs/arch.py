@@ -314,6 +314,11 @@ def match(
     if orphans:
         raise UnsupportedError(f"unknown to {arch.gguf_arch}: {_listed(orphans)}", path=checkpoint.path)
     missing = [name for name in wanted if name not in checkpoint]
+    if missing == ["lm_head.weight"]:
+        raise UnsupportedError(
+            "missing: tensor lm_head.weight, and the config does not tie it: a model without its output head",
+            path=checkpoint.path,
+        )
     if missing:
         raise BitsmithError(f"missing: {_listed(missing)}", path=checkpoint.path)
     for name, (_, expected) in wanted.items():

@@ -270,8 +270,7 @@ def _special_ids(
     by_content = {added["content"]: added["id"] for added in tokenizer.get("added_tokens", [])}
     found: dict[str, Any] = {}
     for kind, key in _SPECIAL_KEYS.items():
-        entry = settings.get(f"{kind}_token")
-        content = entry.get("content") if isinstance(entry, dict) else entry
+        content = _content(settings.get(f"{kind}_token"))
         given = [config.get(f"{kind}_token_id") for config in configs]
         firsts = [ids[0] if isinstance(ids, list) and ids else ids for ids in given]
         candidates = [by_content.get(str(content)), *firsts]
@@ -281,13 +280,25 @@ def _special_ids(
     return found
 
 
+def _content(entry: Any) -> Any:
+    return entry.get("content") if isinstance(entry, dict) else entry
+
+
 def _added_ends(tokenizer: dict[str, Any], settings: dict[str, Any]) -> dict[str, bool]:
-    """Return whether bos and eos are added: not by a ByteLevel post-processor, else the settings say."""
+    """Return whether bos and eos are added: not by a ByteLevel post-processor, else the settings say.
+
+    Where the settings are silent, as transformers 5 writes them, a template that starts or ends with the
+    token does.
+    """
     processor = tokenizer.get("post_processor") or {}
-    kinds = [part.get("type") for part in processor.get("processors", [processor])]
+    parts = processor.get("processors", [processor])
+    kinds = [part.get("type") for part in parts]
+    template = next((p.get("single") or [] for p in parts if p.get("type") == "TemplateProcessing"), [])
     ends: dict[str, bool] = {}
-    for kind in ("bos", "eos", "sep"):
+    for kind, place in (("bos", 0), ("eos", -1), ("sep", None)):
         asked = settings.get(f"add_{kind}_token")
+        if asked is None and place is not None and len(template) > 1 and "SpecialToken" in template[place]:
+            asked = template[place]["SpecialToken"]["id"] == _content(settings.get(f"{kind}_token"))
         if "ByteLevel" in kinds and kind != "sep":
             ends[f"tokenizer.ggml.add_{kind}_token"] = False
         elif isinstance(asked, bool):

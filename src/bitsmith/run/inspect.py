@@ -79,21 +79,28 @@ def inspect(model: Path) -> Inspection:
     Sizes come from the same plan that `compress` executes, so they are exact; where no architecture is known
     they are the tensor data alone, each matrix in the type where its rows fit.
 
-    Raises BitsmithError for a damaged file or a checkpoint with unclaimed or missing tensors.
+    Raises BitsmithError for a damaged file or a checkpoint whose tensors are missing or mis-shaped.
     """
     with open_checkpoint(model) as checkpoint:
         notes: list[str] = []
         try:
             arch = architecture_of(checkpoint)
         except BitsmithError as error:
-            notes.append(f"grouped by name and shape only: {error.message}")
-            named = [(_generic_role(name), ref) for name, ref in checkpoint.items()]
-            guessed = [(_role(spec_by_name(name, ref)), ref) for name, ref in checkpoint.items()]
-            return _inspection(checkpoint, None, named, guessed, _generic_sizes(checkpoint), notes)
-        hugging_face = checkpoint if checkpoint.config else import_view(checkpoint)
-        pairs = [(spec, _stored(checkpoint, spec)) for spec, _ in claim(hugging_face)]
+            return _by_name(checkpoint, error)
+        try:
+            hugging_face = checkpoint if checkpoint.config else import_view(checkpoint)
+            pairs = [(spec, _stored(checkpoint, spec)) for spec, _ in claim(hugging_face)]
+        except UnsupportedError as error:  # sound, but not as the architecture has it: a score head, biases
+            return _by_name(checkpoint, error)
         named = [(_role(spec), ref) for spec, ref in pairs]
         return _inspection(checkpoint, arch.gguf_arch, named, named, _sizes(checkpoint, notes), notes)
+
+
+def _by_name(checkpoint: Checkpoint, why: BitsmithError) -> Inspection:
+    notes = [f"grouped by name and shape only: {why.message}"]
+    named = [(_generic_role(name), ref) for name, ref in checkpoint.items()]
+    guessed = [(_role(spec_by_name(name, ref)), ref) for name, ref in checkpoint.items()]
+    return _inspection(checkpoint, None, named, guessed, _generic_sizes(checkpoint), notes)
 
 
 def _stored(checkpoint: Checkpoint, spec: TensorSpec) -> TensorRef:
