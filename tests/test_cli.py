@@ -11,12 +11,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bitsmith.cli.main import main
+from bitsmith.errors import OutputError
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.lab.synth import synth
 from bitsmith.store import open_gguf
@@ -445,7 +447,7 @@ def test_bits_per_weight_count_the_tensors_alone(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan.json", "plan.yaml"]
 
 
-def test_a_killed_recipe_takes_over_statistics_of_the_same_text_alone(
+def test_a_killed_recipe_is_gone_on_with_by_the_same_options_alone(
     tiny_qwen3: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bitsmith.run import recipe
@@ -466,10 +468,16 @@ def test_a_killed_recipe_takes_over_statistics_of_the_same_text_alone(
     other = tmp_path / "other.txt"
     other.write_text(text.read_text()[2000:])
     out = tmp_path / "out.gguf"
-    for given in (text, text, other):
+    for given, overwrite in ((text, False), (text, False), (other, True)):
+        job = Job(tiny_qwen3, out, "Q8_0", text=given, rounder="weighted", overwrite=overwrite)
         with pytest.raises(KeyboardInterrupt):
-            recipe.make(Job(tiny_qwen3, out, "Q8_0", text=given, rounder="weighted"), None, stop)
+            recipe.make(job, None, stop)
         assert (tmp_path / ".out.gguf.recipe" / "statistics").is_dir() and not out.exists()
+        for changed, name in (({"type_name": "Q4_0"}, "type_name"), ({"text": tmp_path / "x"}, "text")):
+            with pytest.raises(
+                OutputError, match=rf"recipe/journal: .* with other {name}\b.*; run that again"
+            ):
+                recipe.make(replace(job, **changed, overwrite=False), None)  # type: ignore[arg-type]
     assert texts == [text, other]
     made = recipe.make(Job(tiny_qwen3, out, "Q8_0", text=other, rounder="weighted"), None)
     assert texts == [text, other] and re.search(r"held-out part of \S*other\.txt", made.protocol)
