@@ -78,4 +78,4 @@ def remark(text: str) -> None:
 def write_json(path: Path | None, record: dict[str, Any]) -> None:
     """Write a record as JSON where a file is asked for."""
     if path is not None:
-        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n")
+        path.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", "utf-8")

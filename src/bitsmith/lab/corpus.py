@@ -83,4 +83,4 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
         "add_bos_token": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")

@@ -46,5 +46,5 @@ def demo(out: Path, type_name: str = "Q4_K_M", progress: Progress = silent) -> D
     evaluation = evaluate(DEMO_MODEL, gguf, text, progress=progress)
     sample = generate(gguf, PROMPT, 48) if find_spec("xllamacpp") else None
     for name, result in (("record", record.to_json()), ("evaluation", evaluation.to_json())):
-        (out / f"{name}.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
+        (out / f"{name}.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", "utf-8")
     return Demo(out, record, evaluation, PROMPT, sample, time.monotonic() - started)

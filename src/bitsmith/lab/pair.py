@@ -82,6 +82,6 @@ def _named(progress: Progress, name: str) -> Progress:
 def _spec_of(folder: Path) -> object:
     """Return the spec in a folder's log, None where there is none."""
     try:
-        return json.loads((folder / "training_log.jsonl").read_text().splitlines()[0])["spec"]
+        return json.loads((folder / "training_log.jsonl").read_text("utf-8").splitlines()[0])["spec"]
     except (OSError, ValueError, IndexError, KeyError, TypeError):
         return None

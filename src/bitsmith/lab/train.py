@@ -359,7 +359,7 @@ def train(out: Path, spec: TrainSpec, progress: Progress = silent, *, teacher: P
 
     with atomic_folder(out, last="model.safetensors", stale=lambda _: False, finish=finish) as folder:
         _save_model(folder, run.model, tokenizer, spec)
-        (folder / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+        (folder / "training_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log), "utf-8")
     run.state.unlink(missing_ok=True)
     return out
 

@@ -204,7 +204,7 @@ class RayEngine:
         """Return the marker's path and text, writing it if it is not there."""
         if self._marker is None or not Path(self._marker[0]).exists():
             path, text = folder / f".marker-{uuid.uuid4().hex}", uuid.uuid4().hex
-            path.write_text(text)
+            path.write_text(text, "utf-8")
             self._marker = str(path), text
         return self._marker
 
@@ -393,7 +393,7 @@ def _sees(order: Order) -> bool:
     path, said = order.marker
     try:
         sources = [Path(order.task.params[name]) for name in order.task.sources]
-        return Path(path).read_text() == said and all(source.exists() for source in sources)
+        return Path(path).read_text("utf-8") == said and all(source.exists() for source in sources)
     except OSError:
         return False
 

@@ -25,9 +25,9 @@ def available_bytes() -> int:
     """Return the memory that can be had now; where that is not known, all of the machine's."""
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):  # no control group, or one without a limit
-        found = min(found, int(_CGROUP_LIMIT.read_text()))
+        found = min(found, int(_CGROUP_LIMIT.read_text("utf-8")))
     with suppress(OSError):  # not Linux
-        for line in _MEMINFO.read_text().splitlines():
+        for line in _MEMINFO.read_text("utf-8").splitlines():
             if line.startswith("MemAvailable:"):
                 found = min(found, int(line.split()[1]) * 1024)
     return found
@@ -46,7 +46,7 @@ def usage_of_sessions(sessions: Collection[int]) -> dict[int, Usage]:
     for entry in _PROC.iterdir() if _PROC.is_dir() and sessions else ():
         if entry.name.isdigit():
             with suppress(OSError, ValueError, IndexError):  # it ended while being read
-                fields = (entry / "stat").read_text(errors="replace").rpartition(")")[2].split()
+                fields = (entry / "stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()
                 session = int(fields[3])
                 if session in total:
                     cpu_seconds = sum(map(int, fields[11:15])) / _TICKS
@@ -60,7 +60,7 @@ def usage_of_sessions(sessions: Collection[int]) -> dict[int, Usage]:
 def _own_bytes(entry: Path) -> int:
     """Return a process's anonymous and shared memory: mapped files go when memory is short."""
     found = {}
-    for line in (entry / "status").read_text(errors="replace").splitlines():
+    for line in (entry / "status").read_text("utf-8", errors="replace").splitlines():
         name, _, value = line.partition(":")
         if name in ("RssAnon", "RssShmem", "VmRSS"):
             found[name] = int(value.split()[0]) * 1024

@@ -272,7 +272,7 @@ def memory_bytes() -> int:
     """
     found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with suppress(OSError, ValueError):
-        found = min(found, int(_CGROUP_LIMIT.read_text()))
+        found = min(found, int(_CGROUP_LIMIT.read_text("utf-8")))
     return found
 
 

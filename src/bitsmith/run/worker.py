@@ -142,7 +142,7 @@ def _end_with_parent() -> None:
 def _end_before_parent() -> None:
     """Have the kernel, when memory is short, take this process rather than the one that looks after all."""
     with suppress(OSError):  # not Linux
-        Path("/proc/self/oom_score_adj").write_text("500")
+        Path("/proc/self/oom_score_adj").write_text("500", "utf-8")
 
 
 def _wait_for_end(lifeline: int) -> None:

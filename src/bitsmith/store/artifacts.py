@@ -91,7 +91,7 @@ class ArtifactStore:
         self.discard(key)  # what is left of a damaged one
         target = self._object(key)
         try:
-            (staged / COST).write_text(json.dumps(cost or {}) + "\n")
+            (staged / COST).write_text(json.dumps(cost or {}) + "\n", "utf-8")
             sync_path(staged / COST)
             if not target.parent.is_dir():
                 target.parent.mkdir(parents=True)
@@ -146,7 +146,7 @@ def seal(staged: Path, result: Mapping[str, Any]) -> None:
     except (TypeError, ValueError) as error:
         raise BitsmithError(f"the action's result is not JSON: {error}") from error
     try:
-        (staged / RESULT).write_text(text + "\n")
+        (staged / RESULT).write_text(text + "\n", "utf-8")
         paths = [staged / RESULT, *_plain_files(staged / FILES)]
         entries = {
             path.relative_to(staged).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)}

@@ -234,7 +234,7 @@ def write_arrays(path: Path, arrays: Mapping[str, tuple[str, NDArray[Any]]]) -> 
 
 def write_paired_manifest(path: Path, manifest: PairedManifest) -> None:
     """Write `paired.json`, not atomically."""
-    path.write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def is_paired_file(name: str) -> bool:

@@ -57,7 +57,7 @@ class Manifest:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write `statistics.json`, not atomically."""
-    path.write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n")
+    path.write_text(json.dumps(asdict(manifest), indent=1, allow_nan=False) + "\n", "utf-8")
 
 
 def parse_manifest(raw: bytes, path: Path) -> Manifest:
