@@ -139,12 +139,11 @@ def calibrate_or_convert(
 
     Raises BitsmithError unless exactly one of the two is given, else as they do.
     """
-    if (text is None) == (statistics is None):
-        raise BitsmithError("pass either a text to run through the model, or statistics to convert")
-    if text is not None:
+    if text is not None and statistics is None:
         return calibrate(model, text, out, overwrite=overwrite, progress=progress, **options)
-    assert statistics is not None  # noqa: S101 (for the type checker)
-    return export_imatrix(model, statistics, out, overwrite=overwrite)
+    if statistics is not None and text is None:
+        return export_imatrix(model, statistics, out, overwrite=overwrite)
+    raise BitsmithError("pass either a text to run through the model, or statistics to convert")
 
 
 def held_out(chunks: int) -> list[int]:
