@@ -4,13 +4,13 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check format bench clean chromium
+.PHONY: install demo test test-slow check format bench fuzz clean chromium
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama,bnb,vllm,ray,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama,bnb,vllm,ray,fuzz,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -34,17 +34,24 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 check: $(STAMP)
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks fuzz
+	$(BIN)/ruff check src tests benchmarks fuzz
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(STAMP)
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks fuzz
+	$(BIN)/ruff check --fix src tests benchmarks fuzz
 
 bench: $(STAMP)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
+# A million inputs for each reader; `make fuzz FUZZ_INPUTS=10000` is a short run. What is found lies in fuzz/found.
+FUZZ_INPUTS ?= 1000000
+FUZZ_READERS ?= safetensors gguf cellm imatrix imatrix_dat folder statistics paired plan study
+fuzz: $(STAMP)
+	for reader in $(FUZZ_READERS); do \
+	  $(BIN)/python fuzz/run.py $$reader --inputs $(FUZZ_INPUTS) --corpus fuzz/found/$$reader || exit 1; done
+
 clean:
-	rm -rf $(VENV) build dist demo-out .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist demo-out fuzz/found .pytest_cache .mypy_cache .ruff_cache

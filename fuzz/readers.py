@@ -54,7 +54,7 @@ PAIRED_FILES = (
 )
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """A reader gave something that cannot be."""
 
 
@@ -70,7 +70,7 @@ class Reader:
     is_yaml: bool = False
 
     def __call__(self, data: bytes, folder: Path) -> bool:
-        """Read `data` by way of `folder`; tell whether it was taken. Raises Fault, and what is a fault."""
+        """Read `data` by way of `folder`; tell whether it was taken. Raises what is a fault."""
         path = folder / self.file
         if self.parts:
             _unpack(data, self.parts, path)
@@ -129,11 +129,11 @@ def _write(path: Path, data: bytes) -> None:
 
 def _expect(sound: bool, what: str) -> None:
     if not sound:
-        raise Fault(what)
+        raise FaultError(what)
 
 
 def _check_refusal(error: BitsmithError, path: Path) -> None:
-    """A refusal is one printable line that names the file; memory that ran out is no bad input."""
+    """Expect one printable line that names the file; memory that ran out is no bad input."""
     said = str(error)
     _expect(str(path) in said, f"a refusal does not name the file: {said!r}")
     _expect("\n" not in said and said.isprintable(), f"a refusal is no printable line: {said!r}")
@@ -151,7 +151,7 @@ def _touch(opened: Checkpoint, stored_bytes: int) -> None:
         for name, ref in opened.items():
             _expect(ref.name == name, f"{name!r} calls itself {ref.name!r}")
             _expect(all(type(length) is int and length >= 0 for length in ref.shape), f"shape {ref.shape}")
-            _expect(0 <= ref.nbytes, f"{name!r} has {ref.nbytes} bytes")
+            _expect(ref.nbytes >= 0, f"{name!r} has {ref.nbytes} bytes")
             slices = ref.slices(SLICE_BYTES)
             first = next(slices, None)
             last = None if first is None else (max(first[0], ref.n_rows - (first[1] - first[0])), ref.n_rows)
@@ -255,7 +255,7 @@ def _paired(path: Path) -> None:
 @cache
 def model_source() -> Source:
     """Return the bundled model that plans are read for."""
-    from bitsmith.lab import models  # noqa: PLC0415
+    from bitsmith.lab import models
 
     return open_source(open_checkpoint(Path(next(iter(models.__path__))) / "qwen3-student"))
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -59,8 +59,7 @@ class Counts:
         """Count an input."""
         self.values[0] += 1
         self.values[1] += taken
-        if seconds > self.values[2]:
-            self.values[2] = seconds
+        self.values[2] = max(self.values[2], seconds)
 
 
 class Fuzzed(NamedTuple):
@@ -125,7 +124,7 @@ def fuzz(reader: str, inputs: int, seconds: int, corpus: Path | None, seed: int)
     faults.mkdir(exist_ok=True)
     counts = Counts(passing / "counts")
     started = time.monotonic()
-    command = [sys.executable, __file__, "--child", reader, f"--inputs={inputs}", f"--seconds={seconds}"]
+    command = [sys.executable, sys.argv[0], "--child", reader, f"--inputs={inputs}", f"--seconds={seconds}"]
     log = subprocess.run(
         [*command, f"--corpus={corpus}", f"--seed={seed}"],
         env=os.environ | {"BITSMITH_FUZZ": str(passing), "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bitsmith.formats import FORMATS
+from bitsmith.errors import BitsmithError
 from bitsmith.formats.nf4 import NF4
 from bitsmith.run.mixes import MIXES
 from bitsmith.run.plan import plan_source
@@ -20,8 +20,8 @@ from bitsmith.store.cellm import DTYPES
 from bitsmith.store.gguf_layout import NUMBERS, tensor_bytes, type_names
 from bitsmith.store.imatrix import Imatrix, write_imatrix
 from bitsmith.store.safetensors import ITEM_BYTES
-from readers import FOLDER_FILES, PAIRED_FILES, SITES, STATISTICS_FILES, model_source, pack, scratch
 from changes import put_digests_right
+from readers import FOLDER_FILES, PAIRED_FILES, SITES, STATISTICS_FILES, model_source, pack, scratch
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RANDOM = np.random.default_rng(9)
@@ -30,7 +30,7 @@ Tensors = Mapping[str, tuple[str, tuple[int, ...]] | tuple[str, tuple[int, ...],
 
 
 def seeds(name: str) -> list[bytes]:
-    """Return the sound inputs of a reader."""
+    """Return the sound inputs of a reader; one of another kind begins with a digit."""
     made: dict[str, Any] = {
         "safetensors": _safetensors,
         "gguf": _gguf,
@@ -43,7 +43,7 @@ def seeds(name: str) -> list[bytes]:
         "plan": _plans,
         "study": _studies,
     }
-    return list(made[name]())
+    return list(made[name]()) if name in made else [b"1"]
 
 
 def _file(tensors: Tensors, metadata: Mapping[str, str] | None = None) -> bytes:
@@ -97,7 +97,7 @@ _ONES: dict[str, Any] = {"BOOL": True, "FLOAT32": 1.0, "FLOAT64": 1.0}
 def _is_known(info: TensorInfo) -> bool:
     try:
         return info.nbytes > 0
-    except Exception:
+    except BitsmithError:
         return False
 
 
@@ -317,7 +317,7 @@ def _paired() -> Iterable[bytes]:
         tensors[f"{side}.000.safetensors"] = entering | {"between": ("F32", (1, 4, wide))}
         tensors[f"{side}.001.safetensors"] = entering
     files = {name: _file(held) for name, held in tensors.items()}
-    files["paired.json"] = json.dumps(manifest | {"files": dict.fromkeys(files, {})}).encode()
+    files["paired.json"] = json.dumps(manifest | {"files": {name: {} for name in files}}).encode()
     put_digests_right(files)
     yield pack(files, PAIRED_FILES)
 
@@ -361,4 +361,3 @@ claims: {text: t, calibration: t}
 gates: {mean_kld: {below: 0.1}}
 limits: {memory: 2GiB, seconds: 60}
 """
-__all__ = ["FORMATS", "seeds"]
