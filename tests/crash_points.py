@@ -105,6 +105,11 @@ class Stage:
         said = [path.read_text(errors="replace") for path in (self._said, _beside(self._said))]
         return Done(found["code"], found["changes"], said[0]), Done(found["second"], 0, said[1])
 
+    def changes(self) -> list[tuple[str, str]]:
+        """Return what the last run changed under `root`, in order: what was done, and to which path."""
+        rows = (line.split("\t") for line in self.log.read_text(errors="replace").splitlines())
+        return [(what, path) for _, what, path in rows]
+
     def close(self) -> None:
         """End the warm process."""
         with self._process:  # closes its pipes, and waits

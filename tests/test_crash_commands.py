@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -134,6 +134,20 @@ def test_killed_while_it_replaces_an_earlier_output(
     assert sweep(on, again, most=40) > 4
 
 
+def check_synced(changes: Sequence[tuple[str, str]]) -> None:
+    """What appears by a rename was forced to the disk before, and its folder's entry is after."""
+    for place, (what, path) in enumerate(changes):
+        target = Path(path)
+        if what != "rename" or target.name.startswith("."):
+            continue
+        part = str(target.with_name(f".{target.name}.part"))
+        own = [index for index in range(place) if f"{changes[index][1]}/".startswith(f"{part}/")]
+        for index in own:
+            if changes[index][0] == "write":
+                assert ("fsync", changes[index][1]) in changes[index:place], (path, changes[index])
+        assert ("fsync", str(target.parent)) in changes[place:], path
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", [*WRITERS, *LONG])
@@ -145,6 +159,7 @@ def test_an_output_that_exists_and_a_second_run(on: Stage, made: dict[str, str],
     alone = on.run(play.words, folder)
     assert alone.code == 0, alone.said
     done = files_under(folder, play.varying)
+    check_synced(on.changes())
     fresh(play, folder)
     first, second = on.run_twice(play.words, folder, 1 + alone.changes // 2)
     assert first.code == 0, first.said
