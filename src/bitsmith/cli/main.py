@@ -14,6 +14,7 @@ from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.merge import merge
 from bitsmith.cli.options import JsonOut, Model, Overwrite, fetched, progress_bars, write_json
+from bitsmith.cli.push import push
 from bitsmith.cli.study import study
 from bitsmith.cli.verify import verify
 from bitsmith.errors import BitsmithError
@@ -87,8 +88,10 @@ def assay(
     print_assay(result)
     if out is not None:
         from bitsmith.report.assay_page import write_assay_page
+        from bitsmith.run.record import seal
 
         typer.echo(f"wrote {out / RESULT_NAME} and {write_assay_page(out / PAGE_NAME, result)}")
+        seal(out, "assay")
 
 
 @app.command()
@@ -181,6 +184,7 @@ def compare(
 
 
 app.command()(verify)
+app.command()(push)
 app.command()(merge)
 app.command()(generate)
 app.command()(chat)
@@ -204,9 +208,11 @@ def report(
     from bitsmith.report.model_card import write_report
     from bitsmith.report.study_adapters import load_study
     from bitsmith.report.study_terminal import print_study
+    from bitsmith.run.record import seal
 
     shown = load_study(paths, audit, peers)
     print_study(shown, write_report(out, shown))
+    seal(out, "report")
 
 
 @app.command()

@@ -67,6 +67,7 @@ def study_run(
     from bitsmith.report.study_json import read_study
     from bitsmith.report.study_terminal import print_study
     from bitsmith.run.budget import parse_memory
+    from bitsmith.run.record import seal
     from bitsmith.run.study import run_study
 
     folder = out or Path(f"{file.stem}-study")
@@ -84,6 +85,7 @@ def study_run(
         )
     shown = read_study(result.to_json())
     print_study(shown, write_report(folder, shown))
+    seal(folder, "study")
     if not result.is_whole:
         raise typer.Exit(1)
 

@@ -6,7 +6,8 @@ from rich.console import Console
 
 from bitsmith.errors import printable
 from bitsmith.report.terminal import table
-from bitsmith.run.verify import MODELS, TensorCheck, Verification
+from bitsmith.run.record import MODELS
+from bitsmith.run.verify import TensorCheck, Verification
 
 _SHOWN = 20
 

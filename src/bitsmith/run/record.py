@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 from bitsmith import __version__
-from bitsmith.store.atomic import Content
+from bitsmith.store.atomic import Content, files_in
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.hub import origin
 from bitsmith.store.hub_names import last_name
-from bitsmith.store.manifest import read_record, record_of, write_manifest
+from bitsmith.store.manifest import is_hidden, read_record, record_of, write_manifest
+
+MODELS = ("gguf", "cellm", "folder", "sahc", "merge")
+"""Kinds of outputs that hold tensors of a model, each with its error in the record."""
 
 ERROR_UNIT = "sum (w - decoded)² / sum w², w as read from the source (after the transforms, if there are any)"
 
@@ -108,10 +111,13 @@ def seal(
 ) -> None:
     """Write the manifest and the record of an output that holds no tensors of a model to compare with.
 
-    What has a record of another kind keeps it. Raises OutputError as `write_manifest` does.
+    Without `content` it is what lies there, hidden files left out; a model keeps its own record. Raises
+    OutputError as `write_manifest` does.
     """
-    if content is None and record_of(out).exists() and read_record(out).get("kind") != kind:
-        return
+    if content is None:
+        if record_of(out).exists() and read_record(out).get("kind") in MODELS:
+            return
+        content = {name: path for name, path in files_in(out).items() if not is_hidden(name)}
     write_manifest(out, output_record(out, kind, sources or {}, options), content=content)
 
 

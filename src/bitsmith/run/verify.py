@@ -14,6 +14,7 @@ from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.run.decoded import gguf_sources, relative_error
+from bitsmith.run.record import MODELS
 from bitsmith.run.transforms import read_sidecar
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import files_in
@@ -25,9 +26,6 @@ from bitsmith.store.stored import StoredTensor
 
 MODEL = "model"
 """The source in a record that tensors are compared with."""
-
-MODELS = ("gguf", "cellm", "folder", "sahc", "merge")
-"""Kinds of outputs that hold tensors of a model, each with its error in the record."""
 
 SAME, COMPUTED = 1e-9, 1e-5
 """How far a figure may be from the recorded one, as a share of it: of stored codes, of computed products."""

@@ -97,9 +97,17 @@ def check_manifest(out: Path) -> tuple[Fault, ...]:
     known = {entry.name for entry in entries}
     for name, found in files_in(out).items() if out.exists() else ():
         listed = _name_in(out, name)
-        if listed not in known and not any(part.startswith(".") for part in Path(name).parts):
+        if listed not in known and not is_hidden(name):
             faults.append(Fault(found, f"is not in {path.name}"))
     return tuple(faults)
+
+
+def listed_files(out: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file in an output's manifest, by its path from the output's folder.
+
+    Raises as `check_manifest` does.
+    """
+    return {entry.name: entry.digest for entry in _entries(out, manifest_of(out))}
 
 
 def read_record(out: Path) -> dict[str, Any]:
@@ -112,6 +120,11 @@ def read_record(out: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("output"), str):
         raise DamagedFileError("is no record of an output", path=path)
     return found
+
+
+def is_hidden(name: str) -> bool:
+    """Tell whether a file in an output, or a folder that it is in, is hidden."""
+    return any(part.startswith(".") for part in name.split("/"))
 
 
 def digest_of(path: Path) -> str:
