@@ -109,15 +109,22 @@ class JsonLines(logging.Handler):
     Every line is flushed to the system at once: what a process told survives its being killed.
     """
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: TextIO, *, owned: bool = False) -> None:
         super().__init__(logging.INFO)
-        self._stream = stream
+        self._stream, self._owned = stream, owned
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record; a stream that is gone ends no run."""
         with suppress(OSError, ValueError):
             self._stream.write(json_line(record) + "\n")
             self._stream.flush()
+
+    def close(self) -> None:
+        """Close the stream if it is this handler's own."""
+        super().close()
+        if self._owned:
+            with suppress(OSError):
+                self._stream.close()
 
 
 def json_line(record: logging.LogRecord) -> str:
@@ -143,7 +150,8 @@ def to_json_lines(target: TextIO | Path) -> JsonLines:
 
     Raises OutputError for a file that cannot be written and for one that holds anything else.
     """
-    handler = JsonLines(_opened(target) if isinstance(target, Path) else target)
+    own = isinstance(target, Path)
+    handler = JsonLines(_opened(target) if isinstance(target, Path) else target, owned=own)
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
     return handler
