@@ -172,6 +172,8 @@ def files_under(folder: Path, varying: frozenset[str] = frozenset()) -> dict[str
 
 def _content(path: Path, varying: frozenset[str]) -> bytes:
     raw = path.read_bytes()
+    if varying and path.suffix == ".html":
+        return b"a page tells seconds too"
     if varying and path.suffix in (".json", ".jsonl"):
         with suppress(ValueError):
             lines = (

@@ -23,7 +23,10 @@ CALIBRATE = ("calibrate", MODEL, "--text", "TEXT", "--ctx", "64", "--chunks", "6
 WRITERS: dict[str, Play] = {
     "gguf": Play(("compress", MODEL, "-o", "out.gguf", "--type", "Q4_K_M"), out="out.gguf"),
     "gguf with statistics": Play(
-        ("compress", MODEL, "-o", "out.gguf", "--type", "Q3_K_M", "--stats", "STATS", "--rounder", "gptq"),
+        (
+            *("compress", MODEL, "-o", "out.gguf", "--type", "BF16", "--stats", "STATS"),
+            *("--rounder", "gptq", "--tensor-type", r"layers\.0\.self_attn=Q4_0"),
+        ),
         out="out.gguf",
     ),
     "gguf with transforms": Play(
@@ -35,10 +38,18 @@ WRITERS: dict[str, Play] = {
     ),
     "packed folder": Play(("compress", MODEL, "-o", "out", "--type", "W4A16"), out="out"),
     "packed folder with statistics": Play(
-        ("compress", MODEL, "-o", "out", "--type", "NF4", "--stats", "STATS"), out="out"
+        (
+            *("compress", MODEL, "-o", "out", "--type", "BF16", "--stats", "STATS"),
+            *("--tensor-type", r"layers\.0\.self_attn=W4A16"),
+        ),
+        out="out",
     ),
     "factored folder": Play(
-        ("compress", MODEL, "-o", "out", "--type", "BF16", "--tensor-type", "layers.0.mlp=LR4-0.5"), out="out"
+        (
+            *("compress", MODEL, "-o", "out", "--type", "BF16"),
+            *("--tensor-type", r"layers\.0\.mlp\.(gate|up)_proj=SVD:r=16:int4"),
+        ),
+        out="out",
     ),
     "spi": Play(("compress", MODEL, "-o", "out", "--recipe", "spi", "--critical", "3"), out="out"),
     "statistics": Play((*CALIBRATE, "-o", "out"), out="out"),
