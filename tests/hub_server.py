@@ -65,7 +65,9 @@ class Hub:
         """Commit files, which replace those of the branch, and return the commit."""
         with self.lock:
             found = self.repos.setdefault(repo, Repo(**kind))
-            said = json.dumps([repo, len(found.commits), sorted((n, hashlib.sha1(d).hexdigest()) for n, d in files.items())])
+            said = json.dumps(
+                [repo, len(found.commits), sorted((n, hashlib.sha1(d).hexdigest()) for n, d in files.items())]
+            )
             commit = hashlib.sha1(said.encode()).hexdigest()
             found.commits[commit] = dict(files)
             found.refs[revision] = commit
@@ -138,7 +140,11 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, act in _ROUTES:
             found = re.fullmatch(pattern, f"{self.command} {path}")
             if found is not None:
-                act(self, *found.groups(), **({"query": parse_qs(parts.query)} if act is _Handler._info else {}))
+                act(
+                    self,
+                    *found.groups(),
+                    **({"query": parse_qs(parts.query)} if act is _Handler._info else {}),
+                )
                 return
         self._send(404, headers={"X-Error-Message": f"no such page {path}"})
 
@@ -169,14 +175,22 @@ class _Handler(BaseHTTPRequestHandler):
         knows = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if found is None or (found.private and not knows):
             code = 404 if knows else 401
-            self._send(code, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
+            self._send(
+                code, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"}
+            )
             return None
         if writes and not knows:
             self._send(401, headers={"X-Error-Message": "Invalid credentials in Authorization header"})
             return None
         commit = self.hub.resolve(repo, revision or "main")
         if commit is None:
-            self._send(404, headers={"X-Error-Code": "RevisionNotFound", "X-Error-Message": f"Invalid rev id: {revision}"})
+            self._send(
+                404,
+                headers={
+                    "X-Error-Code": "RevisionNotFound",
+                    "X-Error-Message": f"Invalid rev id: {revision}",
+                },
+            )
         return commit
 
     def _info(self, repo: str, revision: str | None, query: dict[str, list[str]]) -> None:
@@ -234,7 +248,11 @@ class _Handler(BaseHTTPRequestHandler):
         repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
         status = 409 if repo in self.hub.repos else 200
         if status == 200:
-            self.hub.add(repo, {".gitattributes": b"*.gguf filter=lfs\n"}, private=bool(asked.get("private")))
+            self.hub.add(
+                repo,
+                {".gitattributes": b"*.gguf filter=lfs\n"},
+                private=bool(asked.get("private") or asked.get("visibility") == "private"),
+            )
         self._json({"url": f"{self.hub.url}/{repo}", "name": repo, "id": repo}, status)
 
     def _branch(self, repo: str, name: str) -> None:
@@ -280,7 +298,9 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in self.given.splitlines() if line]
         header = next(line["value"] for line in lines if line["key"] == "header")
         if header.get("parentCommit") not in (None, parent):
-            self._send(412, headers={"X-Error-Message": "A commit has happened since. Please refresh and try again."})
+            self._send(
+                412, headers={"X-Error-Message": "A commit has happened since. Please refresh and try again."}
+            )
             return
         files = dict(self.hub.repos[repo].commits[parent])
         for line in lines:
@@ -328,7 +348,8 @@ def serving() -> Iterator[Hub]:
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
     hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
     threads = [
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True) for server in servers
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        for server in servers
     ]
     for server, thread in zip(servers, threads, strict=True):
         server.daemon_threads = True

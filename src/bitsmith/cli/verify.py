@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bitsmith.cli.options import JsonOut, progress_bars, write_json
+from bitsmith.cli.options import JsonOut, fetched, progress_bars, write_json
 
 
 def verify(
@@ -24,7 +24,11 @@ def verify(
     """Check OUT's files against OUT.sha256, and decode every tensor against its error in OUT.record.json."""
     from bitsmith.report.verification import print_verification
     from bitsmith.run.verify import verify as run
+    from bitsmith.store.hub import parse_hub_id
+    from bitsmith.store.manifest import manifest_of
 
+    if not out.exists() and not manifest_of(out).exists() and parse_hub_id(out.as_posix()) is not None:
+        out = fetched(out)
     with progress_bars() as progress:
         found = run(out, source, digests_only=digests_only, progress=progress)
     print_verification(found)

@@ -16,6 +16,7 @@ from bitsmith.report.markdown import lines_of, plain
 from bitsmith.report.study_json import Artifact, Study
 
 _METHOD = "bitsmith"
+_HUB = re.compile(r"([A-Za-z0-9][\w.-]*)/([A-Za-z0-9][\w.-]*)@[0-9a-f]{40,64}")
 _CACHED = re.compile(r"models--([A-Za-z0-9][\w.-]*?)--([A-Za-z0-9][\w.-]*?)(?=/|$)")
 _MAX_CONFIG_BYTES = 1 << 22
 _SHOWN = 3
@@ -25,14 +26,12 @@ _TAGS = {"compressed-tensors": "compressed-tensors", "bitsandbytes": "bitsandbyt
 def front_matter(study: Study) -> str:
     """Return the YAML that model hubs read: tags, the library, and the original's name on a hub if it tells.
 
-    A folder of the hub's own cache (`models--ORG--NAME`) tells it, any other path does not.
+    `ORG/NAME@COMMIT` and a folder of the hub's own cache (`models--ORG--NAME`) tell it, no other path does.
     """
     made = [row for row in study.artifacts if not row.is_original and row.path]
     kinds = list(dict.fromkeys(_kind(row, None)[0] for row in made))
     known: dict[str, Any] = {}
-    bases = [
-        f"{one[1]}/{one[2]}" for row in study.artifacts for one in _CACHED.finditer(row.model or row.path)
-    ]
+    bases = [f"{one[1]}/{one[2]}" for row in study.artifacts for one in _origins(row.model or row.path)]
     if bases:
         relation = "merge" if study.merges else "quantized"
         known |= {"base_model": list(dict.fromkeys(bases)), "base_model_relation": relation}
@@ -50,6 +49,11 @@ def front_matter(study: Study) -> str:
         what.append("quantized")
     known |= {"tags": [_METHOD, *what, *packed]}
     return f"---\n{yaml.safe_dump(known, sort_keys=False, allow_unicode=False)}---"
+
+
+def _origins(model: str) -> Iterator[re.Match[str]]:
+    whole = _HUB.fullmatch(model)
+    yield from [whole] if whole else _CACHED.finditer(model)
 
 
 def snippets(study: Study, folder: Path | None) -> Iterator[str]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from bitsmith.errors import BitsmithError, OutputError, printable
+from pydantic import TypeAdapter, ValidationError
+
+from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, printable
 from bitsmith.log import keeps
 from bitsmith.progress import Progress, silent
 from bitsmith.run.actions import ACTIONS
@@ -25,7 +27,7 @@ from bitsmith.run.study_commands import study_command
 from bitsmith.run.study_file import Row, Study, load_study
 from bitsmith.run.study_graph import graph_of, named, window_name
 from bitsmith.run.study_result import JUDGE, StudyResult, environment
-from bitsmith.run.study_sources import check_study, source_digests
+from bitsmith.run.study_sources import check_study, fetch_models, source_digests
 from bitsmith.run.task_state import STATE, Decision, Status, TaskState, load_state
 from bitsmith.store.artifacts import ArtifactStore
 from bitsmith.store.journal import write_result
@@ -33,6 +35,9 @@ from bitsmith.store.journal import write_result
 __all__ = ["StudyResult", "StudyStatus", "graph_of", "load_study", "run_study", "study_status"]
 
 ARTIFACTS, AUDIT, REPORT = "artifacts", "audit.jsonl", "report.json"
+PINS = "commits.json"
+"""Of models of a hub the commits: a resumed study takes the same."""
+
 EngineName = Literal["local", "ray"]
 
 
@@ -65,11 +70,14 @@ def run_study(
         raise OutputError("is a file, a study makes a folder", path=out)
     if (out / STATE).exists() and not resume:
         raise OutputError("holds a study already; pass --resume to go on with it", path=out)
+    study, pins = fetch_models(study, _pins(out) if resume else {}, progress)
     peers = check_study(study)
     tasks = graph_of(study)
     chosen = _engine(engine, workers, memory_bytes, address)
     try:
         _make_folder(out)
+        if pins:
+            write_result(out / PINS, pins)
         keeps(out / STATE, "the same command with --resume goes on with it")
         store = ArtifactStore(cache or out / ARTIFACTS)
         with AuditLog(out / AUDIT) as audit:
@@ -91,6 +99,16 @@ def run_study(
     )
     write_result(out / REPORT, result.to_json())
     return result
+
+
+def _pins(out: Path) -> dict[str, str]:
+    path = out / PINS
+    if not path.exists():
+        return {}
+    try:
+        return TypeAdapter(dict[str, str]).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise DamagedFileError("does not name commits", path=path) from error
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.progress import Progress, silent
 from bitsmith.run.study_file import AUTO, Study
 from bitsmith.run.study_merge import refuse_merges
 from bitsmith.run.study_peers import read_peers
@@ -15,6 +18,7 @@ from bitsmith.run.study_recipe import refuse_recipes
 from bitsmith.store import open_checkpoint
 from bitsmith.store.artifacts import ArtifactStore
 from bitsmith.store.digests import SourceDigests
+from bitsmith.store.hub import fetch, origin, parse_hub_id
 
 Place = tuple[str | int, ...]
 
@@ -39,6 +43,40 @@ def check_study(study: Study) -> list[dict[str, Any]]:
         except BitsmithError as error:
             raise study.refusal(("claims", "only"), error.message) from error
     return [] if study.peers is None else read_peers(study.place(study.peers))
+
+
+def fetch_models(
+    study: Study, pins: Mapping[str, str], progress: Progress = silent
+) -> tuple[Study, dict[str, str]]:
+    """Return the study with its models of a hub as the paths of the cache, and the commits they are of.
+
+    Those in `pins` stay at their commits. Raises BitsmithError with the line and the name.
+    """
+    given: dict[Place, str] = {("models", name): model for name, model in study.models.items()}
+    given |= {
+        ("merges", name, "teacher"): merge.teacher
+        for name, merge in study.merges.items()
+        if merge.teacher not in study.models
+    }
+    paths: dict[str, str] = {}
+    commits: dict[str, str] = {}
+    for place, model in given.items():
+        wanted = None if study.place(model).exists() else parse_hub_id(model)
+        if wanted is None or model in paths:
+            continue
+        try:
+            path = fetch(replace(wanted, revision=pins.get(model, wanted.revision)), progress)
+        except BitsmithError as error:
+            raise study.refusal(place, str(error)) from error
+        paths[model] = str(path)
+        found = origin(path)
+        commits[model] = "" if found is None else found.commit
+    models = {name: paths.get(model, model) for name, model in study.models.items()}
+    merges = {
+        name: merge.model_copy(update={"teacher": paths.get(merge.teacher, merge.teacher)})
+        for name, merge in study.merges.items()
+    }
+    return study.model_copy(update={"models": models, "merges": merges}), commits
 
 
 def source_digests(study: Study, store: ArtifactStore) -> dict[str, str]:

@@ -18,7 +18,7 @@ from bitsmith.store.hub_calls import FIRST_ATTEMPTS, HubError, UnreachableError,
 from bitsmith.store.hub_names import Chosen, HubId, Origin, called, choose, origin, parse_hub_id
 from bitsmith.store.hub_transfer import RemoteFile, fetch_file, sizes_of
 
-__all__ = ["HubError", "HubId", "Origin", "called", "local", "origin", "parse_hub_id"]
+__all__ = ["HubError", "HubId", "Origin", "called", "fetch", "local", "origin", "parse_hub_id"]
 
 _YES = {"1", "true", "yes", "on"}
 
@@ -42,17 +42,22 @@ def local(model: Path | str, progress: Progress = silent, *, weights: bool = Tru
     if wanted is None or _is_local(path):
         raise BitsmithError("does not exist", path=path)
     try:
-        if is_offline():
-            return _cached(wanted, "the hub was not asked (offline)", weights)
-        try:
-            return _from_hub(wanted, progress, weights)
-        except UnreachableError as error:
-            found = _cached(wanted, error.message, weights)
-            log.warn(f"{error}; taking {origin(found)} of the cache")
-            return found
+        return fetch(wanted, progress, weights=weights)
     except HubError as error:
         said = f"no such file here, and as a model of a hub: {error.message}"
         raise type(error)(said, path=path) from error
+
+
+def fetch(wanted: HubId, progress: Progress = silent, *, weights: bool = True) -> Path:
+    """Return where a model of a hub lies in the cache, downloaded first; see `local`."""
+    if is_offline():
+        return _cached(wanted, "the hub was not asked (offline)", weights)
+    try:
+        return _from_hub(wanted, progress, weights)
+    except UnreachableError as error:
+        found = _cached(wanted, error.message, weights)
+        log.warn(f"{error}; taking {origin(found)} of the cache")
+        return found
 
 
 def is_offline() -> bool:

@@ -18,7 +18,7 @@ SIDE_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
-    "video_preprocessor_config.json", "LICENSE", "NOTICE",
+    "video_preprocessor_config.json", "LICENSE", "NOTICE", "SHA256SUMS", "bitsmith.record.json",
 )  # fmt: skip
 """What of a repository is read beside weights, where it is there."""
 

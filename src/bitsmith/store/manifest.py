@@ -79,10 +79,10 @@ def write_manifest(
             lines.append(_line(hashlib.sha256(text).hexdigest(), out.name + suffix))
     for folder in folders:
         lines += [_line(digest_of(path), f"{folder.name}/{name}") for name, path in files_in(folder).items()]
-    _write_all(out, {**texts, MANIFEST_SUFFIX: "".join(lines).encode("utf-8", "surrogateescape")})
+    _write_all(out, {**texts, MANIFEST_SUFFIX: _encoded(lines)})
     if set(files) == {""}:
         return own[0].removeprefix("\\")[:64]
-    return hashlib.sha256("".join(own).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(_encoded(own)).hexdigest()
 
 
 def check_manifest(out: Path) -> tuple[Fault, ...]:
@@ -120,6 +120,18 @@ def read_record(out: Path) -> dict[str, Any]:
     if not isinstance(found, dict) or not isinstance(found.get("output"), str):
         raise DamagedFileError("is no record of an output", path=path)
     return found
+
+
+def replace_record(out: Path, record: Mapping[str, Any], changed: Iterable[Path] = ()) -> None:
+    """Write an output's record anew, and its digest and those of `changed` files into the manifest.
+
+    Raises as `check_manifest` does.
+    """
+    text, path = _json(record), manifest_of(out)
+    fresh = {record_of(out).name: hashlib.sha256(text).hexdigest()}
+    fresh |= {one.relative_to(out.parent).as_posix(): digest_of(one) for one in changed}
+    lines = [_line(fresh.get(one.name, one.digest), one.name) for one in _entries(out, path)]
+    _write_all(out, {RECORD_SUFFIX: text, MANIFEST_SUFFIX: _encoded(lines)})
 
 
 def is_hidden(name: str) -> bool:
@@ -165,6 +177,10 @@ def _line(digest: str, name: str) -> str:
     """Return a line as coreutils write it, names with line ends escaped."""
     escaped = "".join(_ESCAPES.get(char, char) for char in name)
     return f"{'' if escaped == name else chr(92)}{digest}  {escaped}\n"
+
+
+def _encoded(lines: Iterable[str]) -> bytes:
+    return "".join(lines).encode("utf-8", "surrogateescape")
 
 
 def _json(record: Mapping[str, Any]) -> bytes:
