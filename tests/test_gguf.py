@@ -103,6 +103,11 @@ FAULTS: dict[str, tuple[bytes, list[str]]] = {
         whole(infos=[info("w", [32], F32, 0), info("v", [4], F32, 96)]),
         ["tensor 'w'", "'v'", "overlap"],
     ),
+    "hole before the first": (whole(infos=[info("w", [4], offset=32)]), ["'w'", "32 bytes belong"]),
+    "region larger than its type": (
+        whole(infos=[info("w", [32], Q8_0, 0), info("v", [4], F32, 128)]),
+        ["tensor 'v'", "64 bytes belong to no tensor"],
+    ),
     "same region twice": (
         whole(infos=[info("w", [4]), info("v", [4])]),
         ["overlap"],

@@ -21,12 +21,12 @@ def render(template: str, variables: Mapping[str, Any], path: Path, seconds: flo
     """Return what the Jinja `template` of the model at `path` makes of `variables`.
 
     Offered as transformers does: blocks trimmed, `break` and `continue`, `raise_exception`, `strftime_now`,
-    and a `tojson` that leaves characters as they are. The process may take `seconds`, 1 GiB (where the
-    system can limit that) and write 16 Mi characters.
+    and a `tojson` that leaves characters as they are. The process may take `seconds` (and no more should this
+    one be killed), 1 GiB, both where the system can limit that, and write 16 Mi characters.
 
     Raises UnsupportedError where the template fails or goes beyond that.
     """
-    request = json.dumps({"template": template, "variables": dict(variables)})
+    request = json.dumps({"template": template, "variables": dict(variables), "seconds": seconds})
     command = [sys.executable, "-P", "-m", "bitsmith.run.template"]
     try:
         done = subprocess.run(  # noqa: S603
@@ -37,12 +37,17 @@ def render(template: str, variables: Mapping[str, Any], path: Path, seconds: flo
     answer = json.loads(done.stdout) if done.returncode == 0 else {"error": "its process was stopped"}
     if "text" not in answer:
         raise UnsupportedError(f"its chat template fails: {printable(str(answer['error']))}", path=path)
-    return str(answer["text"])
+    text = str(answer["text"])
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError("its chat template makes text that is not Unicode", path=path) from error
+    return text
 
 
 def _main() -> None:
-    _limit_memory()
     request = json.load(sys.stdin)
+    _limit(request["seconds"])
     try:
         answer = {"text": _rendered(request["template"], request["variables"])}
     except Exception as error:  # whatever a hostile template provokes
@@ -67,11 +72,16 @@ def _rendered(template: str, variables: dict[str, Any]) -> str:
     return text
 
 
-def _limit_memory() -> None:
-    with suppress(ImportError, OSError, ValueError):  # not POSIX, or limited more tightly already
+def _limit(seconds: float) -> None:
+    """Bound memory, processor time and files written; no core is left behind."""
+    with suppress(ImportError):  # not POSIX
         import resource  # noqa: PLC0415
 
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+        processor = int(seconds) + 2
+        limits = {"RLIMIT_AS": _MEMORY_BYTES, "RLIMIT_CPU": processor, "RLIMIT_FSIZE": 0, "RLIMIT_CORE": 0}
+        for name, most in limits.items():
+            with suppress(AttributeError, OSError, ValueError):  # unknown, or limited more tightly already
+                resource.setrlimit(getattr(resource, name), (most, most))
 
 
 def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -116,6 +115,27 @@ def _open_parts(paths: Sequence[Path]) -> GgufCheckpoint:
     whole.value_types = {key: kind for key, kind in first.value_types.items() if key in whole.metadata}
     whole._identity = whole.metadata
     return whole
+
+
+def _refuse_overlaps_and_holes(spans: Sequence[tuple[int, int, str]], start: int, alignment: int) -> None:
+    """Refuse regions (first byte, last, tensor) that leave more than padding between them, or none.
+
+    A type or a shape that was changed shows as either, and ggml loads neither (`gguf_init_from_file`).
+    """
+    expected, before = start, ""
+    for first, end, name in spans:
+        if first < expected:
+            raise DamagedFileError(
+                f"needs bytes up to {expected} with its padding, but {printable(name)!r} starts at {first}: "
+                "they overlap",
+                tensor=before,
+            )
+        if first > expected:
+            raise DamagedFileError(
+                f"starts at byte {first}, expected {expected}: {first - expected} bytes belong to no tensor",
+                tensor=name,
+            )
+        expected, before = start + padded(end - start, alignment), name
 
 
 def _decoder(type_name: str, row_bytes: int | None) -> Decoder:
@@ -274,12 +294,7 @@ class _Parser:
                 )
             regions[name] = tensor
             spans.append((tensor.offset, tensor.offset + tensor.nbytes, name))
-        for (_, end, before), (start, _, name) in pairwise(sorted(spans)):
-            if start < end:
-                raise DamagedFileError(
-                    f"needs bytes up to {end}, but {printable(name)!r} starts at {start}: they overlap",
-                    tensor=before,
-                )
+        _refuse_overlaps_and_holes(sorted(spans), data_start, alignment)
         return regions
 
     def _entry(self, name: str, names: dict[int, str]) -> tuple[tuple[int, ...], str, int]:
