@@ -18,6 +18,7 @@ from bitsmith.run.calibrate import block_columns, calibrate, held_out
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.execute import compress
 from bitsmith.run.moments import export_imatrix, model_specs
+from bitsmith.run.verify import verify
 from bitsmith.store import open_checkpoint
 from bitsmith.store.imatrix import read_imatrix
 from bitsmith.store.statistics import Statistics, open_statistics
@@ -171,7 +172,8 @@ def test_a_killed_run_goes_on_at_its_layer_with_the_same_bytes(
     result = calibrate(tiny_qwen3_5, text, out, ctx_tokens=CTX, saliency=False, chunks=CHUNKS)
     assert result.resumed_layers == 4
     assert contents(out) == contents(calibrated)
-    assert [path.name for path in tmp_path.iterdir()] == ["stats"]
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"stats", "stats.record.json", "stats.sha256"} and verify(out).passed
 
 
 def interrupt_at_the_end(_: str, done: int, total: int) -> None:
@@ -245,7 +247,9 @@ def test_the_imatrix_counts_all_chunks_however_it_is_made(
             expected, _ = stats.of(spec).all_tokens()
             np.testing.assert_allclose(found.diagonal, expected, rtol=1e-6)
             np.testing.assert_allclose(other.of(spec).diagonal, expected, rtol=1e-6)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["converted.dat", "direct.gguf"]
+    whole = [direct, converted]
+    names = {f"{path.name}{end}" for path in whole for end in ("", ".record.json", ".sha256")}
+    assert {path.name for path in tmp_path.iterdir()} == names and all(verify(one).passed for one in whole)
     with pytest.raises(BitsmithError, match=r"expected \.gguf or \.dat"):
         export_imatrix(tiny_qwen3_5, calibrated, tmp_path / "imatrix")
 

@@ -28,6 +28,7 @@ from bitsmith.run.merge_recipe import Alphas, MergeRecipe
 from bitsmith.run.merge_sweep import LEAST_SHARE, coordinates, sweep
 from bitsmith.run.merge_text import read_texts, shared_runs
 from bitsmith.run.merge_weights import stretched_end
+from bitsmith.run.verify import verify
 from bitsmith.store import open_checkpoint
 from bitsmith.store.paired import open_paired
 from paired_models import DELTA, DENSE, FULL, HYBRID, LARGE, LINES, SMALL, in_eight_bits, write_model
@@ -91,6 +92,8 @@ def test_what_is_written_is_a_student_that_measures_as_it_says(
     held = folder / "held.txt"
     assert {path.name for path in folder.iterdir()} == {RESULT_NAME, "paired", "text.txt", "held.txt"}
     assert json.loads((folder / RESULT_NAME).read_text()) == record
+    checked = verify(out)
+    assert checked.passed and any(one.relative_error for one in checked.tensors)
     found = evaluate(student, out, held, CTX)
     for name, measure in (("ppl_student", found.ppl_ref), ("ppl_merged", found.ppl_cand)):
         assert record["measures"][name]["value"] == pytest.approx(measure.value, rel=1e-6)

@@ -38,6 +38,7 @@ from bitsmith.run.sahc_planned import SahcPlan
 from bitsmith.run.sahc_rows import SahcRecord, SahcResult
 from bitsmith.run.sahc_trial import Forward, Pick, Trials, row_of
 from bitsmith.run.sahc_work import CANDIDATE_NAME, Workplace, refuse_output, work_folder
+from bitsmith.run.verify import verify
 from bitsmith.run.workplace import digest
 from bitsmith.store import open_checkpoint
 
@@ -272,6 +273,12 @@ def test_the_recipe_collapses_to_int4_and_says_so(whole: tuple[Path, SahcResult]
     record = json.loads((work_folder(out) / "sahc.json").read_text())
     assert "seconds" not in record
     assert record["sahc"]["sha256"] == result.sahc.sha256
+    checked = verify(out)
+    assert checked.passed and checked.kind == "sahc"
+    for one, row in zip(checked.tensors, result.rows, strict=True):
+        assert one.name == row.name and one.relative_error == pytest.approx(
+            (row.total_error or 0.0) ** 2, rel=1e-4
+        )
     decisions = [line.decision for line in read_audit(work_folder(out) / "audit.jsonl")]
     assert sum(said.startswith("replan: ") for said in decisions) == result.replans
 
@@ -341,7 +348,7 @@ def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     assert isinstance(record, SahcRecord)
     assert record.result.resumed >= 2
     assert _files(out) == _files(whole[0])
-    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.sha256", "out.sahc"}
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.record.json", "out.sha256", "out.sahc"}
     assert {path.name for path in journal.parent.iterdir()} == {"sahc.json", "audit.jsonl"}
 
 

@@ -18,6 +18,7 @@ from bitsmith.archs import architecture_of, import_view
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.progress import Progress
 from bitsmith.run.audit import read_audit
+from bitsmith.run.record import without_places
 from bitsmith.run.study_lines import layer_cosines, row_cosines, row_tensor
 from bitsmith.run.task import Action
 from bitsmith.store import open_checkpoint
@@ -107,6 +108,7 @@ def calibrate(params: Params, inputs: Inputs, out: Path, progress: Progress) -> 
     manifest = out / STATISTICS / MANIFEST_NAME
     kept = parse_manifest(manifest.read_bytes(), manifest)
     write_manifest(manifest, replace(kept, model=Path(kept.model).name, text=Path(kept.text).name))
+    without_places(out / STATISTICS, [manifest])
     names = ("text_sha256", "ctx_tokens", "chunks", "held_chunks", "fit_tokens", "sites")
     return {name: getattr(found, name) for name in names}
 
@@ -125,6 +127,7 @@ def compress(params: Params, inputs: Inputs, out: Path, progress: Progress) -> F
         fields["statistics"] = statistics
     written = out / name
     record = _settled(run(job_of(model, written, fields), progress).to_json(), params, inputs)
+    without_places(written)
     write_result(out / RECORD, record)
     return {
         **_size(written),
@@ -152,6 +155,7 @@ def merge(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Fact
     shutil.rmtree(result.parent)
     result.parent.mkdir()
     write_result(result, record)
+    without_places(written)
     return {**_size(written), "path": written.name, "sha256": digest_of(written), "merge": record}
 
 
@@ -179,6 +183,8 @@ def sahc(params: Params, inputs: Inputs, out: Path, progress: Progress) -> Facts
     record = _settled(result.to_json(), params, inputs)
     write_result(out / SAHC / RESULT_NAME, record)
     made = written.exists()
+    if made:
+        without_places(written)
     facts = {**_size(written), "path": written.name, "sha256": digest_of(written)} if made else {}
     names = ("gates_passed", "gates_failed", "gates_unmeasured", "replans", "same_as_int4", "bytes_over_int4")
     return {

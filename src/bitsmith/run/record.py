@@ -12,7 +12,7 @@ from bitsmith.store.atomic import Content, files_in
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.hub import origin
 from bitsmith.store.hub_names import last_name
-from bitsmith.store.manifest import is_hidden, read_record, record_of, write_manifest
+from bitsmith.store.manifest import is_hidden, read_record, record_of, replace_record, write_manifest
 
 MODELS = ("gguf", "cellm", "folder", "sahc", "merge")
 """Kinds of outputs that hold tensors of a model, each with its error in the record."""
@@ -119,6 +119,17 @@ def seal(
             return
         content = {name: path for name, path in files_in(out).items() if not is_hidden(name)}
     write_manifest(out, output_record(out, kind, sources or {}, options), content=content)
+
+
+def without_places(out: Path, changed: Iterable[Path] = ()) -> None:
+    """Let an output's record tell what it was made of by name and digest alone; `changed` files are its own.
+
+    Raises as `replace_record` does.
+    """
+    record = read_record(out)
+    for facts in record["sources"].values():
+        facts.pop("path", None)
+    replace_record(out, record, changed)
 
 
 def rebased(record: Mapping[str, Any], made: Path, out: Path) -> dict[str, Any]:

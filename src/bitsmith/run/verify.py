@@ -19,15 +19,17 @@ from bitsmith.run.transforms import read_sidecar
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import files_in
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
+from bitsmith.store.factored import METHOD as FACTORED
 from bitsmith.store.gguf import GgufCheckpoint
 from bitsmith.store.hub import local
 from bitsmith.store.manifest import Fault, check_manifest, read_record, record_of
+from bitsmith.store.packed import UnpackedView
 from bitsmith.store.stored import StoredTensor
 
 MODEL = "model"
 """The source in a record that tensors are compared with."""
 
-SAME, COMPUTED = 1e-9, 1e-5
+SAME, COMPUTED = 1e-9, 1e-6
 """How far a figure may be from the recorded one, as a share of it: of stored codes, of computed products."""
 
 _LEAST = 1e-13  # squared rounding of float32, where the recorded error is next to none
@@ -238,8 +240,8 @@ class _Source(NamedTuple):
 def _sources(model: Checkpoint, stored: Checkpoint) -> dict[str, _Source]:
     """Return what the tensors of an output were made of, by their names in it."""
     if not isinstance(stored, GgufCheckpoint):
-        computed = {name for name, ref in stored.items() if not isinstance(ref, StoredTensor)}
-        return {name: _Source(ref, name in computed) for name, ref in model.items()}
+        factored = isinstance(stored, UnpackedView) and stored.packing == FACTORED
+        return {name: _Source(ref, factored) for name, ref in model.items()}
     found = read_sidecar(stored)
     return {
         name: _Source(tensor.ref, bool(tensor.spec.transforms))
@@ -262,7 +264,9 @@ def _place(facts: RecordedSource, out: Path) -> Path:
         path = Path(os.path.normpath(out.absolute().parent / facts.path))
         if path.exists() or not facts.hub:
             return path
-    return local(str(facts.hub))
+    if facts.hub is None:
+        raise BitsmithError(f"tells no place of {printable(facts.name)}", path=record_of(out))
+    return local(facts.hub)
 
 
 def _same_type(recorded: str, ref: TensorRef) -> bool:
