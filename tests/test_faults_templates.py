@@ -26,10 +26,8 @@ ESCAPES = {
     "what is offered": "{{ raise_exception.__globals__['sys'].exit() }}",
     "the subclasses": "{{ ''.__class__.__base__.__subclasses__()[0] }}",
     "a format": "{{ '{0.__class__.__base__}'.format('') }}",
-    "a format of a map": "{{ '{a.__init__}'.format_map({'a': cycler}) }}",
     "the file system": "{% include '/etc/passwd' %}",
     "a change of what it was given": "{{ messages.append(1) }}",
-    "an attribute filter": "{{ ''|attr('__class__') }}",
 }
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
@@ -45,6 +43,11 @@ ENDLESS = {
 NO_TEXT = {"half a character": r"{{ '\ud800' }}"}
 DEFAULT = ("a function's globals", "a format", "loops", "text", "half a character")
 TEMPLATES = ESCAPES | ENDLESS | NO_TEXT
+TOLD = {**dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)"), **dict.fromkeys(NO_TEXT, "not Unicode")}
+TOLD = {
+    **dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)"),
+    **dict.fromkeys(NO_TEXT, "not Unicode"),
+}
 
 
 @pytest.mark.parametrize(
@@ -54,11 +57,18 @@ def test_a_hostile_template_is_refused_in_a_line(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UnsupportedError, match="its chat template") as caught:
-        render(TEMPLATES[kind], {"messages": []}, tmp_path / "model", seconds=1)
+    expected, seconds = ("its chat template", 1) if kind in ENDLESS else (TOLD[kind], 60)
+    with pytest.raises(UnsupportedError, match=expected) as caught:
+        render(TEMPLATES[kind], {"messages": []}, tmp_path / "model", seconds=seconds)
     message = str(caught.value)
     assert message.startswith(str(tmp_path / "model")) and message.isprintable() and len(message) < 500
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_what_is_unsafe_is_nothing_to_filters(tmp_path: Path) -> None:
+    for template in ("{{ ''|attr('__class__') }}", "{{ '{a.__init__}'.format_map({'a': cycler}) }}"):
+        assert render(template, {}, tmp_path, seconds=60) == ""
 
 
 def test_it_is_carried_as_text_and_refused_only_where_it_is_run(demo_model: Path, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_a_model_without_a_chat_template_says_so(demo_model: Path, tmp_path: Pat
 )
 def test_hostile_and_broken_templates_are_refused(template: str, expected: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=expected):
-        render(template, {}, tmp_path, seconds=1)
+        render(template, {}, tmp_path, seconds=1 if expected.startswith("takes") else 60)
 
 
 def test_templates_have_what_transformers_offers(tmp_path: Path) -> None:
