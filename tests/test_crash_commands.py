@@ -57,9 +57,10 @@ WRITERS: dict[str, Play] = {
     "assay": Play(
         ("assay", MODEL, "-o", "out", "--match", "layers.0.self_attn"),
         works=("out",),  # a folder that the journal lies in too
+        timed=("out/assay.html", "out.sha256"),
     ),
     "embed": Play(("lab", "embed", MODEL, "out", "--hidden", "256"), out="out"),
-    "synth": Play(("lab", "synth", "out", "--size", "tiny", "--no-vision"), out="out"),
+    "synth": Play(("lab", "synth", "out", "--size", "tiny", "--no-vision"), out="out", replaces=False),
     "text": Play(("lab", "text", "out.txt", "--limit-bytes", "20000")),
 }
 LONG: dict[str, Play] = {
@@ -169,16 +170,16 @@ def test_an_output_that_exists_and_a_second_run(on: Stage, made: dict[str, str],
     fresh(play, folder)
     alone = on.run(play.words, folder)
     assert alone.code == 0, alone.said
-    done = files_under(folder, play.varying)
+    done = files_under(folder, play)
     check_synced(on.changes())
     fresh(play, folder)
     first, second = on.run_twice(play.words, folder, 1 + alone.changes // 2)
     assert first.code == 0, first.said
     assert second.code == 1 and "is being written by another run" in second.said, second.said
-    assert files_under(folder, play.varying) == done
+    assert files_under(folder, play) == done
     again = on.run(play.words, folder)
     assert again.code == 1 and "exists" in again.said and "Traceback" not in again.said, again.said
-    assert files_under(folder, play.varying) == done
+    assert files_under(folder, play) == done
 
 
 @pytest.mark.slow
@@ -230,7 +231,7 @@ def test_killed_at_random_moments_until_it_is_done(
     folder = on.root / "play"
     fresh(play, folder)
     assert on.run(play.words, folder).code == 0
-    done = files_under(folder, play.varying)
+    done = files_under(folder, play)
     fresh(play, folder)
     draw, command = random.Random(name), [sys.executable, "-m", "bitsmith.cli.main", *play.words]
     began = time.monotonic()
@@ -244,13 +245,13 @@ def test_killed_at_random_moments_until_it_is_done(
             process.kill()
         said = process.communicate()[1]
         assert process.returncode in (0, -signal.SIGKILL) or b"exists" in said, said
-        left = in_the_open(files_under(folder, play.varying), play.works)
+        left = in_the_open(files_under(folder, play), play.works)
         assert all(done[path] == digest for path, digest in left.items()), name
         if process.returncode != -signal.SIGKILL:
             break
     last = on.run(play.words, folder)
     assert last.code == 0 or "exists" in last.said, last.said
-    left = files_under(folder, play.varying)
+    left = files_under(folder, play)
     if last.code:
         assert in_the_open(left, play.works) == in_the_open(done, play.works)
     else:
