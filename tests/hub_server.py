@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_SUFFIXES = (".safetensors", ".gguf", ".cellm", ".bin")
-TOKEN = "hf_aTokenOfTheTests"
+TOKEN = "hf_aTokenOfTheTests"  # noqa: S105
 
 
 @dataclass
@@ -65,10 +65,8 @@ class Hub:
         """Commit files, which replace those of the branch, and return the commit."""
         with self.lock:
             found = self.repos.setdefault(repo, Repo(**kind))
-            said = json.dumps(
-                [repo, len(found.commits), sorted((n, hashlib.sha1(d).hexdigest()) for n, d in files.items())]
-            )
-            commit = hashlib.sha1(said.encode()).hexdigest()
+            said = [repo, len(found.commits), sorted((name, git_sha(data)) for name, data in files.items())]
+            commit = git_sha(json.dumps(said).encode())
             found.commits[commit] = dict(files)
             found.refs[revision] = commit
             for name, data in files.items():
@@ -101,7 +99,8 @@ class Hub:
 
 
 def git_sha(data: bytes) -> str:
-    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+    """Return git's name of a file."""
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._answer()
 
-    do_HEAD = do_POST = do_PUT = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 
     def _answer(self) -> None:
         parts = urlsplit(self.path)
@@ -140,11 +139,8 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, act in _ROUTES:
             found = re.fullmatch(pattern, f"{self.command} {path}")
             if found is not None:
-                act(
-                    self,
-                    *found.groups(),
-                    **({"query": parse_qs(parts.query)} if act is _Handler._info else {}),
-                )
+                self.query = parse_qs(parts.query)
+                act(self, *found.groups())
                 return
         self._send(404, headers={"X-Error-Message": f"no such page {path}"})
 
@@ -165,6 +161,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(2)
             return
         self.wfile.write(body)
+
+    def _fail(self, status: int, message: str, code: str = "") -> None:
+        self._send(status, headers={"X-Error-Message": message} | ({"X-Error-Code": code} if code else {}))
 
     def _json(self, value: Any, status: int = 200) -> None:
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
@@ -193,17 +192,15 @@ class _Handler(BaseHTTPRequestHandler):
             )
         return commit
 
-    def _info(self, repo: str, revision: str | None, query: dict[str, list[str]]) -> None:
+    def _info(self, repo: str, revision: str | None) -> None:
         commit = self._refused(repo, revision)
         if commit is None:
             return
         found = self.hub.repos[repo]
-        told = "blobs" in query and self.hub.lists_sizes
+        told = "blobs" in self.query and self.hub.lists_sizes
         files = [_sibling(name, data, told) for name, data in sorted(found.commits[commit].items())]
-        self._json(
-            {"id": repo, "modelId": repo, "sha": commit, "private": found.private, "siblings": files, "tags": [],
-             "gated": "manual" if found.gated else False, "downloads": 0, "likes": 0}
-        )  # fmt: skip
+        told_of = {"private": found.private, "gated": "manual" if found.gated else False}
+        self._json({"id": repo, "modelId": repo, "sha": commit, "siblings": files, "tags": [], **told_of})
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         commit = self._refused(repo, revision)
@@ -347,10 +344,8 @@ def serving() -> Iterator[Hub]:
     handler = type("Handler", (_Handler,), {"hub": hub})
     servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
     hub.url, hub.storage_url = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
-    threads = [
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        for server in servers
-    ]
+    how = {"poll_interval": 0.02}
+    threads = [threading.Thread(target=one.serve_forever, kwargs=how, daemon=True) for one in servers]
     for server, thread in zip(servers, threads, strict=True):
         server.daemon_threads = True
         thread.start()

@@ -55,7 +55,10 @@ def fetch(wanted: HubId, progress: Progress = silent, *, weights: bool = True) -
     try:
         return _from_hub(wanted, progress, weights)
     except UnreachableError as error:
-        found = _cached(wanted, error.message, weights)
+        try:
+            found = _cached(wanted, error.message, weights)
+        except HubError:
+            raise error from None
         log.warn(f"{error}; taking {origin(found)} of the cache")
         return found
 

@@ -20,6 +20,7 @@ LONGEST_WAIT_SECONDS = 60
 FIRST_ATTEMPTS = 3
 """Tries of the first question, which the cache may answer as well."""
 
+_FIRST_WAIT_SECONDS = 1.0
 _PASSING = {408, 429, 500, 502, 503, 504}
 _SERVER_FAILS = 500
 _GATED = "is gated ({status}): accept its terms on its page, then log in with HF_TOKEN or `hf auth login`"
@@ -68,7 +69,7 @@ def wait_or_raise(what: str, error: Exception, failures: int, attempts: int = AT
         status in _PASSING if status is not None else not isinstance(error, ValueError | TypeError | KeyError)
     )
     wait = _asked_wait(error)
-    wait = 2.0 ** (failures - 1) if wait is None else wait
+    wait = _FIRST_WAIT_SECONDS * 2 ** (failures - 1) if wait is None else wait
     if not passing or failures >= attempts or wait > LONGEST_WAIT_SECONDS:
         raise explained(what, error) from error
     log.event("wait", repo=what, seconds=wait, why=_said(error))
