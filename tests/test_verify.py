@@ -26,6 +26,11 @@ FAST = (
     ("x.cellm", {"type_name": "i4_g32", "tensor_types": (("down_proj", "i8"),)}),
     ("ct", {"type_name": "W4A16_ASYM", "group": 32}),
 )
+FACTORS = (
+    ("layers.0.mlp.down", "SVD+INT4:r=8"),
+    ("layers.0.mlp.up", "TT:r=8"),
+    ("layers.0.mlp.gate", "TT+SVD:r=6:core=24"),
+)
 SLOW = (
     ("plain.gguf", {"type_name": "IQ4_XS", "pure": True}),
     ("seed.cellm", {"type_name": "q1", "like_seed": True}),
@@ -33,10 +38,8 @@ SLOW = (
     ("fp4", {"type_name": "FP4"}),
     ("spi", {"recipe": "spi", "critical": "3"}),
     ("svd", {"type_name": "SVD:r=16:int8"}),
-    ("both", {"type_name": "SVD+INT4:r=8"}),
     ("int8", {"type_name": "INT8"}),
-    ("tt", {"type_name": "TT:r=8"}),
-    ("trains", {"type_name": "TT+SVD:r=8"}),
+    ("factors", {"type_name": "BF16", "tensor_types": FACTORS}),
 )
 
 
