@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -163,3 +164,19 @@ def test_a_folder_of_pickles_names_them_and_what_to_do(tmp_path: Path) -> None:
         _pickle(tmp_path / name)
     with pytest.raises(BitsmithError, match=r"00001-of-00002\.bin.*00002-of-00002\.bin.*safetensors"):
         open_checkpoint(tmp_path)
+
+
+def test_a_header_over_100_mb_is_refused_in_a_file_that_has_as_much(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with path.open("wb") as stream:
+        stream.write((100_000_001).to_bytes(8, "little") + b'{"')
+        stream.truncate(100_000_100)  # a hole: nothing is stored
+    tracemalloc.start()
+    try:
+        with pytest.raises(
+            DamagedFileError, match="its header has 100000001 bytes, expected at most 100000000"
+        ):
+            open_checkpoint(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
