@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import numba
+import scipy.linalg  # noqa: F401 (a limit reaches only libraries that are loaded: scipy brings a BLAS of its own)
 from threadpoolctl import threadpool_limits
 
 _GRAIN = 64

@@ -23,6 +23,7 @@ from bitsmith.archs.generic import named_specs
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
 from bitsmith.log import event
 from bitsmith.numerics.power_law import RESAMPLES
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Protocol, Skipped
 from bitsmith.run.claims import CLAIMS, component_key, seed_checks
@@ -70,6 +71,7 @@ class _Job:
     result: Any
 
 
+@one_blas_thread()
 def assay(
     model: Path,
     out: Path | None = None,
@@ -97,7 +99,7 @@ def assay(
     pattern = _pattern(match)
     model = local(model, progress)
     if out is not None:
-        result_folder(out, RESULT_NAME, overwrite)
+        result_folder(out, RESULT_NAME, overwrite, [model])
     with open_checkpoint(model) as checkpoint:
         content = _content(checkpoint)
         targets, skipped = _targets(content.pairs, pattern, checkpoint.path)

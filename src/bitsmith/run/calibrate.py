@@ -21,6 +21,7 @@ from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.log import event
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import open_model, text_chunks
 from bitsmith.run.evaluation import Protocol
@@ -82,6 +83,7 @@ class Calibration:
         return {"kind": "calibration", "bitsmith": __version__, **asdict(self), "path": str(self.path)}
 
 
+@one_blas_thread()
 def calibrate(
     model: Path,
     text: Path,

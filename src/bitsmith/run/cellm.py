@@ -17,6 +17,7 @@ from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printa
 from bitsmith.formats import format_named
 from bitsmith.formats.format import Bytes
 from bitsmith.formats.integer import GridFormat, grid_named
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.choice import Choice
 from bitsmith.progress import Progress, silent
 from bitsmith.run.cellm_header import cellm_metadata
@@ -118,6 +119,7 @@ class CellmRecord:
         return {**asdict(self), "out": str(self.out), "bpw": self.bpw}
 
 
+@one_blas_thread()
 def write_cellm(
     model: Path,
     out: Path,

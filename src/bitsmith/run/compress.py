@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from bitsmith.errors import BitsmithError, OutputError, printable
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run import job as gguf
 from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_cellm
@@ -41,6 +42,7 @@ _FLAGS = {
 }  # fmt: skip
 
 
+@one_blas_thread()
 def compress(job: Job, progress: Progress = silent) -> Written:
     """Compress as the job says, to the kind of file that `output_of` finds; `OUT.sha256` goes with it.
 
@@ -71,6 +73,7 @@ def compress(job: Job, progress: Progress = silent) -> Written:
     return record
 
 
+@one_blas_thread()
 def plan(job: Job, progress: Progress = silent) -> Planned:
     """Return what `compress` would write, with exact bytes; writes nothing but a plan that is asked for."""
     output = output_of(job)

@@ -16,6 +16,7 @@ from bitsmith.archs import architecture_of, claim, import_view
 from bitsmith.archs.tokenizer import load_tokenizer, tokenizer_metadata
 from bitsmith.errors import BitsmithError, printable
 from bitsmith.numerics.divergence import Estimate, TokenScores, estimates
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import Applied, model_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluation import INTERVAL, RESAMPLES, Artifact, Evaluation, Measure, Protocol
@@ -38,6 +39,7 @@ _UNITS = {
 }  # every other measure is in nats
 
 
+@one_blas_thread()
 def evaluate(
     ref: Path,
     candidate: Path,

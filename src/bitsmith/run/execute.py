@@ -16,6 +16,7 @@ from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import Format, format_named
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, TensorEncoder, Written, blocks_in, check_rounder
@@ -103,6 +104,7 @@ def plan_for(
         return _planned(source, type_name, plan_file, opened, pure, tensor_types, no_fallback)
 
 
+@one_blas_thread()
 def compress(
     model: Path,
     out: Path,

@@ -17,6 +17,7 @@ import numpy as np
 
 from bitsmith.archs.tokenizer import TOKENIZER_FILES, tokenizer_folder
 from bitsmith.errors import UnsupportedError
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, check_rounder
 from bitsmith.run.finite import finite_weights
@@ -108,6 +109,7 @@ class FolderRecord:
         return {**asdict(self), "out": str(self.out), "bpw": self.bpw}
 
 
+@one_blas_thread()
 def write_folder(
     model: Path,
     out: Path,

@@ -11,6 +11,7 @@ from typing import Any
 
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.merge_fold import MergedView
 from bitsmith.passes.transform import Model
 from bitsmith.progress import Progress, silent
@@ -89,6 +90,7 @@ class MergeResult:
         return self.record
 
 
+@one_blas_thread()
 def merge(
     teacher: Path,
     student: Path,

@@ -12,6 +12,7 @@ from typing import Any
 
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import Transform, Vectors, model_of, transform_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.allocate import Allocation, Costs, Tried, allocate, held_out_kld, held_out_tokens, pick
@@ -49,6 +50,7 @@ _LEARNED = "statistics"
 _NO_OPTION = ("model", "out", "overwrite", "plan_out")  # what changes no byte of the output, or is in the key
 
 
+@one_blas_thread()
 def make(job: Job, goal: Target | None, progress: Progress = silent) -> Made:
     """Write the job's file: as `compress` does, with what needs the model's forward as well.
 
@@ -73,6 +75,7 @@ def make(job: Job, goal: Target | None, progress: Progress = silent) -> Made:
         return run.finish(started)
 
 
+@one_blas_thread()
 def plan_target(job: Job, goal: Target, progress: Progress = silent) -> Plan:
     """Return the plan that the additive model predicts to be best for `goal`; nothing is written.
 

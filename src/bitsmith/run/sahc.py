@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from bitsmith.archs import claim
 from bitsmith.errors import printable
 from bitsmith.log import event
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.evaluate import Reference, open_model, text_chunks
 from bitsmith.run.evaluation import Protocol
@@ -48,6 +49,7 @@ PROBE_CHUNKS = 8
 _WORST_SHARE = 0.25  # of the rows that are replanned at once where perplexity fails
 
 
+@one_blas_thread()
 def sahc(
     model: Path,
     text: Path,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.critical import CHUNKS, CTX_TOKENS, Linear, Selection, critical_linears, parse_critical
 from bitsmith.run.folder import FolderPlan, FolderRecord, plan_folder, write_folder
@@ -43,6 +44,7 @@ class SpiRecord:
         return {"kind": "spi", **parts, "seconds": self.seconds}
 
 
+@one_blas_thread()
 def plan_spi(
     model: Path,
     *,
@@ -72,6 +74,7 @@ def plan_spi(
     return SpiPlan(selection, folder)
 
 
+@one_blas_thread()
 def write_spi(
     model: Path,
     out: Path,

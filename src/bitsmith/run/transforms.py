@@ -16,6 +16,7 @@ from bitsmith.archs.export import renamed
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.formats import Format, format_named
 from bitsmith.formats.blocks import BlockFormat
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import (
     Applied,
     Context,
@@ -177,6 +178,7 @@ def _vectors_of(transform: Transform, kept: Vectors) -> Vectors:
     return {name.removeprefix(prefix): kept[name] for name in kept if name.startswith(prefix)}
 
 
+@one_blas_thread()
 def compare_weights(model: Path, artifact: Path, progress: Progress = silent) -> tuple[WeightError, ...]:
     """Compare every tensor of a GGUF with the checkpoint it was made of, its transforms undone.
 
