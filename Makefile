@@ -48,7 +48,7 @@ bench: $(STAMP)
 
 # A million inputs for each reader; `make fuzz FUZZ_INPUTS=10000` is a short run. What is found lies in fuzz/found.
 FUZZ_INPUTS ?= 1000000
-FUZZ_READERS ?= safetensors gguf cellm imatrix imatrix_dat folder statistics paired plan study
+FUZZ_READERS ?= safetensors gguf cellm imatrix imatrix_dat folder model statistics paired plan study
 fuzz: $(STAMP)
 	for reader in $(FUZZ_READERS); do \
 	  $(BIN)/python fuzz/run.py $$reader --inputs $(FUZZ_INPUTS) --corpus fuzz/found/$$reader || exit 1; done

@@ -7,6 +7,7 @@ BitsmithError, or breaks an `_expect`, is a fault.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from bitsmith.errors import BitsmithError
+from bitsmith.run.inspect import inspect
 from bitsmith.run.plan import Source, open_source
 from bitsmith.run.plan_file import read_plan, read_transforms
 from bitsmith.run.study_file import load_study
@@ -40,6 +42,7 @@ FOLDER_FILES = (
     "model-00002-of-00002.safetensors",
     "model.gguf",
 )
+MODEL_FILES = ("config.json", "model.safetensors", "model.gguf", "tokenizer.json", "tokenizer_config.json")
 STATISTICS_FILES = ("statistics.json", "tokens.safetensors", "saliency.safetensors", "layer.000.safetensors")
 PAIRED_FILES = (
     "paired.json",
@@ -189,6 +192,13 @@ def _checkpoint(opener: Callable[[Path], Checkpoint]) -> Callable[[Path], None]:
     return read
 
 
+def _inspect(path: Path) -> None:
+    """Describe a model: what its config or its GGUF's metadata say is believed, or refused."""
+    found = inspect(path)
+    _expect(found.parameters >= 0 and found.stored_bytes >= 0, "less than nothing")
+    json.dumps(found.to_json())
+
+
 def _imatrix(path: Path) -> None:
     found = read_imatrix(path)
     for name, (sums, count) in found.entries.items():
@@ -289,6 +299,7 @@ READERS = _listed(
         Reader("imatrix", _imatrix, file="imatrix.gguf"),
         Reader("imatrix_dat", _imatrix, file="imatrix.dat"),
         Reader("folder", _checkpoint(open_checkpoint), FOLDER_FILES, "model"),
+        Reader("model", _inspect, MODEL_FILES, "model"),
         Reader("statistics", _statistics, STATISTICS_FILES, "statistics"),
         Reader("paired", _paired, PAIRED_FILES, "paired"),
         Reader("plan", _plan, file="plan.yaml", is_binary=False, is_yaml=True),

@@ -8,6 +8,7 @@ nothing is lost when it dies. Faults are kept as files beside the corpus, and ma
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import mmap
 import os
@@ -16,19 +17,20 @@ import resource
 import subprocess
 import sys
 import time
+import traceback
 import tracemalloc
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from shutil import rmtree
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 
 ALLOWED_BYTES = 64 << 20
 """What an input may make a reader allocate."""
 HANG_SECONDS = 10
-MAX_INPUT_BYTES = 1 << 14
+MAX_INPUT_BYTES = 1 << 15
 REBASED_EVERY = 256
 TOKENS = (
     *(b'"dtype"', b'"shape"', b'"data_offsets"', b'"__metadata__"', b'"weight_map"', b'"quant_method"'),
@@ -36,7 +38,9 @@ TOKENS = (
     *(b".counts", b"imatrix.datasets", b".qscale", b"\\ud800", b"../", b"null", b"1e999", b"NaN", b"[[[["),
 )
 INSTRUMENTED = (
+    "bitsmith.archs",
     "bitsmith.store",
+    "bitsmith.run.inspect",
     "bitsmith.run.plan_file",
     "bitsmith.run.strict_yaml",
     "bitsmith.run.study_file",
@@ -201,19 +205,22 @@ def _fuzz(options: argparse.Namespace) -> None:
     for data in seeds(options.reader):  # what is loaded and compiled at first is not the inputs' doing
         reader(data, folder)
 
+    faults = options.corpus.parent / f"{options.corpus.name}-faults"
+
     def one(data: bytes) -> None:
         limit.rebase()
         started = time.perf_counter()
         taken = False
         try:
             taken = reader(data, folder)
+        except BaseException:  # atheris' own way out runs Python's, during which libFuzzer's alarm kills
+            _keep(faults, data)
         finally:
             counts.add(taken, time.perf_counter() - started)
 
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         return changed(reader, data, most, seed, atheris.Mutate)
 
-    faults = options.corpus.parent / f"{options.corpus.name}-faults"
     dictionary = folder / "tokens"
     dictionary.write_text("".join(f'"{_escaped(token)}"\n' for token in TOKENS))
     atheris.Setup(
@@ -235,6 +242,17 @@ def _fuzz(options: argparse.Namespace) -> None:
         custom_mutator=mutate,
     )
     atheris.Fuzz()
+
+
+def _keep(faults: Path, data: bytes) -> NoReturn:
+    """Keep an input that was a fault, say what happened and end the process."""
+    resource.setrlimit(
+        resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.getrlimit(resource.RLIMIT_AS)[1])
+    )
+    traceback.print_exc()
+    (faults / f"crash-{hashlib.sha256(data).hexdigest()[:40]}").write_bytes(data)
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _not_instrumented() -> list[str]:

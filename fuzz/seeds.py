@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from bitsmith.archs import ARCHITECTURES
+from bitsmith.archs.published import published_config
 from bitsmith.errors import BitsmithError
 from bitsmith.formats.nf4 import NF4
 from bitsmith.run.mixes import MIXES
@@ -21,7 +23,16 @@ from bitsmith.store.gguf_layout import NUMBERS, tensor_bytes, type_names
 from bitsmith.store.imatrix import Imatrix, write_imatrix
 from bitsmith.store.safetensors import ITEM_BYTES
 from changes import put_digests_right
-from readers import FOLDER_FILES, PAIRED_FILES, SITES, STATISTICS_FILES, model_source, pack, scratch
+from readers import (
+    FOLDER_FILES,
+    MODEL_FILES,
+    PAIRED_FILES,
+    SITES,
+    STATISTICS_FILES,
+    model_source,
+    pack,
+    scratch,
+)
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 RANDOM = np.random.default_rng(9)
@@ -38,6 +49,7 @@ def seeds(name: str) -> list[bytes]:
         "imatrix": lambda: _imatrix("gguf"),
         "imatrix_dat": lambda: _imatrix("dat"),
         "folder": _folders,
+        "model": _models,
         "statistics": _statistics,
         "paired": _paired,
         "plan": _plans,
@@ -267,6 +279,32 @@ def _factored() -> Iterable[bytes]:
 
 def _cores(begin: str) -> dict[str, Any]:
     return {f"a.{begin}_core_{n}": ("F16", shape) for n, shape in enumerate([(4, 2), (8, 2), (2, 4)])}
+
+
+def _models() -> Iterable[bytes]:
+    """Models of each architecture that has one layer of every kind, as a folder and as a GGUF."""
+    text = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    text |= {"head_dim": 4, "vocab_size": 12}
+    delta = {"linear_key_head_dim": 4, "linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    delta |= {"linear_value_head_dim": 4, "num_hidden_layers": 2, "full_attention_interval": 2}
+    kinds = {"layer_types": ["linear_attention", "full_attention"]}
+    vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 8}
+    vision |= {"num_position_embeddings": 4, "patch_size": 2}
+    dense = published_config("qwen3-tiny") | text | {"num_hidden_layers": 1}
+    hybrid = published_config("tiny")
+    hybrid["text_config"] |= text | delta | kinds
+    hybrid["vision_config"] |= vision
+    for config in (dense, hybrid):
+        arch = ARCHITECTURES[config["model_type"]](config)
+        tensors: Tensors = {spec.name: ("BF16", spec.shape) for spec in arch.specs()}
+        said = json.dumps(config).encode()
+        yield pack({"config.json": said, "model.safetensors": _file(tensors)}, MODEL_FILES)
+        infos = [
+            TensorInfo(spec.gguf_name, spec.gguf_shape, "F32") for spec in arch.specs() if spec.gguf_name
+        ]
+        tokens = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": [str(n) for n in range(12)]}
+        values = {"general.architecture": arch.gguf_arch} | dict(arch.gguf_metadata()) | tokens
+        yield pack({"model.gguf": _gguf_file(values, infos)}, MODEL_FILES)
 
 
 def _statistics() -> Iterable[bytes]:

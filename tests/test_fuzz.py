@@ -32,7 +32,7 @@ from bitsmith.errors import BitsmithError
 
 def read(path):
     data = path.read_bytes()
-    if not data.startswith(b"1"):
+    if data and not data.startswith(b"1"):  # libFuzzer keeps no empty input
         {what}
     raise BitsmithError("is no such thing", path=path)
 
