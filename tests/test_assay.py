@@ -31,7 +31,7 @@ from bitsmith.run.assay_result import Assay, MatrixAssay
 from bitsmith.run.claims import CLAIMS, SHAPE, SIGMA, published_shares, seed_checks, seed_table_ratio
 from bitsmith.run.execute import compress
 from bitsmith.store import open_checkpoint
-from bitsmith.store.journal import Journal
+from bitsmith.store.journal import Journal, result_folder
 
 Arrays = Mapping[str, NDArray[Any]]
 RNG = np.random.default_rng(7)
@@ -308,6 +308,13 @@ def write_imatrix(path: Path, sums: Mapping[str, tuple[NDArray[np.float32], int]
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def test_a_result_does_not_go_into_the_model(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for out in (tmp_path, tmp_path / "link"):
+        with pytest.raises(OutputError, match="is the input; choose another output"):
+            result_folder(out, "result.json", overwrite=True, sources=[tmp_path / "none", tmp_path])
 
 
 def test_a_journal_goes_on_for_its_own_key_alone(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def claims_study_of(
         "calibration": out / CALIBRATION_NAME if lacks else calibration,
     }
     say_cost(claims_cost(model, **asked | ({} if statistics is None else {"calibration": None})))
-    result_folder(out, RESULT_NAME, bool(options.get("overwrite")))
+    result_folder(out, RESULT_NAME, bool(options.get("overwrite")), [model])
     if text is None:
         write_held_out_text(out / TEXT_NAME, TEXT_BYTES, overwrite=True)
     if lacks:

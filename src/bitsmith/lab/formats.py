@@ -22,6 +22,6 @@ def formats_study_of(model: Path, text: Path | None, out: Path, **options: Any) 
     model = local(model, options.get("progress", silent))
     if text is None:
         studied(options.get("formats"))
-        result_folder(out, RESULT_NAME, bool(options.get("overwrite")))
+        result_folder(out, RESULT_NAME, bool(options.get("overwrite")), [model])
         text = write_held_out_text(out / TEXT_NAME, TEXT_BYTES, overwrite=True)
     return study_formats(model, text, out, **options)

@@ -107,7 +107,7 @@ def merge_experiments(
     chosen, models = chosen_experiments(only), _both(teacher, student, progress)
     _check_options(given, tokens, ctx_tokens, chunks)
     with open_sides(*models) as sides:
-        result_folder(out, RESULT_NAME, overwrite)
+        result_folder(out, RESULT_NAME, overwrite, models)
         job = _prepared(sides, models, given, chosen, out, (tokens, ctx_tokens, chunks, seed))
     if say_cost is not None:
         say_cost(job.cost)

@@ -75,7 +75,7 @@ def study_claims(
         raise BitsmithError(f"{chunks} chunks leave nothing to measure")
     setting = Setting(model, text, calibration, statistics, ctx_tokens, chunks, seed)
     check_setting(setting)
-    result_folder(out, RESULT_NAME, overwrite)
+    result_folder(out, RESULT_NAME, overwrite, [model])
     with Evidence(setting, out, JOURNAL_NAME, progress, overwrite=overwrite) as evidence:
         tested = []
         for done, one in enumerate(chosen):

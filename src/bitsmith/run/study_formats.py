@@ -78,7 +78,7 @@ def study_formats(
     """
     started = time.monotonic()
     chosen = studied(formats)
-    result_folder(out, RESULT_NAME, overwrite)
+    result_folder(out, RESULT_NAME, overwrite, [model])
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
         _refuse_source(reference.model.source)
         task = _Task(reference, prompts, written_tokens, progress)

@@ -78,7 +78,7 @@ def study_spi(
     if len(set(random_seeds)) != len(random_seeds):
         raise BitsmithError("a random seed is given twice")
     model = local(model, progress)
-    result_folder(out, RESULT_NAME, overwrite)
+    result_folder(out, RESULT_NAME, overwrite, [model])
     with Reference(model, text, ctx_tokens, chunks, seed, progress) as reference:
         checkpoint = reference.model.checkpoint
         linears = linears_of(claim(checkpoint))

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -156,13 +156,16 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return ", ".join(found)
 
 
-def result_folder(out: Path, result: str, overwrite: bool) -> None:
+def result_folder(out: Path, result: str, overwrite: bool, sources: Iterable[Path] = ()) -> None:
     """Make the folder that a journal and then the file `result` go into.
 
-    Raises OutputError if `out` is a file, cannot be made, or holds a result already (unless `overwrite`).
+    Raises OutputError if `out` is a file, one of `sources`, cannot be made, or holds a result already (unless
+    `overwrite`).
     """
     if out.exists() and not out.is_dir():
         raise OutputError("is a file, the output is a folder", path=out)
+    if out.exists() and any(source.exists() and out.samefile(source) for source in sources):
+        raise OutputError("is the input; choose another output", path=out)
     if (out / result).exists() and not overwrite:
         raise OutputError("exists; pass --overwrite", path=out / result)
     try:
