@@ -58,6 +58,7 @@ WRITERS: dict[str, Play] = {
         ("assay", MODEL, "-o", "out", "--match", "layers.0.self_attn"),
         works=("out",),  # a folder that the journal lies in too
         timed=("out/assay.html", "out.sha256"),
+        follows=("out/assay.html", "out.sha256"),
     ),
     "embed": Play(("lab", "embed", MODEL, "out", "--hidden", "256"), out="out"),
     "synth": Play(("lab", "synth", "out", "--size", "tiny", "--no-vision"), out="out", replaces=False),
@@ -71,6 +72,7 @@ LONG: dict[str, Play] = {
         ),
         out="out",
         works=("out.merge",),
+        timed=("out.merge/report.html",),
     ),
     "sahc": Play(
         (
@@ -79,6 +81,7 @@ LONG: dict[str, Play] = {
         ),
         out="out",
         works=("out.sahc",),
+        timed=("out.sahc/audit.jsonl",),
     ),
 }
 
@@ -173,7 +176,7 @@ def test_an_output_that_exists_and_a_second_run(on: Stage, made: dict[str, str],
     done = files_under(folder, play)
     check_synced(on.changes())
     fresh(play, folder)
-    first, second = on.run_twice(play.words, folder, 1 + alone.changes // 2)
+    first, second = on.run_twice(play.words, folder, 1 + alone.changes // 4)
     assert first.code == 0, first.said
     assert second.code == 1 and "is being written by another run" in second.said, second.said
     assert files_under(folder, play) == done
