@@ -16,6 +16,7 @@ from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.run.compress import compress
 from bitsmith.run.job import Job
+from bitsmith.run.record import seal, without_places
 from bitsmith.run.verify import Verification, verify
 from bitsmith.store import open_gguf
 from bitsmith.store.atomic import atomic_file, atomic_folder
@@ -208,6 +209,29 @@ def test_digests_are_written_before_the_output_appears(tmp_path: Path) -> None:
     ) as part:
         (part / "new.bin").write_bytes(b"new")
     assert told[1:] == [{"own.txt": b"own.txt", "new.bin": b"new", "out": True}]
+
+
+def test_a_record_without_places_is_compared_with_the_model_that_is_named(work: Path) -> None:
+    out = work / "out.gguf"
+    without_places(out)
+    assert not check_manifest(out)
+    assert "tells no place of model; pass --source MODEL" in verify(out).skipped
+    assert verify(out, work / "model").passed
+
+
+def test_a_report_in_a_folder_is_sealed_and_a_model_keeps_its_record(work: Path) -> None:
+    folder = work / "report"
+    folder.mkdir()
+    (folder / "report.json").write_text("{}")
+    (folder / ".lock").write_text("")
+    for kind in ("study", "report"):
+        seal(folder, kind)
+    found = verify(folder)
+    assert found.passed and (found.kind, found.files) == ("report", 2)
+    (folder / "report.json").write_text("[]")
+    assert [one.path.name for one in verify(folder).faults] == ["report.json"]
+    seal(work / "out.gguf", "report")
+    assert verify(work / "out.gguf", digests_only=True).kind == "gguf"
 
 
 def test_sha256sum_reads_the_manifest(tmp_path: Path) -> None:
