@@ -228,6 +228,7 @@ recipes: {plain: {type: Q8_0}}
 evaluations: [{text: held, ctx: 64}]
 """
 
+ATTEMPTS = int(os.environ.get("BITSMITH_INTERRUPTS", "3"))
 COMMANDS = {
     "compress": "compress BIG --type Q4_K_M -o OUT.gguf",
     "compress by a text": "compress MODEL --text TEXT --target 4.9bpw --recipe auto -o OUT.gguf",
@@ -260,11 +261,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", COMMANDS)
 def test_ctrl_c_ends_each_command_within_two_seconds(
-    name: str, inputs: dict[str, str], tmp_path: Path, record_property
+    name: str, inputs: dict[str, str], tmp_path: Path
 ) -> None:
     """From the signal to the end, at random moments of the work; the third second is the machine's."""
     draw = random.Random(name)
-    for number in range(3):
+    for number in range(ATTEMPTS):
         folder = tmp_path / f"{number}"
         folder.mkdir()
         log = folder / "log.jsonl"
@@ -282,7 +283,7 @@ def test_ctrl_c_ends_each_command_within_two_seconds(
                 process.send_signal(signal.SIGINT)
                 errors = process.communicate(timeout=120)[1].decode()
                 seconds = time.monotonic() - began
-                record_property(f"{name} {number}", f"{seconds:.2f} s, {process.returncode}")
+                sys.stdout.write(f"{name}: {seconds:.2f} s, {process.returncode}\n")  # shown with -rP
                 assert seconds < 3, errors
                 assert process.returncode in (130, -signal.SIGKILL)
                 said = r"error: interrupted; no unfinished output is left; .*the same command [^\n]*\n"
