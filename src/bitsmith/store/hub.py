@@ -14,7 +14,7 @@ from bitsmith import log
 from bitsmith.errors import BitsmithError, OutputError, printable
 from bitsmith.progress import Progress, silent
 from bitsmith.store.atomic import atomic_file
-from bitsmith.store.hub_calls import FIRST_ATTEMPTS, HubError, UnreachableError, retried
+from bitsmith.store.hub_calls import FIRST_ATTEMPTS, HubError, NoSuchModelError, UnreachableError, retried
 from bitsmith.store.hub_names import Chosen, HubId, Origin, called, choose, origin, parse_hub_id
 from bitsmith.store.hub_transfer import RemoteFile, fetch_file, sizes_of
 
@@ -43,9 +43,9 @@ def local(model: Path | str, progress: Progress = silent, *, weights: bool = Tru
         raise BitsmithError("does not exist", path=path)
     try:
         return fetch(wanted, progress, weights=weights)
-    except HubError as error:
+    except NoSuchModelError as error:
         said = f"no such file here, and as a model of a hub: {error.message}"
-        raise type(error)(said, path=path) from error
+        raise NoSuchModelError(said, path=path) from error
 
 
 def fetch(wanted: HubId, progress: Progress = silent, *, weights: bool = True) -> Path:
@@ -144,7 +144,7 @@ def _cached(wanted: HubId, why: str, weights: bool) -> Path:
             commit = (storage / "refs" / wanted.revision).read_text().strip()
     folder = storage / "snapshots" / commit
     if not folder.is_dir():
-        raise HubError(f"is not in the cache {storage.parent}; {why}", path=str(wanted))
+        raise NoSuchModelError(f"is not in the cache {storage.parent}; {why}", path=str(wanted))
     names = sorted(
         path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file() and path.exists()
     )

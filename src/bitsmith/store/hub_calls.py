@@ -25,7 +25,7 @@ _PASSING = {408, 429, 500, 502, 503, 504}
 _SERVER_FAILS = 500
 _GATED = "is gated ({status}): accept its terms on its page, then log in with HF_TOKEN or `hf auth login`"
 _BY_STATUS = {
-    401: "the hub does not take the token ({status}): look at HF_TOKEN or `hf auth login`",
+    401: "the hub asks for a valid token ({status}): set HF_TOKEN or log in with `hf auth login`",
     403: "the hub forbids it ({status}): the token may lack the right",
     404: "the hub has none ({status}), or it is private: then log in with HF_TOKEN or `hf auth login`",
     429: "the hub has had too many requests ({status}): try again {when}",
@@ -35,6 +35,10 @@ _Found = TypeVar("_Found")
 
 class HubError(BitsmithError):
     """A hub refused or failed: the line says which, and what to do."""
+
+
+class NoSuchModelError(HubError):
+    """The hub, or offline its cache, has no such repository."""
 
 
 class UnreachableError(HubError):
@@ -85,8 +89,17 @@ def explained(what: str, error: Exception) -> HubError:
         return UnreachableError(f"the hub cannot be reached{said}", path=what)
     wait = _asked_wait(error)
     when = "later" if wait is None else f"in {wait:.0f} seconds"
-    kind = UnreachableError if status in _PASSING or status >= _SERVER_FAILS else HubError
+    kind = UnreachableError if status in _PASSING or status >= _SERVER_FAILS else _kind(error)
     return kind(f"{_words(error, status).format(status=status, when=when)}{said}", path=what)
+
+
+def _kind(error: Exception) -> type[HubError]:
+    from huggingface_hub import errors  # noqa: PLC0415
+
+    missing = isinstance(error, errors.RepositoryNotFoundError) and not isinstance(
+        error, errors.GatedRepoError
+    )
+    return NoSuchModelError if missing else HubError
 
 
 def _words(error: Exception, status: int) -> str:
