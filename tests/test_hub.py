@@ -498,6 +498,7 @@ def bitsmith(hub: Hub, tmp_path: Path, *words: str, **more: str) -> subprocess.C
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_every_command_takes_a_name_of_a_hub(hub: Hub, tmp_path: Path) -> None:
     student = hub.add("lab/student", files_of(STUDENT_MODEL))
     hub.add("lab/teacher", files_of(TEACHER_MODEL))
@@ -541,6 +542,7 @@ def test_every_command_takes_a_name_of_a_hub(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_resumed_study_keeps_its_commits(hub: Hub, tmp_path: Path) -> None:
     first = hub.add("lab/student", files_of(STUDENT_MODEL))
     (tmp_path / "s.yaml").write_text("version: 1\nmodels: {s: lab/student}\nrecipes: {q: {type: Q8_0}}\n")
@@ -554,6 +556,7 @@ def test_a_resumed_study_keeps_its_commits(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_exit_codes_and_lines_of_the_command_line(hub: Hub, tmp_path: Path) -> None:
     hub.add(REPO, FILES)
     for line, code, said in (
