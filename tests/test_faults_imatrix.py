@@ -124,6 +124,7 @@ def test_its_tensor_is_rounded_as_without_statistics(tiny_qwen3: Path, tmp_path:
     assert (rounders[K], rounders[Q], rounders[GATE]) == ("nearest", "weighted", "nearest")
 
 
+@pytest.mark.slow
 def test_packed_outputs_and_conversions_warn_as_well(
     tiny_qwen3: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

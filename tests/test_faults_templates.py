@@ -41,9 +41,10 @@ ENDLESS = {
     "an error's message": "{{ raise_exception('a\n' * 10 ** 8) }}",
 }
 NO_TEXT = {"half a character": r"{{ '\ud800' }}"}
-DEFAULT = ("a function's globals", "a format", "loops", "text", "half a character")
+DEFAULT = ("a function's globals", "loops", "half a character")
 TEMPLATES = ESCAPES | ENDLESS | NO_TEXT
-TOLD = {**dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)"), **dict.fromkeys(NO_TEXT, "not Unicode")}
+TOLD = dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)")
+TOLD |= dict.fromkeys(NO_TEXT, "its chat template makes text that is not Unicode")
 TOLD = {
     **dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)"),
     **dict.fromkeys(NO_TEXT, "not Unicode"),
