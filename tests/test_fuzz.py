@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 
 import seeds as sound
+from bitsmith.archs import claim
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.formats.nf4 import NF4
 from bitsmith.store import open_cellm, open_checkpoint, open_safetensors
 from bitsmith.store.imatrix import Imatrix, read_imatrix, write_imatrix
 from broken_files import STRING, U32, info, pair, text, whole
-from readers import FOLDER_FILES, READERS, FaultError, split
+from readers import FOLDER_FILES, MODEL_FILES, READERS, FaultError, split
 
 FUZZ = Path(__file__).parent.parent / "fuzz"
 PLANTED = """
@@ -289,3 +290,13 @@ def test_a_pattern_that_takes_for_ever_is_refused(tmp_path: Path, pattern: str, 
     packed = sound._quantized(settings | {"ignore": [pattern]}, tensors)
     with pytest.raises(DamagedFileError, match=said):
         open_checkpoint(folder_of(tmp_path, packed))
+
+
+def test_a_refused_config_is_named_with_its_folder(tmp_path: Path) -> None:
+    files = split(sound.seeds("model")[0], MODEL_FILES)
+    config = json.loads(files["config.json"]) | {"num_attention_heads": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(files["model.safetensors"])
+    with open_checkpoint(tmp_path) as opened, pytest.raises(BitsmithError) as caught:
+        claim(opened)
+    assert str(caught.value).startswith(f"{tmp_path}: config.json: num_attention_heads is None")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -245,13 +246,27 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
     if not checkpoint.config and isinstance(gguf_arch, str):
         by_gguf_name = {cls.gguf_arch: cls for cls in ARCHITECTURES.values()}
         cls = _known(by_gguf_name, gguf_arch, "architecture", checkpoint)
-        return cls(cls.config_from_gguf(checkpoint.metadata, checkpoint))
+        with naming(checkpoint):
+            return cls(cls.config_from_gguf(checkpoint.metadata, checkpoint))
     if not checkpoint.config:
         raise BitsmithError("config.json is missing; it names the architecture", path=checkpoint.path)
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise BitsmithError("config.json has no model_type; it names the architecture", path=checkpoint.path)
-    return _known(ARCHITECTURES, model_type, "model_type", checkpoint)(checkpoint.config, checkpoint)
+    cls = _known(ARCHITECTURES, model_type, "model_type", checkpoint)
+    with naming(checkpoint):
+        return cls(checkpoint.config, checkpoint)
+
+
+@contextmanager
+def naming(checkpoint: Checkpoint) -> Iterator[None]:
+    """Name the checkpoint in errors about its config or metadata, which do not know where it lies."""
+    try:
+        yield
+    except BitsmithError as error:
+        if error.path is not None:
+            raise
+        raise type(error)(error.message, path=checkpoint.path, tensor=error.tensor) from error
 
 
 def _known(
@@ -275,7 +290,11 @@ def claim(checkpoint: Checkpoint) -> list[tuple[TensorSpec, TensorRef]]:
     BitsmithError for missing tensors, all listed, and for a shape other than the config's.
     """
     refuse_quantized(checkpoint)
-    arch = architecture_of(checkpoint)
+    with naming(checkpoint):
+        return _claimed(checkpoint, architecture_of(checkpoint))
+
+
+def _claimed(checkpoint: Checkpoint, arch: Architecture) -> list[tuple[TensorSpec, TensorRef]]:
     if (layers := arch.number("num_hidden_layers")) > len(checkpoint):
         raise BitsmithError(
             f"config.json: num_hidden_layers is {layers}, but only {len(checkpoint)} tensors are stored",

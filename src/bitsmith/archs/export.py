@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bitsmith.archs.arch import Architecture, TensorSpec, architecture_of, claim, match
+from bitsmith.archs.arch import Architecture, TensorSpec, architecture_of, claim, match, naming
 from bitsmith.store.checkpoint import Checkpoint, ComputedTensor, TensorRef, View
 
 
@@ -87,7 +87,8 @@ def import_view(checkpoint: Checkpoint) -> ImportedView:
     Raises UnsupportedError or BitsmithError as `claim` does, in GGUF names.
     """
     arch = architecture_of(checkpoint)
-    specs = [spec for spec in arch.specs() if spec.gguf_name is not None]
+    with naming(checkpoint):
+        specs = [spec for spec in arch.specs() if spec.gguf_name is not None]
     wanted = {str(spec.gguf_name): (spec, spec.gguf_shape) for spec in specs}
     pairs = match(checkpoint, wanted, arch)
     tensors = {spec.name: renamed(spec.from_gguf(ref), spec.name) for spec, ref in pairs}
