@@ -130,6 +130,8 @@ def test_a_record_that_tells_of_other_tensors_does_not_pass(work: Path) -> None:
     assert "is in the record, not in the file" in [one.what for one in found.faults]
     found = recorded(out, lambda record: record["tensors"][0].update(type="Q8_0"))
     assert any("the record says Q8_0" in one.what for one in found.faults)
+    found = recorded(out, lambda record: record["tensors"][0].update(relative_error=None))
+    assert "tells no error" in [one.what for one in found.faults]
     with pytest.raises(DamagedFileError, match=r"record\.json: tensors\.0\.relative_error: .*greater than"):
         recorded(out, lambda record: record["tensors"][0].update(relative_error=-1.0))
     with pytest.raises(DamagedFileError, match=r"record\.json: kind: Input should be a valid string"):
