@@ -50,6 +50,12 @@ def test_the_seeds_of_every_reader_are_taken(tmp_path: Path, name: str) -> None:
     assert taken.count(False) == (1 if name == "plan" else 0)  # one plan is another model's
 
 
+@pytest.mark.parametrize("name", READERS)
+def test_the_corpus_of_every_reader_is_taken_or_refused(tmp_path: Path, name: str) -> None:
+    for file in sorted((FUZZ / "corpus" / name).glob("*")):
+        READERS[name](file.read_bytes(), tmp_path)
+
+
 @pytest.mark.parametrize(
     "said",
     ["no\nline", "names no file", "a \x1b[31m control character"],
