@@ -107,9 +107,7 @@ READ = {
     "evaluate": "evaluate teacher student --text held.txt --ctx 64 --chunks 6 --json out/evaluate/out.json",
     "embed": "lab embed student out/embed/out --hidden 192",
 }
-MERGE = {
-    "merge": "merge teacher student --text held.txt --ctx 64 --tokens 3000 --head solve -o out/merge/out",
-}
+MERGE = "merge teacher student --text held.txt --ctx 64 --tokens 3000 --head solve -o out/merge/out"
 
 
 def files(surrounding: Surrounding, commands: dict[str, str], root: Path) -> dict[str, bytes]:
@@ -167,13 +165,23 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize(
-    "commands", [GUIDED, FOLDERS, READ, MERGE], ids=["ggufs", "folders", "measured", "merged"]
-)
+@pytest.mark.parametrize("commands", [GUIDED, FOLDERS, READ], ids=["ggufs", "folders", "measured"])
 def test_everything_written_is_the_same(prepared: Path, tmp_path: Path, commands: dict[str, str]) -> None:
     for number in range(1 + len(OTHERS)):
         shutil.copytree(prepared, tmp_path / str(number))
     assert differing(commands, OTHERS, tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_merged_model_is_the_same(prepared: Path, tmp_path: Path) -> None:
+    for number in range(1 + len(OTHERS)):
+        shutil.copytree(prepared, tmp_path / str(number))
+    differ = differing({"merge": MERGE}, OTHERS, tmp_path)
+    assert (tmp_path / "0" / "out" / "merge" / "out" / "model.safetensors").exists()
+    assert [
+        name for name in differ if name.startswith("merge/out/")
+    ] == []  # beside it stand paths and seconds
 
 
 STUDY = {
