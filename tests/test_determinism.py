@@ -179,9 +179,7 @@ def test_a_merged_model_is_the_same(prepared: Path, tmp_path: Path) -> None:
         shutil.copytree(prepared, tmp_path / str(number))
     differ = differing({"merge": MERGE}, OTHERS, tmp_path)
     assert (tmp_path / "0" / "out" / "merge" / "out" / "model.safetensors").exists()
-    assert [
-        name for name in differ if name.startswith("merge/out/")
-    ] == []  # beside it stand paths and seconds
+    assert [name for name in differ if name.startswith("merge/out/")] == []
 
 
 STUDY = {
