@@ -29,7 +29,7 @@ SOURCE, CONVERTED, ALL_TYPES = DATA / "source", DATA / "converted.gguf", DATA / 
 PARTS = [DATA / f"split-{n:05}-of-00003.gguf" for n in (1, 2, 3)]
 TYPES = {
     "F16", "F32", "IQ1_M", "IQ1_S", "IQ2_S", "IQ2_XS", "IQ2_XXS", "IQ3_S", "IQ3_XXS", "IQ4_NL",
-    "IQ4_XS", "MXFP4", "Q1_0", "Q2_0", "Q2_K", "Q3_K", "Q4_0", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K",
+    "IQ4_XS", "Q1_0", "Q2_0", "Q2_K", "Q3_K", "Q4_1", "Q4_K", "Q5_0", "Q5_1", "Q5_K", "Q6_K",
     "Q8_0", "TQ1_0", "TQ2_0",
 }  # fmt: skip
 NEWER = {"Q1_0", "Q2_0"}  # than the `gguf` package

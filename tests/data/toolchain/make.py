@@ -29,13 +29,13 @@ VOCAB = 320
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "linear_num_value_heads": 4}
 WIDE = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "linear_num_value_heads": 16}
 TYPES = {
-    "token_embd": "Q6_K", "output.weight": "Q5_K",
+    "token_embd": "Q6_K", "output.weight": "Q5_K",  # and every attn_output.weight
     "blk.0.attn_qkv": "IQ2_XXS", "blk.0.attn_gate": "IQ2_XS", "blk.0.ssm_out": "IQ2_S",
     "blk.0.ffn_gate": "IQ1_S", "blk.0.ffn_up": "IQ1_M", "blk.0.ffn_down": "IQ3_XXS",
     "blk.0.ssm_alpha": "TQ1_0", "blk.0.ssm_beta": "TQ2_0",
-    "blk.1.attn_q": "IQ3_S", "blk.1.attn_k": "IQ4_NL", "blk.1.attn_v": "IQ4_XS", "blk.1.attn_output": "Q4_0",
+    "blk.1.attn_q": "IQ3_S", "blk.1.attn_k": "IQ4_NL", "blk.1.attn_v": "IQ4_XS",
     "blk.1.ffn_gate": "Q2_K", "blk.1.ffn_up": "Q3_K", "blk.1.ffn_down": "Q4_K",
-    "blk.2.attn_q": "Q4_1", "blk.2.attn_k": "Q5_0", "blk.2.attn_v": "Q5_1", "blk.2.attn_output": "MXFP4",
+    "blk.2.attn_q": "Q4_1", "blk.2.attn_k": "Q5_0", "blk.2.attn_v": "Q5_1",
     "blk.2.ffn_gate": "Q1_0", "blk.2.ffn_up": "Q2_0", "blk.2.ffn_down": "Q8_0", "nextn.eh_proj": "F16",
 }  # fmt: skip
 
