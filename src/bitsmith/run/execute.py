@@ -130,10 +130,10 @@ def compress(
     to `OUT.transforms`, digests and every tensor's error to `OUT.sha256` and `OUT.record.json`. `statistics`
     (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run goes on behind the
     tensors that they guided and those of `KEPT_BYTES` and more. `follow` may put others in the place of those
-    opened: they are told of every tensor as it is encoded, in their own order. With `allow_requantize` weights that are rounded already are
-    rounded again; what a GGUF holds in the planned type is copied, as llama-quantize does. Memory holds one
-    slice of one tensor and one site's statistics at a time. The bytes depend on the source (and its folder's
-    name, which becomes `general.name`) and the options alone.
+    opened: they are told of every tensor as it is encoded, in their own order. With `allow_requantize`
+    weights that are rounded already are rounded again; what a GGUF holds in the planned type is copied, as
+    llama-quantize does. Memory holds one slice of one tensor and one site's statistics at a time. The bytes
+    depend on the source (and its folder's name, which becomes `general.name`) and the options alone.
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
     disk; DamagedFileError for a weight that is not finite; else as `plan`, `read_plan`, `open_statistics` and
