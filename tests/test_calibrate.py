@@ -197,7 +197,7 @@ def test_what_another_run_left_behind_is_refused_or_dropped(
         )
     assert (tmp_path / ".stats.calibration").is_dir()
     options = {"ctx_tokens": CTX, "saliency": False, "chunks": CHUNKS}
-    with pytest.raises(OutputError, match="finished pieces of a run with other chunks .*, tokens; run that"):
+    with pytest.raises(OutputError, match=r"finished pieces of a run with other chunks .*, tokens; run that"):
         calibrate(tiny_qwen3_5, text, out, **options)
     result = calibrate(tiny_qwen3_5, text, out, **options, overwrite=True)
     assert result.resumed_layers == 0 and contents(out) == contents(calibrated)
