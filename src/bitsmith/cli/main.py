@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -369,7 +370,11 @@ def _root(
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line on stderr and a non-zero exit."""
-    session.run(app)
+    try:
+        session.run(app)
+    except KeyboardInterrupt:  # between two of the places that answer one
+        sys.stderr.write("error: interrupted; no unfinished output is left; the same command goes on\n")
+        sys.exit(session.INTERRUPTED)
 
 
 if __name__ == "__main__":
