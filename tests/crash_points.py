@@ -153,7 +153,9 @@ class Play:
     follows: tuple[str, ...] = ()
     replaces: bool = True
     varying: frozenset[str] = field(
-        default_factory=lambda: frozenset({"seconds", "peak_memory_bytes", "resumed", "time", "size_bytes"})
+        default_factory=lambda: frozenset(
+            {"seconds", "peak_memory_bytes", "resumed", "time", "size_bytes", "command"}
+        )
     )
 
 
