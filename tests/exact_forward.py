@@ -128,7 +128,8 @@ def _model(config_json: str, dtype: torch.dtype) -> Any:
     config_class, model_class = kinds[config["model_type"]]
     settings = config_class.from_dict(config)
     settings._attn_implementation = "eager"
-    return model_class(settings).eval()
+    with torch.inference_mode(False):  # it is kept, and filled outside of that mode too
+        return model_class(settings).eval()
 
 
 def _load(model: Any, tensors: dict[str, torch.Tensor]) -> None:

@@ -183,9 +183,10 @@ def test_an_imatrix_gives_the_weighted_search(
         rounded(tiny_qwen3_5, tmp_path / "other.gguf", imatrix, rounder="gptq")
     with pytest.raises(BitsmithError, match="is the input"):
         rounded(tiny_qwen3_5, imatrix.rename(tmp_path / "x.gguf"), tmp_path / "x.gguf", overwrite=True)
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "out.gguf", "out.gguf.record.json", "out.gguf.sha256", "x.gguf",
-    }  # fmt: skip
+    beside = {
+        f"{name}{suffix}" for name in ("out.gguf", imatrix.name) for suffix in (".record.json", ".sha256")
+    }
+    assert {path.name for path in tmp_path.iterdir()} == {"out.gguf", "x.gguf", *beside}
 
 
 def test_rounders_that_cannot_be_are_refused(

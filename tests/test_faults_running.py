@@ -193,7 +193,7 @@ def test_refusals_are_the_same_under_python_o(tmp_path: Path) -> None:
 HOLDS = """
 import ctypes, sys
 from pathlib import Path
-from bitsmith.cli import session
+from bitsmith.cli import invocation
 from bitsmith.log import event, keeps
 def app(words):
     keeps(Path(words[0]))
@@ -202,7 +202,7 @@ def app(words):
     mutex = ctypes.create_string_buffer(128)
     for _ in range(2):  # for ever, with the interpreter's lock, as LAPACK does through scipy for long
         ctypes.PyDLL(None).pthread_mutex_lock(mutex)
-session.run(app)
+invocation.run(app)
 """
 
 
@@ -210,6 +210,7 @@ def test_ctrl_c_ends_what_holds_the_interpreters_lock(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDS, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "begun\n"
+        time.sleep(0.5)  # now it holds the lock
         process.send_signal(signal.SIGINT)
         try:
             _, errors = process.communicate(timeout=60)

@@ -400,7 +400,7 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], Any], type[BitsmithError], str]
     "no config": (
         lambda m, o: write_folder(m.parent / "no.gguf", o, "W4A16"), BitsmithError, "does not exist"
     ),
-    "NaN": (unfinished, DamagedFileError, "gate_proj.weight.*nan in row 0"),
+    "NaN": (unfinished, DamagedFileError, "gate_proj.weight.*is nan at"),
     "packed": (packed_twice, UnsupportedError, "is packed as int4_g128 already; give the checkpoint"),
     "onto itself": (lambda m, o: write_folder(m, m, "W4A16", overwrite=True), OutputError, "is the input"),
     "there": (

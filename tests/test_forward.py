@@ -169,9 +169,10 @@ def _changed(folder: Path, out: Path, change) -> TextModel:
     return open_model(out)
 
 
-def test_a_nan_weight_is_traced_to_its_layer(demo_model: Path, tmp_path: Path) -> None:
+def test_an_overflow_is_traced_to_its_layer(demo_model: Path, tmp_path: Path) -> None:
     def spoil(weights: dict[str, torch.Tensor]) -> None:
-        weights["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
+        for name in ("up", "down"):
+            weights[f"model.layers.2.mlp.{name}_proj.weight"] *= 1e30
 
     with (
         _changed(demo_model, tmp_path / "m", spoil) as model,

@@ -61,7 +61,7 @@ def expected(demo_model: Path, tokenizer: Tokenizer) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("kind", ["folder", "BF16", "F32"])
+@pytest.mark.parametrize("kind", ["folder", pytest.param("BF16", marks=pytest.mark.slow), "F32"])
 def test_greedy_tokens_are_transformers_of_the_original(
     kind: str, demo_model: Path, ggufs: dict[str, Path], expected: list[int], tokenizer: Tokenizer
 ) -> None:

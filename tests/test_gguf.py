@@ -74,7 +74,10 @@ FAULTS: dict[str, tuple[bytes, list[str]]] = {
         whole([pair("general.alignment", ARRAY, struct.pack("<IQI", U32, 1, 32))]),
         ["general.alignment"],
     ),
-    "part of a split": (whole([pair("split.count", 2, struct.pack("<H", 3))]), ["3 parts", "-00001-of-00003.gguf"]),
+    "part of a split": (
+        whole([pair("split.count", 2, struct.pack("<H", 3))]),
+        ["3 parts", "-00001-of-00003.gguf"],
+    ),
     "5 dimensions": (whole(infos=[info("w", [1, 1, 1, 1, 1])]), ["tensor 'w'", "5 dimensions"]),
     "2^32-1 dimensions": (
         whole(infos=[text("w") + struct.pack("<I", 2**32 - 1)]),

@@ -38,6 +38,7 @@ def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bitsmith.lab.corpus.documents", lambda held_out: list(documents(held_out))[:20])
 
 
+@pytest.mark.slow
 def test_a_killed_training_ends_as_an_unbroken_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbroken = load_file(train(tmp_path / "unbroken", SPEC) / "model.safetensors")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from bitsmith.cli import session
+from bitsmith.cli import invocation
 from bitsmith.cli.main import main
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.lab.models import DEMO_MODEL
@@ -65,7 +65,7 @@ def called(
     ],
 )
 def test_global_flags_stand_anywhere(words: str, expected: str) -> None:
-    assert session.hoisted(words.split()) == expected.split()
+    assert invocation.hoisted(words.split()) == expected.split()
 
 
 def test_a_record_is_a_line_of_ascii_at_once(log: Path) -> None:
@@ -132,11 +132,11 @@ def test_help_and_documentation_name_the_same_exit_codes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code, shown, _ = called(capsys, monkeypatch, "--help")
-    assert code == 0 and session.EXIT_CODES.split() == shown.split()[-len(session.EXIT_CODES.split()) :]
+    assert code == 0 and invocation.EXIT_CODES.split() == shown.split()[-len(invocation.EXIT_CODES.split()) :]
     page = (Path(__file__).parents[1] / "docs" / "reliability.md").read_text()
     table = page.partition("## Exit codes")[2].partition("\n## ")[0]
-    for number in (0, BitsmithError.exit_code, 2, session.OUT_OF_MEMORY, 4, session.INTERRUPTED, 137):
-        assert f"{number} " in session.EXIT_CODES and f"\n| {number} |" in table
+    for number in (0, BitsmithError.exit_code, 2, invocation.OUT_OF_MEMORY, 4, invocation.INTERRUPTED, 137):
+        assert f"{number} " in invocation.EXIT_CODES and f"\n| {number} |" in table
     assert called(capsys, monkeypatch, "nonsense")[0] == 2
     assert called(capsys, monkeypatch, "inspect", "absent", "--quiet")[::2] == (
         1,

@@ -423,7 +423,8 @@ def test_states_that_are_not_finite_are_refused(
     big, small = models["qwen3"]
     shutil.copytree(small, tmp_path / "broken")
     weights = {name: torch.from_numpy(w) for name, w in load_file(small / "model.safetensors").items()}
-    weights["model.layers.1.mlp.down_proj.weight"][0, 0] = torch.nan
+    for name in ("up", "down"):  # each finite, their product is not
+        weights[f"model.layers.1.mlp.{name}_proj.weight"] *= 1e30
     save_file(weights, tmp_path / "broken" / "model.safetensors")
     threads = torch.get_num_threads()
     try:

@@ -37,7 +37,9 @@ WRITERS: dict[str, Callable[..., object]] = {
 }
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize(
+    "name", [name if name == "ct" else pytest.param(name, marks=pytest.mark.slow) for name in WRITERS]
+)
 def test_a_killed_run_goes_on_to_the_same_bytes(
     demo_model: Path, stats: Path, tmp_path: Path, name: str
 ) -> None:

@@ -41,6 +41,7 @@ from bitsmith.run.sahc_work import CANDIDATE_NAME, Workplace, refuse_output, wor
 from bitsmith.run.verify import verify
 from bitsmith.run.workplace import digest
 from bitsmith.store import open_checkpoint
+from bitsmith.store.manifest import write_manifest
 
 Float32 = NDArray[np.float32]
 TEXT = "import os\nfor name in os.listdir('.'):\n    print(name, len(name))\n" * 60
@@ -333,6 +334,7 @@ def test_statistics_guide_the_plan_and_row_int4_alike(
     assert any("in the metric of the inputs" in one for one in said)
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_and_ends_with_the_same_bytes(
     whole: tuple[Path, SahcResult], small: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -393,6 +395,7 @@ def test_an_output_in_its_place_is_known_by_the_run_that_placed_it(small: Path, 
     with opened("one") as place:
         shutil.copytree(small, work / CANDIDATE_NAME)
         made = digest(work / CANDIDATE_NAME)
+        write_manifest(work / CANDIDATE_NAME, {"output": CANDIDATE_NAME, "sources": {}})
         place.place(made)
     with opened("one") as place:  # killed before its result was written
         assert place.has(CANDIDATE_NAME, made)
@@ -400,6 +403,7 @@ def test_an_output_in_its_place_is_known_by_the_run_that_placed_it(small: Path, 
     assert digest(out) == made == digest(small)
     (out / "model.safetensors").unlink()
     shutil.copytree(small, work / CANDIDATE_NAME)
+    write_manifest(work / CANDIDATE_NAME, {"output": CANDIDATE_NAME, "sources": {}})
     with opened("one") as place:  # killed while files were moved into a folder that was there
         place.place(made)
     assert digest(out) == made

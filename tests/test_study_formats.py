@@ -107,8 +107,8 @@ def test_a_killed_study_goes_on(study: FormatsStudy, demo_model: Path, text: Pat
     found = study_formats(demo_model, text, out, **OPTIONS, keep=True)
     assert found.resumed == 2
     assert [replace(row, seconds=0) for row in found.rows] == [replace(row, seconds=0) for row in study.rows]
-    kept = {path.name for path in out.iterdir() if path.is_file()}
-    assert kept == {RESULT_NAME, "f16.cellm", "int2.cellm"}
+    made = {f"{name}.cellm{suffix}" for name in ("f16", "int2") for suffix in ("", ".sha256", ".record.json")}
+    assert {path.name for path in out.iterdir() if path.is_file()} == {RESULT_NAME, *made}
 
 
 @pytest.mark.slow

@@ -221,6 +221,7 @@ print(tune(model, coded, out, fit, held, options, progress=report).held_kld_afte
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(tiny_qwen3: Path, tmp_path: Path) -> None:
     coded = tmp_path / "q.gguf"
     compress(tiny_qwen3, coded, "Q2_K", pure=True)
@@ -245,6 +246,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tiny_qwen3: Path, tmp_path: Path
     assert (tmp_path / "whole.gguf").read_bytes() != coded.read_bytes()
 
 
+@pytest.mark.slow
 def test_layer_by_layer_lowers_the_divergence_where_memory_is_short(
     tiny_qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -294,7 +296,7 @@ def test_two_runs_do_not_share_a_state(tiny_qwen3: Path, tmp_path: Path) -> None
     compress(tiny_qwen3, coded, "Q4_K", pure=True)
     tokens = random_tokens(200, 2, 64, seed=0)
     with (
-        Journal(tmp_path / ".out.gguf.tuning.lock", "other"),
+        Journal(tmp_path / ".out.gguf.tuning.lock", {"source": "other"}),
         pytest.raises(OutputError, match="another run"),
     ):
         tune(tiny_qwen3, coded, out, tokens, tokens, short())

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from bitsmith.cli.invocation import flags
 from bitsmith.cli.options import fetched, remark
-from bitsmith.cli.session import session
 from bitsmith.errors import BitsmithError, printable
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def chat(
 
 def _lines() -> Iterator[str]:
     while True:
-        if sys.stdin.isatty() and session.shows_progress:
+        if sys.stdin.isatty() and flags.shows_progress:
             typer.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:

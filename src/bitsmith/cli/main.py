@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from bitsmith import __version__
-from bitsmith.cli import session
+from bitsmith.cli import invocation
 from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.merge import merge
@@ -22,7 +22,7 @@ from bitsmith.errors import BitsmithError
 
 app = typer.Typer(
     help="Measure, compress and verify LLM checkpoints.",
-    epilog=f"The global flags are understood behind the command's name too. {session.EXIT_CODES}",
+    epilog=f"The global flags are understood behind the command's name too. {invocation.EXIT_CODES}",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -365,16 +365,16 @@ def _root(
         bool, typer.Option("--offline", help="Use only what is on this machine; ask no hub.")
     ] = False,
 ) -> None:
-    session.begin(quiet=quiet, log_json=log_json, offline=offline)
+    invocation.begin(quiet=quiet, log_json=log_json, offline=offline)
 
 
 def main() -> None:
     """Run the command line; every foreseeable failure is one line on stderr and a non-zero exit."""
     try:
-        session.run(app)
+        invocation.run(app)
     except KeyboardInterrupt:  # between two of the places that answer one
         sys.stderr.write("error: interrupted; no unfinished output is left; the same command goes on\n")
-        sys.exit(session.INTERRUPTED)
+        sys.exit(invocation.INTERRUPTED)
 
 
 if __name__ == "__main__":

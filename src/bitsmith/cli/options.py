@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from bitsmith.cli.session import session
+from bitsmith.cli.invocation import flags
 from bitsmith.errors import printable
 from bitsmith.log import event, progressed
 from bitsmith.progress import Progress
@@ -43,7 +43,7 @@ def progress_bars() -> Iterator[Progress]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     console = Console(stderr=True)
-    hidden = not (console.is_terminal and session.shows_progress)
+    hidden = not (console.is_terminal and flags.shows_progress)
     with Progress(*columns, console=console, transient=True, disable=hidden) as bars:
         tasks: dict[str, Any] = {}
         told: dict[str, float] = {}
@@ -71,7 +71,7 @@ def fetched(model: Path) -> Path:
 def remark(text: str) -> None:
     """Say something beside the result, on stderr, and in the log."""
     event("remark", text=text)
-    if session.shows_progress:
+    if flags.shows_progress:
         typer.echo(printable(text, 2000), err=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from bitsmith.store import GgufCheckpoint, open_checkpoint
 from bitsmith.store.atomic import remove
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.journal import Journal, content_key, result_folder, write_result
+from bitsmith.store.manifest import remove_output
 from bitsmith.store.packed import refuse_rounded
 from bitsmith.store.statistics import open_statistics
 from bitsmith.store.stored import FLOATS
@@ -105,7 +105,7 @@ def study_formats(
             write_result(out / RESULT_NAME, result.to_json())
             journal.remove()  # before what it speaks of
             if known is not None and statistics is None and not keep:
-                shutil.rmtree(known, ignore_errors=True)
+                remove_output(known)
     return result
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,6 +36,7 @@ from bitsmith.run.spi_kld import Alone, alone_in_nf4
 from bitsmith.run.spi_rows import MEASURED, PURE, RULES, Equal, LinearRow, SpiRow, SpiStudy, SpiTable
 from bitsmith.store.hub import local
 from bitsmith.store.journal import Journal, content_key, result_folder, write_result
+from bitsmith.store.manifest import remove_output
 
 RESULT_NAME = "spi.json"
 JOURNAL_NAME = ".spi.journal"
@@ -174,7 +174,7 @@ class _Run:
             found, scores = self._reference.measure(path)
         finally:
             if not self._keep:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_output(path)
         return SpiRow(
             name=label,
             names=kept,

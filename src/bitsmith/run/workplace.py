@@ -14,7 +14,7 @@ from bitsmith.errors import OutputError
 from bitsmith.run.record import rebased
 from bitsmith.store.atomic import Content, files_in, refuse_taken
 from bitsmith.store.journal import Journal, Key, result_folder
-from bitsmith.store.manifest import manifest_of, read_record, record_of, write_manifest
+from bitsmith.store.manifest import read_record, record_of, remove_output, write_manifest
 from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME
 from bitsmith.store.safetensors_writer import move_checkpoint
 
@@ -117,9 +117,7 @@ class Workplace:
 
     def drop(self, name: str) -> None:
         """Remove an artifact that is not to be kept, with what lies beside it."""
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in (manifest_of(self.folder / name), record_of(self.folder / name)):
-            path.unlink(missing_ok=True)
+        remove_output(self.folder / name)
 
     def abandon(self) -> None:
         """Let go of what the run kept: with an error, the folder goes too if this run made it."""

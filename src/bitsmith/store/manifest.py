@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, printable
-from bitsmith.store.atomic import Content, atomic_file, files_in
+from bitsmith.store.atomic import Content, atomic_file, files_in, remove
 
 MANIFEST_SUFFIX, RECORD_SUFFIX = ".sha256", ".record.json"
 """Follow an output's name."""
@@ -137,6 +137,12 @@ def replace_record(out: Path, record: Mapping[str, Any], changed: Iterable[Path]
 def is_hidden(name: str) -> bool:
     """Tell whether a file in an output, or a folder that it is in, is hidden."""
     return any(part.startswith(".") for part in name.split("/"))
+
+
+def remove_output(out: Path) -> None:
+    """Remove an output that was only needed for a while, and what lies beside it."""
+    for path in (manifest_of(out), record_of(out), out):
+        remove(path)
 
 
 def digest_of(path: Path) -> str:

@@ -32,7 +32,7 @@ _TEXTS = ("-p", "--prompt")  # whose value may look like a flag
 
 
 @dataclass
-class Session:
+class Flags:
     """What the global flags of the running command say."""
 
     quiet: bool = False
@@ -44,7 +44,7 @@ class Session:
         return not (self.quiet or self.log_on_stderr)
 
 
-session = Session()
+flags = Flags()
 
 
 def hoisted(words: Sequence[str]) -> list[str]:
@@ -78,15 +78,15 @@ def _is_log_name(word: str) -> bool:
 
 def begin(*, quiet: bool, log_json: str | None, offline: bool) -> None:
     """Take in the global flags. Raises OutputError for a log that cannot be written."""
-    session.quiet, session.log_on_stderr = quiet, log_json == "-"
+    flags.quiet, flags.log_on_stderr = quiet, log_json == "-"
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    if not session.shows_progress:
+    if not flags.shows_progress:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
         warnings.simplefilter("ignore")
     if log_json is not None:
         to_json_lines(sys.stderr if log_json == "-" else Path(log_json))
-    if session.shows_progress:
+    if flags.shows_progress:
         LOGGER.addHandler(_Warnings(logging.WARNING))
     event("start", bitsmith=__version__, command=sys.argv[1:], process=os.getpid())
 
@@ -149,7 +149,7 @@ def _failed(message: str, code: int, error: Exception) -> int:
 def _show(message: str, error: BaseException | None = None) -> None:
     clean = printable(message, _LINE_CHARACTERS)
     fail(clean, tensor=getattr(error, "tensor", None))
-    if not session.log_on_stderr:
+    if not flags.log_on_stderr:
         with suppress(OSError, ValueError):
             sys.stderr.write(f"error: {clean}\n")
             sys.stderr.flush()
@@ -243,7 +243,7 @@ def _restored() -> Iterator[None]:
                 LOGGER.removeHandler(handler)
                 handler.close()
             LOGGER.setLevel(level)
-            session.quiet = session.log_on_stderr = False
+            flags.quiet = flags.log_on_stderr = False
             for name in ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS"):
                 if name in environment:
                     os.environ[name] = environment[name]
