@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from bitsmith.lab.models import STUDENT_MODEL
+from bitsmith.lab.synth import synth
 from bitsmith.run.execute import compress
 
 PAGE_BYTES = 4096
@@ -61,3 +62,19 @@ def test_a_disk_too_small_is_told_before_and_when_it_is_full(tmp_path: Path) -> 
     assert tight.endswith("exit 1\n"), tight  # no file is listed
     ample = on_a_disk_of(pages + 100, place, [said]).stdout
     assert "exit 0" in ample and f"./out.gguf {nbytes}" in ample and ".part" not in ample, ample
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_disk_with_room_for_the_file_alone_takes_it(tmp_path: Path) -> None:
+    """Finished tensors are kept for a next run only where there is room for them twice."""
+    model = synth(tmp_path / "model", "0.8B", layers=1, vision=False, mtp=False)
+    nbytes = compress(model, tmp_path / "out.gguf", "Q4_0").file_bytes
+    place = tmp_path / "disk"
+    place.mkdir()
+    words = " ".join([*BITSMITH, "compress", str(model), "-o out.gguf --type Q4_0"])
+    listed = "find . -type f -exec stat -c '%n %s' {} +; sha256sum -c out.gguf.sha256"
+    shown = f"{words} 2>&1; echo exit $?; {listed}"
+    said = on_a_disk_of(nbytes // PAGE_BYTES * 11 // 10, place, [shown]).stdout
+    assert "exit 0" in said and f"./out.gguf {nbytes}" in said and ".part" not in said, said
+    assert "out.gguf: OK" in said, said

@@ -111,7 +111,7 @@ def test_a_manifest_made_again_does_not_hide_a_changed_tensor(work: Path) -> Non
     assert not check_manifest(out)
     found = verify(out)
     assert [(one.path, one.tensor) for one in found.faults] == [(out, name)]
-    assert "was recorded" in found.faults[0].what
+    assert "recorded were" in found.faults[0].what
 
 
 def recorded(out: Path, change: Any) -> Verification:

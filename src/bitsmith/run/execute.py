@@ -30,7 +30,7 @@ from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
 from bitsmith.store.atomic import Content, Finish, refuse_full, refuse_taken
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
 from bitsmith.store.manifest import write_manifest
-from bitsmith.store.parts import Parts
+from bitsmith.store.parts import Parts, parts_of
 from bitsmith.store.statistics import Statistics, open_statistics
 from bitsmith.store.stored import PLAIN
 
@@ -310,7 +310,7 @@ class _Job:
     def write(self, overwrite: bool, finish: Finish) -> None:
         """Encode and write everything; `finish` is told before the file appears."""
         guided = [row for row in self._plan.rows if self._is_guided(row)]
-        large = [row for row in self._plan.rows if row not in guided and _takes_long(row)]
+        large = self._worth_keeping(guided)
         if not guided and not large:
             self._write_file(None, overwrite, finish)
         else:
@@ -325,6 +325,16 @@ class _Job:
                     self._part(parts, row)
                 self._write_file(parts, overwrite, finish)
                 parts.remove()
+
+    def _worth_keeping(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
+        """Return large tensors that nothing guides; none where the disk has no room for their parts too."""
+        large = [row for row in self._plan.rows if row not in guided and _takes_long(row)]
+        if not parts_of(self._out).exists():
+            try:
+                refuse_full(self._out, self._plan.tensor_bytes + sum(row.nbytes for row in (*guided, *large)))
+            except OutputError:
+                return []
+        return large
 
     def _ordered(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
         """Return `guided` in the statistics' order, and tell them of the tensors that nothing guides."""

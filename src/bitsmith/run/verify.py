@@ -233,7 +233,9 @@ class _Findings:
                 error = relative_error(source.ref, ref)
                 agrees = _close(error, recorded.relative_error, COMPUTED if source.is_computed else SAME)
                 if not agrees:
-                    said = f"has a relative error of {error:.6g}, {recorded.relative_error:.6g} was recorded"
+                    said = (
+                        f"has a relative error of {error:.12g}, recorded were {recorded.relative_error:.12g}"
+                    )
                     self.add(self._out, said, ref.name)
         agrees = agrees and (error is None) == (recorded.relative_error is None)
         self._tensors.append(TensorCheck(ref.name, recorded.type, error, recorded.relative_error, agrees))

@@ -106,7 +106,7 @@ class PairedManifest:
 class Paired:
     """Paired activations, read place by place; what is read is checked against its SHA-256.
 
-    `digest` is the SHA-256 of the manifest, which covers every tensor.
+    `digest` is the SHA-256 of the manifest, which covers every tensor, but for the places of models and text.
     """
 
     def __init__(self, path: Path, manifest: PairedManifest, digest: str) -> None:
@@ -199,8 +199,16 @@ def open_paired(path: Path) -> Paired:
     file = path / MANIFEST_NAME
     if not file.is_file():
         raise BitsmithError(f"holds no {MANIFEST_NAME}: no finished run of paired activations", path=path)
-    raw = file.read_bytes()
-    return Paired(path, _parsed(raw, file), hashlib.sha256(raw).hexdigest())
+    manifest = _parsed(file.read_bytes(), file)
+    return Paired(path, manifest, _digest(manifest))
+
+
+def _digest(manifest: PairedManifest) -> str:
+    facts = asdict(manifest)
+    for place in (facts["teacher"], facts["student"]):
+        del place["path"]
+    del facts["text"]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def pair_name(pair: int) -> str:

@@ -21,6 +21,11 @@ from bitsmith.store.journal import Journal, Key, remove_work
 _COPIED_BYTES = 1 << 24
 
 
+def parts_of(out: Path) -> Path:
+    """Return the folder of an output's finished pieces."""
+    return out.absolute().with_name(f".{out.name}.parts")
+
+
 class Parts:
     """The folder `.OUT.parts`: each finished piece's bytes, and a journal of what is finished.
 
@@ -31,7 +36,7 @@ class Parts:
     """
 
     def __init__(self, out: Path, key: Key, *, overwrite: bool = False) -> None:
-        self._folder = out.absolute().with_name(f".{out.name}.parts")
+        self._folder = parts_of(out)
         self._key, self._overwrite = {"layout of the notes": 2, **key}, overwrite
         self.finished: dict[str, Any] = {}
         self.resumed = 0
