@@ -23,6 +23,7 @@ from bitsmith.run.compress import compress
 from bitsmith.run.inspect import inspect
 from bitsmith.run.job import Job
 from bitsmith.run.push import push
+from bitsmith.run.verify import verify
 from bitsmith.store import hub_calls, open_checkpoint, open_gguf
 from bitsmith.store.hub import HubError, called, local, origin, parse_hub_id
 from bitsmith.store.hub_names import told
@@ -431,6 +432,29 @@ def test_what_does_not_verify_is_not_pushed(
     with pytest.raises(BitsmithError, match="is missing"):
         push(out, "me/small", {})
     assert not hub.asked
+
+
+@ITS_OWN
+@pytest.mark.slow
+def test_a_folder_is_pushed_and_verifies_where_it_was_pulled(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    out = tmp_path / "small-W4A16"
+    compress(Job(model=STUDENT_MODEL, out=out, type_name="W4A16"))
+    made = push(out, "me/small-W4A16", {"README.md": b"# card\n"})
+    held = hub.repos["me/small-W4A16"].commits[str(made.commit)]
+    assert {"SHA256SUMS", "bitsmith.record.json", "config.json", "model.safetensors"} < set(held)
+    back = local("me/small-W4A16")
+    found = verify(back, STUDENT_MODEL)
+    assert found.passed and len(found.tensors) > 10, found
+    assert "pass --source" in verify(back).skipped  # whose path was not published
+    assert push(out, "me/small-W4A16", {"README.md": b"# card\n"}).commit == made.commit
+    weights = back / "model.safetensors"
+    broken = weights.read_bytes()[:-1] + b"\x01"
+    weights.unlink()
+    weights.write_bytes(broken)
+    assert "model.safetensors" in str(verify(back, STUDENT_MODEL).faults[0].path)
 
 
 @ITS_OWN

@@ -14,6 +14,8 @@ from bitsmith.store.hub import is_offline, parse_hub_id
 from bitsmith.store.hub_calls import HubError
 from bitsmith.store.hub_push import Source, commit_files, digests_of, remote_state
 from bitsmith.store.manifest import (
+    FOLDER_MANIFEST,
+    FOLDER_RECORD,
     MANIFEST_SUFFIX,
     RECORD_SUFFIX,
     digest_of,
@@ -21,9 +23,6 @@ from bitsmith.store.manifest import (
     read_record,
     record_of,
 )
-
-FOLDER_MANIFEST, FOLDER_RECORD = "SHA256SUMS", "bitsmith.record.json"
-"""What a folder's manifest and record are called inside a repository, whose root is the folder."""
 
 
 @dataclass(frozen=True)

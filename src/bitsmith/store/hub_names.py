@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bitsmith.errors import BitsmithError, UnsupportedError, printable
+from bitsmith.store.manifest import FOLDER_MANIFEST, FOLDER_RECORD
 from bitsmith.store.safetensors import INDEX_NAME, SINGLE_NAME, load_json
 
 MODEL_SUFFIXES = (".safetensors", ".gguf", ".cellm")
@@ -18,7 +19,7 @@ SIDE_FILES = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
     "tokenizer.model", "spiece.model", "chat_template.jinja", "chat_template.json",
     "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
-    "video_preprocessor_config.json", "LICENSE", "NOTICE", "SHA256SUMS", "bitsmith.record.json",
+    "video_preprocessor_config.json", "LICENSE", "NOTICE", FOLDER_MANIFEST, FOLDER_RECORD,
 )  # fmt: skip
 """What of a repository is read beside weights, where it is there."""
 

@@ -17,6 +17,11 @@ from bitsmith.store.atomic import Content, atomic_file, files_in, remove
 MANIFEST_SUFFIX, RECORD_SUFFIX = ".sha256", ".record.json"
 """Follow an output's name."""
 
+FOLDER_MANIFEST, FOLDER_RECORD = "SHA256SUMS", "bitsmith.record.json"
+"""What a folder's manifest and record are called inside a repository, whose root is the folder."""
+
+_UNLISTED = {FOLDER_MANIFEST, "README.md"}  # of a repository: the manifest itself, and its card
+
 MAX_MANIFEST_BYTES = 64 << 20
 MAX_RECORD_BYTES = 64 << 20
 
@@ -45,13 +50,18 @@ class _Entry:
 
 
 def manifest_of(out: Path) -> Path:
-    """Return where the digests of an output lie."""
-    return out.with_name(out.name + MANIFEST_SUFFIX)
+    """Return where the digests of an output lie: beside it, or inside a folder that was pushed."""
+    return _beside_or_inside(out, MANIFEST_SUFFIX, FOLDER_MANIFEST)
 
 
 def record_of(out: Path) -> Path:
-    """Return where the record of an output lies."""
-    return out.with_name(out.name + RECORD_SUFFIX)
+    """Return where the record of an output lies: beside it, or inside a folder that was pushed."""
+    return _beside_or_inside(out, RECORD_SUFFIX, FOLDER_RECORD)
+
+
+def _beside_or_inside(out: Path, suffix: str, name: str) -> Path:
+    beside, inside = out.with_name(out.name + suffix), out / name
+    return inside if inside.is_file() and not beside.exists() else beside
 
 
 def write_manifest(
@@ -93,11 +103,12 @@ def check_manifest(out: Path) -> tuple[Fault, ...]:
     """
     path = manifest_of(out)
     entries = _entries(out, path)
+    unlisted = _UNLISTED if path.parent == out else set()
     faults = [fault for entry in entries if (fault := _fault(out.parent / entry.name, entry.digest))]
     known = {entry.name for entry in entries}
     for name, found in files_in(out).items() if out.exists() else ():
         listed = _name_in(out, name)
-        if listed not in known and not is_hidden(name):
+        if listed not in known and not is_hidden(name) and name not in unlisted:
             faults.append(Fault(found, f"is not in {path.name}"))
     return tuple(faults)
 
@@ -196,6 +207,8 @@ def _json(record: Mapping[str, Any]) -> bytes:
 def _entries(out: Path, path: Path) -> list[_Entry]:
     text = _bytes_of(path, MAX_MANIFEST_BYTES).decode("utf-8", "surrogateescape")
     entries = [_entry(line, number, path) for number, line in enumerate(text.split("\n")[:-1], 1)]
+    if path.parent == out:
+        entries = [_Entry(entry.digest, _name_in(out, entry.name)) for entry in entries]
     if not text.endswith("\n") or not entries:
         raise DamagedFileError("is cut off", path=path)
     for entry in entries:
