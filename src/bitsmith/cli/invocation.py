@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -106,6 +107,7 @@ def run(app: Callable[[Sequence[str]], object]) -> NoReturn:
     Ctrl-C ends it within two seconds even while compiled code runs: nothing needs to be cleaned up for the
     outputs to stay whole, since a run that is killed at any moment leaves none under its name.
     """
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)  # what is done is not interrupted
     with _restored(), _guarded() as guard:
         code = _exit_code(app)
         if code == INTERRUPTED:
