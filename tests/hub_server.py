@@ -57,6 +57,7 @@ class Hub:
     asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     before: Callable[[str], None] | None = None
     lists_sizes: bool = True
+    tags_by_git: bool = True
     url: str = ""
     storage_url: str = ""
     lock: threading.RLock = field(default_factory=threading.RLock)
@@ -220,7 +221,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {"X-Linked-Size": str(len(data)), "X-Linked-Etag": f'"{sha}"'}
             self._send(302, b"", headers | {"Location": f"{self.hub.storage_url}/storage/{sha}"})
         else:
-            self._ranged(data, headers | {"ETag": f'"{git_sha(data)}"'})
+            tag = git_sha(data) if self.hub.tags_by_git else hashlib.sha1(data).hexdigest()  # noqa: S324
+            self._ranged(data, headers | {"ETag": f'"{tag}"'})
 
     def _storage(self, sha: str) -> None:
         self._ranged(self.hub.lfs[sha], {"ETag": f'"{sha}"'})

@@ -215,9 +215,10 @@ def test_all_files_are_of_one_commit_though_the_branch_moves(hub: Hub) -> None:
     assert all(re.search(r"/resolve/[0-9a-f]{40}/", path) for path in hub.paths() if "/resolve/" in path)
 
 
-def test_a_hub_whose_listing_tells_no_digests_is_asked_for_them(hub: Hub) -> None:
+@pytest.mark.parametrize("tags_by_git", [True, False])
+def test_a_hub_whose_listing_tells_no_digests_is_asked_for_them(hub: Hub, tags_by_git: bool) -> None:
     hub.add(REPO, FILES)
-    hub.lists_sizes = False
+    hub.lists_sizes, hub.tags_by_git = False, tags_by_git  # a tag that is no digest is only a name
     assert files_of(local(REPO)) == FILES
 
 

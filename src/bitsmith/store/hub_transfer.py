@@ -24,13 +24,17 @@ _OK, _PARTIAL, _NO_SUCH_RANGE = 200, 206, 416
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file of one commit; `etag` is its SHA-256 (large files) or git's SHA-1 of it, and its blob's name."""
+    """A file of one commit; `etag` is its SHA-256 (large files) or git's SHA-1 of it, and its blob's name.
+
+    `is_digest` is False for a tag of which only a server's header tells: what kind it is nobody promised.
+    """
 
     repo: str
     commit: str
     name: str
     size: int
     etag: str
+    is_digest: bool = True
 
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit[:12]}/{printable(self.name)}"
@@ -72,7 +76,8 @@ def _remote(repo: str, commit: str, one: Any) -> RemoteFile:
     if found.etag is None or found.size is None:
         raise HubError("the hub tells neither size nor digest of it", path=where)
     _refuse_moved(where, commit, found.commit_hash)
-    return RemoteFile(repo, commit, one.rfilename, found.size, _blob_name(found.etag))
+    is_sha256 = re.fullmatch(r"[0-9a-f]{64}", found.etag) is not None
+    return RemoteFile(repo, commit, one.rfilename, found.size, _blob_name(found.etag), is_sha256)
 
 
 def _blob_name(etag: str) -> str:
@@ -132,12 +137,12 @@ def _locked(path: Path, blob: Path) -> Iterator[BufferedRandom | None]:
 def _fill(part: BufferedRandom, file: RemoteFile, report: Callable[[int], None]) -> None:
     resumed = part.seek(0, os.SEEK_END) > 0
     _download(part, file, report)
-    found = _digest(part, file.etag, file.size)
+    found = _digest(part, file)
     if found != file.etag and resumed:  # what an earlier run left was torn
         log.event("download again", file=file.name, repo=file.repo)
         part.truncate(0)
         _download(part, file, report)
-        found = _digest(part, file.etag, file.size)
+        found = _digest(part, file)
     if found != file.etag:
         part.truncate(0)
         raise HubError(
@@ -211,17 +216,18 @@ def _starts_at(content_range: str | None, have: int) -> bool:
     return content_range is None or content_range.startswith(f"bytes {have}-")
 
 
-def _digest(part: BufferedRandom, etag: str, size: int) -> str:
-    """Return the digest of the kind that `etag` is, or `etag` itself where that is of no kind known."""
+def _digest(part: BufferedRandom, file: RemoteFile) -> str:
+    """Return the digest of the kind that the tag is, or the tag itself where that is of no kind known."""
     part.seek(0)
+    etag = file.etag if file.is_digest else ""
     if re.fullmatch(r"[0-9a-f]{64}", etag):
         return hashlib.file_digest(part, "sha256").hexdigest()
     if re.fullmatch(r"[0-9a-f]{40}", etag):
-        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)  # git's name of a blob
+        digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)  # git's name of a blob
         while chunk := part.read(_CHUNK_BYTES):
             digest.update(chunk)
         return digest.hexdigest()
-    return etag
+    return file.etag
 
 
 def _name(storage: Path, file: RemoteFile, blob: Path) -> None:
