@@ -141,8 +141,8 @@ class Play:
     """A command, what is there before it, and what may differ: `varying` keys of its JSON files.
 
     `works` are names under which it works in the open, and `out` is the output that a manifest lies beside.
-    `timed` files tell seconds (or digests of what does), those of `follows` are made after the output is
-    there, and `replaces` tells whether there is an `--overwrite`.
+    `timed` files tell seconds (or digests of what does), and `replaces` tells whether there is an
+    `--overwrite`.
     """
 
     words: tuple[str, ...]
@@ -150,7 +150,6 @@ class Play:
     works: tuple[str, ...] = ()
     out: str | None = None
     timed: tuple[str, ...] = ()
-    follows: tuple[str, ...] = ()
     replaces: bool = True
     varying: frozenset[str] = field(
         default_factory=lambda: frozenset(
@@ -271,7 +270,7 @@ def _check_again(on: Stage, play: Play, folder: Path, done: Mapping[str, str], w
     if again.code == 1 and "exists" in again.said:  # it had been finished, all but what tidies up
         left = files_under(folder, play)
         missing = {*in_the_open(done, play.works)} - {*in_the_open(left, play.works)}
-        assert missing <= {*play.follows}, (where, missing)
+        assert not missing, (where, missing)
         if not play.replaces:
             return
         again = on.run([*play.words, "--overwrite"], folder)

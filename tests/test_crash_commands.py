@@ -58,7 +58,6 @@ WRITERS: dict[str, Play] = {
         ("assay", MODEL, "-o", "out", "--match", "layers.0.self_attn"),
         works=("out",),  # a folder that the journal lies in too
         timed=("out/assay.html", "out.sha256"),
-        follows=("out/assay.html", "out.record.json", "out.sha256"),
     ),
     "embed": Play(("lab", "embed", MODEL, "out", "--hidden", "256"), out="out"),
     "synth": Play(("lab", "synth", "out", "--size", "tiny", "--no-vision"), out="out", replaces=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -71,6 +72,7 @@ def assay(
 
     With -o every finished matrix is kept, so that a killed run goes on where it was.
     """
+    from bitsmith.report.assay_page import write_assay_page
     from bitsmith.report.assay_terminal import print_assay, print_seed_checks
     from bitsmith.run.assay import PAGE_NAME, RESULT_NAME
     from bitsmith.run.assay import assay as run
@@ -82,17 +84,21 @@ def assay(
         if not seed_table:
             raise BitsmithError("name a MODEL, or ask for --seed-table")
         return
+    page = None if out is None else partial(write_assay_page, out / PAGE_NAME)
     with progress_bars() as progress:
         result = run(
-            model, out, match=match, statistics=stats, text=text, overwrite=overwrite, progress=progress
+            model,
+            out,
+            match=match,
+            statistics=stats,
+            text=text,
+            page=page,
+            overwrite=overwrite,
+            progress=progress,
         )
     print_assay(result)
     if out is not None:
-        from bitsmith.report.assay_page import write_assay_page
-        from bitsmith.run.record import seal
-
-        typer.echo(f"wrote {out / RESULT_NAME} and {write_assay_page(out / PAGE_NAME, result)}")
-        seal(out, "assay")
+        typer.echo(f"wrote {out / RESULT_NAME} and {out / PAGE_NAME}")
 
 
 @app.command()

@@ -29,6 +29,7 @@ from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Pr
 from bitsmith.run.claims import CLAIMS, component_key, seed_checks
 from bitsmith.run.measure import Target, measure, measure_mixer, mixers
 from bitsmith.run.moments import Moments, StoredMoments, stored_moments
+from bitsmith.run.record import seal
 from bitsmith.run.verdict import (
     Population,
     component_rows,
@@ -81,6 +82,7 @@ def assay(
     text: Path | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    page: Callable[[Assay], object] | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Assay:
@@ -90,7 +92,8 @@ def assay(
     roles come from names. `match` is a regex that chooses matrices by name, `statistics` (by tensor name,
     what `calibrate` wrote, or an imatrix) add what data-aware low rank sees, `text` the spectra of
     activations (known architectures only). With `out`, a folder, every finished matrix is kept there, so
-    that a killed run goes on, and `assay.json` is written at the end.
+    that a killed run goes on, and `assay.json` is written at the end, then what `page` makes of it there, and
+    the digests of both; a run killed in between goes on too.
 
     Raises BitsmithError naming the tensor and the value for one that is not finite, UnsupportedError for
     weights packed in a way that is not known, OutputError if `assay.json` exists (unless `overwrite`).
@@ -99,7 +102,8 @@ def assay(
     pattern = _pattern(match)
     model = local(model, progress)
     if out is not None:
-        result_folder(out, RESULT_NAME, overwrite, [model])
+        unfinished = (out / JOURNAL_NAME).exists()  # whatever has appeared, it was not all
+        result_folder(out, RESULT_NAME, overwrite or unfinished, [model])
     with open_checkpoint(model) as checkpoint:
         content = _content(checkpoint)
         targets, skipped = _targets(content.pairs, pattern, checkpoint.path)
@@ -118,6 +122,9 @@ def assay(
             result = _result(checkpoint, content, found, skipped, protocol, activations, started)
             if out is not None and journal is not None:
                 _write(out / RESULT_NAME, result)
+                if page is not None:
+                    page(result)
+                seal(out, "assay")
                 journal.remove()
     return result
 
