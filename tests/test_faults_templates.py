@@ -31,7 +31,7 @@ ESCAPES = {
 }
 ENDLESS = {
     "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-    "a power": "{{ 7 ** 10 ** 9 }}",
+    "a power": "{{ 7 ** (10 ** 9) }}",
     "a macro of itself": "{% macro m() %}{{ m() }}{{ m() }}{% endmacro %}{{ m() }}",
     "a wide number": "{{ '%999999999999d' % 1 }}",
     "a string": "{{ 'a' * 10 ** 12 }}",
@@ -43,8 +43,6 @@ ENDLESS = {
 NO_TEXT = {"half a character": r"{{ '\ud800' }}"}
 DEFAULT = ("a function's globals", "loops", "half a character")
 TEMPLATES = ESCAPES | ENDLESS | NO_TEXT
-TOLD = dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)")
-TOLD |= dict.fromkeys(NO_TEXT, "its chat template makes text that is not Unicode")
 TOLD = {
     **dict.fromkeys(ESCAPES, r"its chat template fails: .*(unsafe|no loader)"),
     **dict.fromkeys(NO_TEXT, "not Unicode"),
