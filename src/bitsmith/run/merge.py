@@ -28,13 +28,14 @@ from bitsmith.run.merge_trial import HeldOut, TrialMeasure, figure, held_out
 from bitsmith.run.merge_weights import FACTORS, Bench, Decision, decide
 from bitsmith.run.merge_written import PACKED_AS
 from bitsmith.run.paired import paired as pair
+from bitsmith.run.paired import work_of
 from bitsmith.run.paired_cost import PairedCost, cost_of
 from bitsmith.run.paired_inputs import LayerMap, Sides
 from bitsmith.run.record import source_facts
 from bitsmith.run.workplace import Workplace, beside, digest, refuse_output
 from bitsmith.store.atomic import refuse_taken
 from bitsmith.store.hub import local
-from bitsmith.store.journal import write_result
+from bitsmith.store.journal import remove_work, write_result
 from bitsmith.store.paired import Paired, open_paired
 from bitsmith.store.safetensors_writer import SHARD_BYTES
 from bitsmith.store.stored import FLOATS
@@ -269,6 +270,7 @@ class _Merge:
             return open_paired(ask.paired)
         with suppress(BitsmithError):  # none, or a damaged one
             if inputs.fits(found := open_paired(folder)):
+                remove_work(work_of(folder))  # of a run that was killed while it tidied up
                 self._say(None)
                 return found
         return self._run_pair(place, text, folder)

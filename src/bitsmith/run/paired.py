@@ -203,6 +203,11 @@ def _described(side: Side) -> PairedModel:
     )
 
 
+def work_of(out: Path) -> Path:
+    """Return the folder beside `out` that a run of `paired` works in."""
+    return out.absolute().with_name(f".{out.name}.paired")
+
+
 class _Work:
     """The folder of a run under way: a journal, both models' states between two layers, and finished files.
 
@@ -214,7 +219,7 @@ class _Work:
         self._run, self._progress, self._overwrite = run, progress, overwrite
         self._fit, self._held = run.corpus.split
         self._done = 0
-        self.folder = out.absolute().with_name(f".{out.name}.paired")
+        self.folder = work_of(out)
         self.layer_map: tuple[int, ...] = ()
         self.resumed = 0
 
