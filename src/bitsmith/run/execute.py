@@ -214,9 +214,11 @@ def with_manifest(record: Record, content: Content, **options: Any) -> Record:
 
 
 def check_output(out: Path, overwrite: bool) -> None:
-    """Raise OutputError for an output that is no `.gguf`, or is there already without `overwrite`."""
+    """Raise OutputError for an output that is no `.gguf`, has no place, or is there without `overwrite`."""
     if out.suffix != ".gguf":
         raise OutputError("cannot tell what to write: the output's name must end in .gguf", path=out)
+    if not out.absolute().parent.is_dir():
+        raise OutputError("is not in a folder that exists", path=out)
     if out.exists() and not overwrite:
         raise OutputError("exists; pass --overwrite", path=out)
 
