@@ -137,7 +137,7 @@ def compress(
 
     Raises OutputError if `out` exists without `overwrite`, is the input, is no `.gguf` or does not fit the
     disk; DamagedFileError for a weight that is not finite; else as `plan`, `read_plan`, `open_statistics` and
-    `check_rounder` do. Nothing is left then but, with statistics, finished tensors in `.OUT.parts`.
+    `check_rounder` do. Nothing is left then but finished tensors in `.OUT.parts`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
