@@ -180,6 +180,18 @@ def compress(
     )
 
 
+def carry_out(
+    source: Source, todo: Plan, out: Path, statistics: Statistics | None = None, rounder: Rounder = "auto"
+) -> tuple[Written, ...]:
+    """Write a plan's file alone, in place of any other: what `compress` does between planning and recording.
+
+    The plan and the source may be parts of a model's; see `run.forecast_gguf`.
+    """
+    job = _Job(source, todo, out, statistics, rounder, silent)
+    job.write(True, lambda _: None)
+    return job.written
+
+
 def with_manifest(record: Record, content: Content, **options: Any) -> Record:
     """Write what lies beside a GGUF that is about to appear; return the record with its digest.
 
