@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 SDIST = "llama-cpp-python==0.3.34"
@@ -39,6 +40,16 @@ RUN_OPTIONS = ("--no-repack",)
 
 ATTEMPTS = 8
 LAST_WORDS = "Same top p:"
+
+# the converter knows tokenizers by a hash of known ones, which those of synthetic checkpoints are not among
+_CONVERT = """
+import runpy, sys
+root = sys.argv.pop(1)
+sys.path[:0] = [root, root + "/gguf-py"]
+from conversion import base
+base.TextModel.get_vocab_base_pre = lambda self, tokenizer: "qwen35"
+runpy.run_path(root + "/convert_hf_to_gguf.py", run_name="__main__")
+"""
 
 _FIGURES = {
     "mean_kld": "Mean    KLD",
@@ -96,6 +107,24 @@ class Peer:
         """Return what the tools say of themselves, in one line."""
         said = run([self.folder / "llama-perplexity", "--version"]).output
         return "; ".join(line.strip() for line in said.splitlines() if line.startswith(("version", "built")))
+
+    def convert_command(self, model: Path, out: Path, type_name: str = "bf16") -> list[str | Path]:
+        """Return the command that makes a 16-bit GGUF of a Hugging Face folder by convert_hf_to_gguf.py.
+
+        Exits where the script or what it imports is missing.
+        """
+        script = self.folder.parents[1] / "convert_hf_to_gguf.py"
+        if not script.is_file():
+            raise SystemExit(f"{self.folder}: no convert_hf_to_gguf.py two folders above")
+        missing = [name for name in ("torch", "transformers", "numpy") if find_spec(name) is None]
+        if missing:
+            raise SystemExit(f"{script} needs {', '.join(missing)}")
+        words = [sys.executable, "-c", _CONVERT, script.parent, model, "--outfile", out]
+        return [*words, "--outtype", type_name]
+
+    def quantize_command(self, model: Path, out: Path, type_name: str) -> list[str | Path]:
+        """Return the command that quantizes a GGUF to a stock mix by llama-quantize, without importance."""
+        return [self.folder / "llama-quantize", model, out, type_name, str(self.threads)]
 
     def imatrix(self, model: Path, text: Path, out: Path, ctx_tokens: int, chunks: int, *, head: bool) -> Ran:
         """Collect an importance matrix of `text`; with `head` also of the output head's inputs."""
