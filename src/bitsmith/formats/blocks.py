@@ -67,9 +67,10 @@ class BlockFormat(Format):
     nearest to a place `p` at `floor(2 p) + len / 2`. `scale_limits` and `min_limits` are the least and the
     largest whole number that a sub-block's scale and min may be; equal limits mean that it is fixed. Where
     scales are floats of their own, without a float16 `d`, `scale_values` are those that may be written, in
-    ascending order, and `scale_limits` the first and the last index.
+    ascending order, and `scale_limits` the first and the last index. `decoder` is a loop of `decoders`.
     """
 
+    decoder: ClassVar[staticmethod[[Bytes, Float32], None]]
     sub_size: ClassVar[int]
     levels: ClassVar[Float32]
     first_code: ClassVar[int] = 0
@@ -77,7 +78,7 @@ class BlockFormat(Format):
     scale_limits: ClassVar[tuple[int, int]] = (1, 1)
     scale_values: ClassVar[Float32] = np.empty(0, np.float32)
     min_limits: ClassVar[tuple[int, int]] = (0, 0)
-    piece_weights: ClassVar[int] = 1 << 18  # encoded or decoded at a time by one thread
+    piece_weights: ClassVar[int] = 1 << 18  # encoded at a time by one thread
 
     @property
     def subs(self) -> int:
@@ -133,17 +134,8 @@ class BlockFormat(Format):
         self._round(blocks, fields, codes)
         self._pack(fields, codes, out)
 
-    def _decode(self, blocks: Bytes) -> Float32:
-        flat = blocks.reshape(-1, self.block_bytes)
-        out = np.empty((len(flat), self.block_size), np.float32)
-
-        def decode(first: int, last: int) -> None:
-            fields, codes = self.unpack(flat[first:last])
-            _dequantize(*fields, codes, self.levels, out[first:last])
-
-        self._for_ranges(len(flat), decode)
-        weights = blocks.shape[-1] // self.block_bytes * self.block_size
-        return out.reshape(*blocks.shape[:-1], weights)
+    def _decode(self, blocks: Bytes, out: Float32) -> None:
+        self.decoder(blocks, out)
 
     def _for_ranges(self, blocks: int, work: Callable[[int, int], None]) -> None:
         for_ranges(blocks, _LEAST_WEIGHTS // self.block_size, self.piece_weights // self.block_size, work)
@@ -190,20 +182,6 @@ def halves(blocks: Bytes, at: int) -> Float32:
     words: NDArray[np.float16] = np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")
     widened: Float32 = words[:, 0].astype(np.float32)
     return widened
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _dequantize(
-    d: Float32, m: Float32, scales: Scales, mins: Int16, codes: Codes, levels: Float32, out: Float32
-) -> None:
-    subs = scales.shape[1]
-    size = codes.shape[1] // subs
-    for b in range(codes.shape[0]):
-        for s in range(subs):
-            step = d[b] * np.float32(scales[b, s])
-            offset = m[b] * np.float32(mins[b, s])
-            for j in range(s * size, (s + 1) * size):
-                out[b, j] = step * levels[codes[b, j]] - offset
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

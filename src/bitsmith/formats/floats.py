@@ -9,7 +9,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bitsmith.formats.format import Bytes, Float32, Format
-from bitsmith.numerics.half import half_bits
+from bitsmith.numerics.half import half_bits, half_value
 from bitsmith.numerics.threads import for_ranges
 
 _LEAST, _MOST = 1 << 16, 1 << 20  # words that a thread converts at a time
@@ -28,8 +28,12 @@ class F32(Format):
     def _encode(self, rows: Float32, importance: Float32 | None) -> Bytes:
         return rows.view(np.uint8)
 
-    def _decode(self, blocks: Bytes) -> Float32:
-        return blocks.view(np.float32)
+    def decode(self, blocks: Bytes, out: Float32 | None = None) -> Float32:
+        """Return the bytes as float32, shared with the input where no `out` is given."""
+        return np.ascontiguousarray(blocks).view(np.float32) if out is None else super().decode(blocks, out)
+
+    def _decode(self, blocks: Bytes, out: Float32) -> None:
+        out[:] = blocks.view(np.float32)
 
 
 class F16(Format):
@@ -43,8 +47,8 @@ class F16(Format):
     def _encode(self, rows: Float32, importance: Float32 | None) -> Bytes:
         return _map_words(_to_half, rows.reshape(-1), np.uint16).reshape(rows.shape).view(np.uint8)
 
-    def _decode(self, blocks: Bytes) -> Float32:
-        return blocks.view(np.float16).astype(np.float32)
+    def _decode(self, blocks: Bytes, out: Float32) -> None:
+        _from_half(blocks.reshape(-1).view(np.uint16), out.reshape(-1))
 
 
 class BF16(Format):
@@ -59,10 +63,8 @@ class BF16(Format):
         words = rows.reshape(-1).view(np.uint32)
         return _map_words(_to_bfloat, words, np.uint16).reshape(rows.shape).view(np.uint8)
 
-    def _decode(self, blocks: Bytes) -> Float32:
-        words = blocks.view(np.uint16)
-        widened = _map_words(_from_bfloat, words.reshape(-1), np.uint32)
-        return widened.view(np.float32).reshape(words.shape)
+    def _decode(self, blocks: Bytes, out: Float32) -> None:
+        _from_bfloat(blocks.reshape(-1).view(np.uint16), out.reshape(-1).view(np.uint32))
 
 
 def _map_words(kernel: Any, source: NDArray[Any], dtype: type) -> NDArray[Any]:
@@ -91,3 +93,9 @@ def _to_bfloat(source: NDArray[np.uint32], target: NDArray[np.uint16]) -> None:
 def _from_bfloat(source: NDArray[np.uint16], target: NDArray[np.uint32]) -> None:
     for i in range(source.size):
         target[i] = np.uint32(source[i]) << np.uint32(16)
+
+
+@njit(nogil=True, cache=True)
+def _from_half(source: NDArray[np.uint16], target: Float32) -> None:
+    for i in range(source.size):
+        target[i] = half_value(source[i])

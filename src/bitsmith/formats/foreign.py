@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
@@ -23,12 +22,11 @@ class ForeignFormat(Format):
     def _encode(self, rows: Float32, importance: Float32 | None) -> Bytes:
         raise UnsupportedError(f"{self.name} can be read but not written; written types: {' '.join(FORMATS)}")
 
-    def _decode(self, blocks: Bytes) -> Float32:
+    def _decode(self, blocks: Bytes, out: Float32) -> None:
         try:
-            decoded = dequantize(blocks, GGMLQuantizationType(self.ggml_type))
+            out[:] = dequantize(blocks, GGMLQuantizationType(self.ggml_type))
         except NotImplementedError:
             raise UnsupportedError(f"{self.name} cannot be decoded by the gguf package") from None
-        return np.ascontiguousarray(decoded, dtype=np.float32)
 
 
 @cache

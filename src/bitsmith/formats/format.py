@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.squares import add_squares
+from bitsmith.numerics.threads import for_ranges
 
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 FORMATS: dict[str, Format] = {}
 """Every format by its ggml type name, filled by subclassing `Format`."""
+
+_LEAST_DECODED, _MOST_DECODED = 1 << 18, 1 << 20  # weights that a thread decodes at a time
+_PIECE = 1 << 15  # weights whose error is summed at a time
+
+
+class SquaredError(NamedTuple):
+    """`error` is `sum (w - decoded)^2`, `energy` `sum w^2`."""
+
+    error: float
+    energy: float
 
 
 class Format(ABC):
@@ -69,19 +81,64 @@ class Format(ABC):
                 raise BitsmithError("importance holds values that are negative or not finite")
         return self._encode(weights, importance)
 
-    def decode(self, blocks: Bytes) -> Float32:
-        """Decode bytes (`out row_bytes`) to float32 rows (`out in`), bit-exact with ggml."""
+    def decode(self, blocks: Bytes, out: Float32 | None = None) -> Float32:
+        """Decode bytes (`out row_bytes`) to float32 rows (`out in`), bit-exact with ggml.
+
+        With `out`, contiguous and of that shape, the rows are written there: fresh memory costs more than
+        decoding. Raises BitsmithError for bytes that are no whole blocks.
+        """
+        rows = np.empty(self._decoded_shape(blocks), np.float32) if out is None else out
+        flat = np.ascontiguousarray(blocks).reshape(-1, self.block_bytes)
+        values = rows.reshape(len(flat), self.block_size)
+
+        def decode(first: int, last: int) -> None:
+            self._decode(flat[first:last], values[first:last])
+
+        for_ranges(len(flat), _LEAST_DECODED // self.block_size, _MOST_DECODED // self.block_size, decode)
+        return rows
+
+    def squared_error(self, rows: Float32, blocks: Bytes) -> SquaredError:
+        """Return how far `rows` (`out in`) are from what `blocks` (`out row_bytes`) decode to.
+
+        Decodes a piece at a time that a cache holds. Sums are float64 in an order that does not depend on
+        the number of threads. Raises BitsmithError for bytes that are no whole blocks of such rows.
+        """
+        if self._decoded_shape(blocks) != rows.shape:
+            raise BitsmithError(f"{self.name} blocks hold {self._decoded_shape(blocks)}, found {rows.shape}")
+        flat = np.ascontiguousarray(blocks).reshape(-1, self.block_bytes)
+        weights = np.ascontiguousarray(rows, np.float32).reshape(len(flat), self.block_size)
+        each = _PIECE // self.block_size
+        sums = np.zeros((-(-len(flat) // each), 2))
+
+        def add(first: int, last: int) -> None:
+            room = np.empty((each, self.block_size), np.float32)
+            for piece in range(first, last):
+                coded = flat[piece * each : (piece + 1) * each]
+                values = room[: len(coded)]
+                self._decode(coded, values)
+                add_squares(
+                    weights[piece * each : piece * each + len(coded)].reshape(-1),
+                    values.reshape(-1),
+                    sums[piece],
+                )
+
+        for_ranges(len(sums), _LEAST_DECODED // _PIECE, len(sums), add)
+        error, energy = sums.sum(axis=0).tolist()
+        return SquaredError(error, energy)
+
+    def _decoded_shape(self, blocks: Bytes) -> tuple[int, ...]:
         if blocks.shape[-1] % self.block_bytes:
             raise BitsmithError(
                 f"{self.name} rows are multiples of {self.block_bytes} bytes, found {blocks.shape[-1]}"
             )
-        return self._decode(np.ascontiguousarray(blocks))
+        return (*blocks.shape[:-1], blocks.shape[-1] // self.block_bytes * self.block_size)
 
     @abstractmethod
     def _encode(self, rows: Float32, importance: Float32 | None) -> Bytes: ...
 
     @abstractmethod
-    def _decode(self, blocks: Bytes) -> Float32: ...
+    def _decode(self, blocks: Bytes, out: Float32) -> None:
+        """Decode `blocks` (`n block_bytes`) into `out` (`n block_size`)."""
 
 
 def format_named(name: str) -> Format:

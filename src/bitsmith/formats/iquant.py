@@ -5,15 +5,14 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from bitsmith.formats import decoders
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields, Int16, halves, nearest_in_table
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.klayout import put_half
 from bitsmith.formats.starts import floats
 from bitsmith.formats.symmetric import fit_super_symmetric, fit_symmetric
 
-_LEVELS = np.array(
-    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32
-)
+_LEVELS = decoders.UNEVEN
 
 
 def nearest_table(levels: Float32) -> tuple[Codes, Float32]:
@@ -44,6 +43,7 @@ class IQ4_NL(_Uneven):
     """4 bits on uneven levels, one float16 scale per 32."""
 
     name = "IQ4_NL"
+    decoder = staticmethod(decoders.iq4_nl)
     ggml_type = 20
     block_size = 32
     block_bytes = 18
@@ -63,6 +63,7 @@ class IQ4_XS(_Uneven):
     """4 bits on uneven levels: 8 sub-blocks of 32 with signed 6-bit scales."""
 
     name = "IQ4_XS"
+    decoder = staticmethod(decoders.iq4_xs)
     ggml_type = 23
     block_size = 256
     block_bytes = 136

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from bitsmith.formats import klayout
+from bitsmith.formats import decoders, klayout
 from bitsmith.formats.affine import fit_super_affine
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
 from bitsmith.formats.format import Bytes, Float32
@@ -47,6 +47,7 @@ class Q2_K(_Affine):
     """2 bits: 16 sub-blocks of 16, 4-bit scales and mins."""
 
     name = "Q2_K"
+    decoder = staticmethod(decoders.q2_k)
     ggml_type = 10
     block_bytes = 84
     sub_size = 16
@@ -70,6 +71,7 @@ class Q3_K(_Symmetric):
     """3 bits: 16 sub-blocks of 16, signed 6-bit scales."""
 
     name = "Q3_K"
+    decoder = staticmethod(decoders.q3_k)
     ggml_type = 11
     block_bytes = 110
     sub_size = 16
@@ -95,6 +97,7 @@ class Q4_K(_Affine):
     """4 bits: 8 sub-blocks of 32, 6-bit scales and mins."""
 
     name = "Q4_K"
+    decoder = staticmethod(decoders.q4_k)
     ggml_type = 12
     block_bytes = 144
     sub_size = 32
@@ -115,6 +118,7 @@ class Q5_K(_Affine):
     """5 bits: 8 sub-blocks of 32, 6-bit scales and mins."""
 
     name = "Q5_K"
+    decoder = staticmethod(decoders.q5_k)
     ggml_type = 13
     block_bytes = 176
     sub_size = 32
@@ -136,6 +140,7 @@ class Q6_K(_Symmetric):
     """6 bits: 16 sub-blocks of 16, signed 8-bit scales."""
 
     name = "Q6_K"
+    decoder = staticmethod(decoders.q6_k)
     ggml_type = 14
     block_bytes = 210
     sub_size = 16

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from numba import njit
 
+from bitsmith.formats import decoders
 from bitsmith.formats.affine import fit_affine
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves, nearest_codes
 from bitsmith.formats.format import Bytes, Float32
@@ -74,6 +75,7 @@ class Q8_0(_Legacy):
     """8 bits: `d * (code - 128)`, codes within ±127."""
 
     name = "Q8_0"
+    decoder = staticmethod(decoders.q8_0)
     ggml_type = 8
     block_bytes = 34
     levels = np.arange(-128, 128, dtype=np.float32)
@@ -94,6 +96,7 @@ class Q4_0(_Legacy):
     """4 bits: `d * (code - 8)`."""
 
     name = "Q4_0"
+    decoder = staticmethod(decoders.q4_0)
     ggml_type = 2
     block_bytes = 18
     levels = np.arange(-8, 8, dtype=np.float32)
@@ -108,6 +111,7 @@ class Q4_1(_LegacyAffine):
     """4 bits: `d * code + min`."""
 
     name = "Q4_1"
+    decoder = staticmethod(decoders.q4_1)
     ggml_type = 3
     block_bytes = 20
     levels = np.arange(16, dtype=np.float32)
@@ -119,6 +123,7 @@ class Q5_0(_Legacy):
     """5 bits: `d * (code - 16)`."""
 
     name = "Q5_0"
+    decoder = staticmethod(decoders.q5_0)
     ggml_type = 6
     block_bytes = 22
     high_bits = True
@@ -134,6 +139,7 @@ class Q5_1(_LegacyAffine):
     """5 bits: `d * code + min`."""
 
     name = "Q5_1"
+    decoder = staticmethod(decoders.q5_1)
     ggml_type = 7
     block_bytes = 24
     high_bits = True

@@ -15,7 +15,9 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from bitsmith.formats import decoders
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields
+from bitsmith.formats.decoders import E8M0_HALVES, UE4M3_HALVES
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.iquant import nearest_table
 from bitsmith.formats.lanes import (
@@ -37,22 +39,6 @@ _NIBBLES = np.array([15, 14, 13, 12, 11, 10, 9, 0, 8, 1, 2, 3, 4, 5, 6, 7], np.u
 _CODE_TABLE, _LEVEL_TABLE = nearest_table(_LEVELS)
 _MIDDLE = np.float32(len(_CODE_TABLE) // 2)
 _TOP = np.float32(len(_CODE_TABLE) - 1)
-
-_E8M0 = np.ldexp(1.0, np.arange(256) - 128).astype(np.float32)
-
-
-def _ue4m3() -> Float32:
-    """Return half the value of every byte as ggml reads it: 0x7F is 0 and the top bit is not looked at."""
-    byte = np.arange(256)
-    exponent, mantissa = byte >> 3 & 15, byte & 7
-    normal = np.ldexp(1 + mantissa / 8, exponent - 7)
-    values = np.where(exponent > 0, normal, np.ldexp(mantissa, -9)) / 2
-    values[0x7F] = 0
-    halved: Float32 = values.astype(np.float32)
-    return halved
-
-
-_UE4M3 = _ue4m3()
 
 
 class _Microscale(BlockFormat):
@@ -84,13 +70,14 @@ class MXFP4(_Microscale):
     """
 
     name = "MXFP4"
+    decoder = staticmethod(decoders.mxfp4)
     ggml_type = 39
     block_size = 32
     block_bytes = 17
     sub_size = 32
-    scales_of_bytes = _E8M0
+    scales_of_bytes = E8M0_HALVES
     rising = 256
-    scale_values = _E8M0[2:253]
+    scale_values = E8M0_HALVES[2:253]
     scale_limits = (0, 250)
     offsets = np.array([0, -1, -2, -3])  # twice a scale has half of its levels
 
@@ -102,13 +89,14 @@ class NVFP4(_Microscale):
     """
 
     name = "NVFP4"
+    decoder = staticmethod(decoders.nvfp4)
     ggml_type = 40
     block_size = 64
     block_bytes = 36
     sub_size = 16
-    scales_of_bytes = _UE4M3
+    scales_of_bytes = UE4M3_HALVES
     rising = 127
-    scale_values = _UE4M3[:127]
+    scale_values = UE4M3_HALVES[:127]
     scale_limits = (0, 126)
     offsets = np.array(sorted(range(-8, 13), key=abs))
 

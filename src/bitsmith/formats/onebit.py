@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from bitsmith.formats import decoders
 from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.klayout import put_half
@@ -32,6 +33,7 @@ class Q1_0(BlockFormat):
     """
 
     name = "Q1_0"
+    decoder = staticmethod(decoders.q1_0)
     ggml_type = 41
     block_size = 128
     block_bytes = 18
@@ -58,6 +60,7 @@ class Q2_0(BlockFormat):
     """2 bits: `d * (code - 1)`, a float16 scale of either sign per 64."""
 
     name = "Q2_0"
+    decoder = staticmethod(decoders.q2_0)
     ggml_type = 42
     block_size = 64
     block_bytes = 18

@@ -1,4 +1,4 @@
-"""float32 to float16 inside compiled loops: rounding to nearest even, saturating instead of overflowing."""
+"""float32 and float16 inside compiled loops: rounding to nearest even, saturating instead of overflowing."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ _MIN_NORMAL_BITS = np.int32(0x38800000)  # 2^-14, the smallest normal float16
 _SUBNORMAL_MAGIC = np.float32(0.5)  # adding it leaves exactly the float16 subnormal's bits in the mantissa
 _SUBNORMAL_MAGIC_BITS = np.int32(0x3F000000)
 _REBIAS = np.int32(112 << 23)
+_FAR = np.float32(2.0**112)  # between the exponents of the same bits read as float32 and as float16
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -44,3 +45,18 @@ def half_round(value: np.float32) -> np.float32:
     subnormal = np.float32((abs(clipped) + _SUBNORMAL_MAGIC) - _SUBNORMAL_MAGIC)
     rounded = subnormal.view(np.int32) if magnitude < _MIN_NORMAL_BITS else normal
     return np.int32(rounded | sign).view(np.float32)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def half_value(bits: np.uint16) -> np.float32:
+    """Return the value of float16 bits as float32, exactly.
+
+    Exponent and mantissa are read as a float32 of a far smaller exponent, so that one product also puts
+    subnormal ones right.
+    """
+    word = np.int32(bits)
+    magnitude = word & np.int32(0x7FFF)
+    value = np.int32(magnitude << np.int32(13)).view(np.float32) * _FAR
+    finite = np.float32(value).view(np.int32)
+    found = finite if magnitude < np.int32(0x7C00) else finite | np.int32(0x7F800000)
+    return np.int32(found | ((word & np.int32(0x8000)) << np.int32(16))).view(np.float32)
