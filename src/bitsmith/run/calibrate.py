@@ -434,9 +434,10 @@ class _Gather:
 
     def __init__(self, run: _Run, sites: Sequence[str], saliency: Saliency) -> None:
         self._run = run
-        self._saliency = {site: torch.from_numpy(found) for site, found in saliency.items()}
+        device = run.forward.network.device
+        self._saliency = {site: torch.from_numpy(found).to(device) for site, found in saliency.items()}
         widths = site_widths(run.specs)
-        self._sums = {site: SiteSums(widths[site], run.blocks[site]) for site in sites}
+        self._sums = {site: SiteSums(widths[site], run.blocks[site], device) for site in sites}
         self._is_held = np.zeros(len(run.tokens), bool)
         self._is_held[run.held] = True
 
@@ -446,7 +447,7 @@ class _Gather:
         held = self._is_held[first : first + len(inputs)]
         weights = self._saliency.get(site)
         weights = None if weights is None else weights[first : first + len(inputs)]
-        fit = torch.from_numpy(~held)
+        fit = torch.from_numpy(~held).to(inputs.device)
         sums.fit(inputs[fit].flatten(0, 1), None if weights is None else weights[fit].flatten())
         for chunk in np.flatnonzero(held):
             positions = self._run.sample.get(first + int(chunk), np.empty(0, np.int64))

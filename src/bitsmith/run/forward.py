@@ -24,6 +24,7 @@ from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printa
 from bitsmith.log import event
 from bitsmith.numerics.divergence import DivergenceAccumulator, TokenScores
 from bitsmith.progress import Progress, silent
+from bitsmith.run.device import CPU, current_device, task_tokens
 from bitsmith.run.finite import finite_weights
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 
@@ -31,7 +32,6 @@ Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 _ACTIVATION_BYTES = 1 << 30
-_TASK_TOKENS = 512
 _SPILL_BYTES = 256 << 20
 _HEAD_SLICE_BYTES = 32 << 20
 _LOGIT_BLOCK = 1 << 19  # logits of one model at a time: 4 MB in float64
@@ -104,7 +104,7 @@ def final_hidden_states(
     Raises BitsmithError for tensors that are missing, extra, mis-shaped, or that make the states overflow.
     """
     with quiet_transformers(), torch.inference_mode():
-        network = Network(model)
+        network = Network(model, current_device())
         states = _through_all(network, tokens, progress, stage)
         return network.normed(states[:, first:-1])
 
@@ -118,7 +118,7 @@ def observe(
     layers. Raises as `final_hidden_states` does.
     """
     with quiet_transformers(), torch.inference_mode():
-        network = Network(model)
+        network = Network(model, current_device())
         _through_all(network, tokens, progress, stage, observer)
 
 
@@ -130,7 +130,7 @@ class Steps:
 
     def __init__(self, model: TextModel) -> None:
         with quiet_transformers():
-            self._network = Network(model)
+            self._network = Network(model, current_device())
         self.n_layers = self._network.n_layers
 
     def embedded(self, tokens: Tokens) -> Float32:
@@ -146,13 +146,8 @@ class Steps:
     def advance(self, layer: int, states: Float32) -> None:
         """Replace `states` by the output of `layer`."""
         network = self._network
-        batch = max(1, _TASK_TOKENS // states.shape[1])
-        batch_bytes = network.bytes_per_token * states.shape[1] * batch
-        with (
-            quiet_transformers(),
-            torch.inference_mode(),
-            _workers(_ACTIVATION_BYTES // batch_bytes) as pool,
-        ):
+        batch = network.batch(states.shape[1])
+        with quiet_transformers(), torch.inference_mode(), network.workers(states.shape[1]) as pool:
             for _ in network.through_layer(layer, states, batch, pool):
                 pass
 
@@ -168,10 +163,9 @@ def _through_all(
     """Return the states (`chunks T hidden`) behind the last layer."""
     states = _zeros((*tokens.shape, network.hidden_size))
     embed(network.model, tokens, states)
-    batch = max(1, _TASK_TOKENS // tokens.shape[1])
-    batch_bytes = network.bytes_per_token * tokens.shape[1] * batch
+    batch = network.batch(tokens.shape[1])
     done, total = 0, network.n_layers * tokens.size
-    with _workers(_ACTIVATION_BYTES // batch_bytes) as pool:
+    with network.workers(tokens.shape[1]) as pool:
         for index in range(network.n_layers):
             if observer is not None:
                 _show(observer, index, states, batch)
@@ -245,10 +239,10 @@ def check_heads(reference: TextModel, candidate: TextModel) -> None:
 
 
 class Network:
-    """The transformers classes of one model, its rotary embedding, and layers built on demand."""
+    """The transformers classes of one model, its rotary embedding, and layers built on demand on `device`."""
 
-    def __init__(self, model: TextModel) -> None:
-        self.model = model
+    def __init__(self, model: TextModel, device: torch.device = CPU) -> None:
+        self.model, self.device = model, device
         arch = model.arch
         self.module = importlib.import_module(arch.transformers_module)
         self.config = getattr(self.module, arch.config_class).from_dict(dict(arch.text_config))
@@ -266,6 +260,18 @@ class Network:
         config = self.config
         delta = getattr(config, "linear_num_value_heads", 0) * getattr(config, "linear_value_head_dim", 0)
         return 4 * (8 * self.hidden_size + max(4 * int(config.intermediate_size), 20 * delta))
+
+    def batch(self, ctx_tokens: int) -> int:
+        """Return how many chunks of `ctx_tokens` a task takes."""
+        return max(1, task_tokens(self.device) // ctx_tokens)
+
+    @contextmanager
+    def workers(self, ctx_tokens: int) -> Iterator[ThreadPoolExecutor]:
+        """Give threads for tasks over chunks of `ctx_tokens`, one for a GPU."""
+        task_bytes = self.bytes_per_token * ctx_tokens * self.batch(ctx_tokens)
+        limit = _ACTIVATION_BYTES // task_bytes if self.device.type == "cpu" else 1
+        with _workers(limit) as pool:
+            yield pool
 
     def through_layer(
         self,
@@ -290,7 +296,7 @@ class Network:
                     f"layer {index} makes NaN or infinite hidden states", path=self.model.checkpoint.path
                 )
             if observer is not None and cache is not None and cache.entries is not None:
-                keys, values = (entry.numpy() for entry in cache.entries)
+                keys, values = (entry.cpu().numpy() for entry in cache.entries)
                 cache.entries = None
                 observer.cached(index, keys, values)
             yield len(part)
@@ -306,15 +312,20 @@ class Network:
     def run(self, layer: torch.nn.Module, states: Float32, cache: _Cache | None) -> bool:
         """Replace `states` (`B T hidden`) by the causal layer's output; tell if that is finite."""
         hidden = torch.from_numpy(states)
-        positions = torch.arange(states.shape[1])[None]
-        states[...] = layer(
-            hidden,
-            position_embeddings=self.rotary(hidden, positions),
+        made = layer(
+            hidden.to(self.device),
             attention_mask=None,  # scaled_dot_product_attention then masks causally by itself
-            position_ids=positions,
             past_key_values=cache,
-        ).numpy()
+            **self.positions(hidden),
+        )
+        hidden.copy_(made)
         return bool(np.isfinite(states).all())
+
+    def positions(self, hidden: torch.Tensor) -> dict[str, Any]:
+        """Return the arguments of a layer that say where the tokens of `hidden` (`B T hidden`) stand."""
+        places = torch.arange(hidden.shape[1])[None]
+        turned = tuple(part.to(self.device) for part in self.rotary(hidden.cpu(), places))
+        return {"position_embeddings": turned, "position_ids": places.to(self.device)}
 
     def norm(self, prefix: str | None = None) -> torch.nn.Module:
         """Return an RMSNorm of the residual stream with the weights under `prefix`, None: without weights."""
@@ -329,7 +340,7 @@ class Network:
         norm = self.norm(f"{self.model.arch.text_prefix}norm.")
         out = _zeros(states.shape)
         for index in range(len(states)):
-            out[index] = norm(torch.from_numpy(states[index])).numpy()
+            out[index] = norm(torch.from_numpy(states[index]).to(self.device)).cpu().numpy()
         return out
 
     def filled(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
@@ -346,7 +357,9 @@ class Network:
                 raise BitsmithError(
                     f"shape is {stored}, expected {shape}", path=checkpoint.path, tensor=prefix + name
                 )
-        weights = {name: weight_of(checkpoint[prefix + name], checkpoint.path) for name in wanted}
+        weights = {
+            name: weight_of(checkpoint[prefix + name], checkpoint.path).to(self.device) for name in wanted
+        }
         module.load_state_dict(weights, strict=True, assign=True)
         return module.eval()
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
 from bitsmith.progress import Progress, silent
+from bitsmith.run.device import CPU
 from bitsmith.run.forward import TextModel, Tokens, quiet_transformers
 from bitsmith.run.sites import SiteForward, States, aligned, site_workers
 from bitsmith.store.statistics import HEAD_SITE
@@ -108,16 +109,17 @@ class _Backward:
         norm = aligned(self._forward.network.norm(f"{self._model.arch.text_prefix}norm."))
         norm.requires_grad_(False)
         weights = self._found[HEAD_SITE] = np.zeros(self._tokens.shape, np.float32)
-        head = _Head(self._model)
+        device = self._forward.network.device
+        head = _Head(self._model, device)
 
         def task(chunk: int) -> None:
-            hidden = torch.from_numpy(states.read(chunk, chunk + 1)[0]).requires_grad_()
+            hidden = torch.from_numpy(states.read(chunk, chunk + 1)[0]).to(device).requires_grad_()
             normed = norm(hidden)
             by_normed, weights[chunk] = head.gradient(normed.detach(), (self._seed, chunk))
             normed.backward(by_normed)
             gradients.write(chunk, _grad(hidden)[None])
 
-        with site_workers(head.token_bytes * self._shape[1]) as pool:
+        with site_workers(head.token_bytes * self._shape[1], device) as pool:
             list(pool.map(task, range(self._shape[0])))
 
     def _through_layer(self, index: int, gradients: States) -> None:
@@ -128,28 +130,24 @@ class _Backward:
         watch = _Watch(layer, self._modules(prefix))
         for site in watch.sites:
             self._found[site] = np.zeros(self._tokens.shape, np.float32)
-        source = self._states(index)
+        source, device = self._states(index), network.device
 
         def task(chunk: int) -> bool:
-            hidden = torch.from_numpy(source.read(chunk, chunk + 1)).requires_grad_()
-            after = torch.from_numpy(gradients.read(chunk, chunk + 1))
-            positions = torch.arange(hidden.shape[1])[None]
+            hidden = torch.from_numpy(source.read(chunk, chunk + 1)).to(device).requires_grad_()
+            after = torch.from_numpy(gradients.read(chunk, chunk + 1)).to(device)
             with torch.enable_grad():
                 made = layer(
-                    hidden,
-                    position_embeddings=network.rotary(hidden, positions),
-                    attention_mask=None,
-                    position_ids=positions,
-                    past_key_values=None,
+                    hidden, attention_mask=None, past_key_values=None, **network.positions(hidden.detach())
                 )
                 seen = watch.during(lambda: made.backward(after))
             for site, weight in seen.items():
-                self._found[site][chunk] = weight.numpy()
+                self._found[site][chunk] = weight.cpu().numpy()
             before = _grad(hidden)
             gradients.write(chunk, before)
             return bool(np.isfinite(before).all())
 
-        with site_workers(_BACKWARD_COST * network.bytes_per_token * self._shape[1]) as pool:
+        task_bytes = _BACKWARD_COST * network.bytes_per_token * self._shape[1]
+        with site_workers(task_bytes, device) as pool:
             for finite in pool.map(task, range(self._shape[0])):
                 if not finite:
                     raise BitsmithError(
@@ -198,8 +196,8 @@ class _Watch:
 class _Head:
     """The output head, read in slices of the vocabulary."""
 
-    def __init__(self, model: TextModel) -> None:
-        self._head = model.head
+    def __init__(self, model: TextModel, device: torch.device = CPU) -> None:
+        self._head, self._device = model.head, device
         self._rows = max(1, _HEAD_SLICE_BYTES // (4 * self._head.shape[1]))
         self.token_bytes = _LOGIT_COST * min(self._rows, self._head.n_rows)
 
@@ -209,36 +207,38 @@ class _Head:
         y is drawn by the largest of logit plus Gumbel noise, slice by slice.
         """
         rng = np.random.default_rng(seed)
-        best = torch.full((len(normed),), -torch.inf)
-        drawn = torch.zeros(len(normed), dtype=torch.int64)
-        total = torch.full((len(normed),), -torch.inf, dtype=torch.float64)
+        device = self._device
+        best = torch.full((len(normed),), -torch.inf, device=device)
+        drawn = torch.zeros(len(normed), dtype=torch.int64, device=device)
+        total = torch.full((len(normed),), -torch.inf, dtype=torch.float64, device=device)
         for start, weight in self._slices():
             logits = normed @ weight.T
-            noisy = logits + torch.from_numpy(rng.gumbel(size=tuple(logits.shape)).astype(np.float32))
+            noise = torch.from_numpy(rng.gumbel(size=tuple(logits.shape)).astype(np.float32))
+            noisy = logits + noise.to(device)
             value, place = noisy.max(dim=1)
             drawn = torch.where(value > best, place + start, drawn)
             best = torch.maximum(best, value)
             total = torch.logaddexp(total, torch.logsumexp(logits.double(), dim=1))
-        gradient, squares = torch.zeros_like(normed), torch.zeros(len(normed))
-        rows = torch.arange(len(normed))
+        gradient, squares = torch.zeros_like(normed), torch.zeros(len(normed), device=device)
+        rows = torch.arange(len(normed), device=device)
         for start, weight in self._slices():
             by_logits = -torch.exp((normed @ weight.T).double() - total[:, None]).float()
             inside = (drawn >= start) & (drawn < start + len(weight))
             by_logits[rows[inside], drawn[inside] - start] += 1.0
             gradient += by_logits @ weight
             squares += (by_logits * by_logits).sum(1)
-        return gradient, squares.numpy()
+        return gradient, squares.cpu().numpy()
 
     def _slices(self) -> Iterator[tuple[int, torch.Tensor]]:
         for start in range(0, self._head.n_rows, self._rows):
             rows = self._head.read(start, min(start + self._rows, self._head.n_rows))
-            yield start, torch.from_numpy(np.require(rows, np.float32, ["C", "W"]))
+            yield start, torch.from_numpy(np.require(rows, np.float32, ["C", "W"])).to(self._device)
 
 
 def _grad(leaf: torch.Tensor) -> Float32:
     if leaf.grad is None:
         return np.zeros(tuple(leaf.shape), np.float32)
-    found: Float32 = leaf.grad.numpy()
+    found: Float32 = leaf.grad.cpu().numpy()
     return found
 
 

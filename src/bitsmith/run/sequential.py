@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.run.device import current_device
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import TextModel, Tokens
 from bitsmith.run.site_sums import CrossSums, SiteSums
@@ -131,7 +132,7 @@ class SequentialStatistics(Statistics):
         shape = chunks, ctx - (not site.startswith("layers.") and site != HEAD_SITE), columns
         original = States(self._folder / "inputs", shape)
         original.create()
-        self._plain.show(site, lambda first, inputs: original.write(first, inputs.numpy()))
+        self._plain.show(site, lambda first, inputs: original.write(first, inputs.cpu().numpy()))
         gather = _Gather(columns, block, original, self._split, self.saliency(site))
         self._coded.show(site, gather.take)
         original.path.unlink()
@@ -213,10 +214,11 @@ class _Gather:
         split: tuple[Tokens, Tokens],
         saliency: NDArray[np.float32] | None,
     ) -> None:
-        self._sums, self._block = SiteSums(columns, block), block
-        self._cross, self._original = CrossSums(columns, block), original
+        device = current_device()
+        self._sums, self._block = SiteSums(columns, block, device), block
+        self._cross, self._original = CrossSums(columns, block, device), original
         self._fit = len(split[0])
-        self._weights = None if saliency is None else torch.from_numpy(saliency)
+        self._weights = None if saliency is None else torch.from_numpy(saliency).to(device)
         held = split[1]
         drawn = np.random.default_rng(0).permutation(held.size)[:HELD_ROWS]
         ctx = held.shape[1]
@@ -225,7 +227,7 @@ class _Gather:
     def take(self, first: int, inputs: torch.Tensor) -> None:
         """Add `inputs` (`B T in`) of the chunks from `first` on."""
         weights = None if self._weights is None else self._weights[first : first + len(inputs)]
-        original = torch.from_numpy(self._original.read(first, first + len(inputs)))
+        original = torch.from_numpy(self._original.read(first, first + len(inputs))).to(inputs.device)
         fit = max(0, min(self._fit - first, len(inputs)))
         rows, kept = inputs[:fit].flatten(0, 1), None if weights is None else weights[:fit].flatten()
         self._sums.fit(rows, kept)

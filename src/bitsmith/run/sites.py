@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
+from bitsmith.run.device import CPU, current_device
 from bitsmith.run.forward import Network, TextModel, Tokens, embed, quiet_transformers
 from bitsmith.run.turns import Turns
 
@@ -25,7 +26,6 @@ Float32 = NDArray[np.float32]
 Take = Callable[[str, int, torch.Tensor], None]
 """Takes (site, first chunk, inputs `B T in`) on a worker thread, the batches of a site in their order."""
 
-_TASK_TOKENS = 512
 _ACTIVATION_BYTES = 1 << 30
 _WORKER_BYTES = 256 << 20
 _CACHE_LINE_BYTES = 64
@@ -90,7 +90,7 @@ class SiteForward:
 
     def __init__(self, model: TextModel, specs: Sequence[TensorSpec]) -> None:
         with quiet_transformers():
-            self.network = Network(model)
+            self.network = Network(model, current_device())
         self._model, self._specs = model, specs
         self.n_layers, self.hidden_size = self.network.n_layers, self.network.hidden_size
         self.mtp_layers = sum(spec.component == "mtp" and spec.role == "ffn.down" for spec in specs)
@@ -137,8 +137,9 @@ class SiteForward:
         watch = _Watch(norm, {}, take)
 
         def run(part: Float32) -> bool:
-            part[...] = norm(torch.from_numpy(part)).numpy()
-            watch.took("head.in", torch.from_numpy(part))
+            normed = norm(torch.from_numpy(part).to(self.network.device))
+            watch.took("head.in", normed)
+            torch.from_numpy(part).copy_(normed)
             return bool(np.isfinite(part).all())
 
         yield from self._through(run, watch, source, target, "the final norm")
@@ -154,10 +155,11 @@ class SiteForward:
         watch = _Watch(module, self._modules("mtp."), take)
 
         def run(part: Float32) -> bool:
-            first = watch.first_chunk
-            hidden = torch.from_numpy(normed.read(first, first + len(part))[:, :-1])
-            pair = module.pre_fc_norm_embedding(torch.from_numpy(part)), module.pre_fc_norm_hidden(hidden)
-            part[...] = module.fc(torch.cat(pair, dim=-1)).numpy()
+            first, device = watch.first_chunk, self.network.device
+            hidden = torch.from_numpy(normed.read(first, first + len(part))[:, :-1]).to(device)
+            embeddings = torch.from_numpy(part).to(device)
+            pair = module.pre_fc_norm_embedding(embeddings), module.pre_fc_norm_hidden(hidden)
+            torch.from_numpy(part).copy_(module.fc(torch.cat(pair, dim=-1)))
             return self.network.run(module.layers[0], part, None)
 
         yield from self._through(run, watch, embedded, embedded, "the MTP layer")
@@ -191,7 +193,7 @@ class SiteForward:
         what: str,
     ) -> Iterator[int]:
         chunks, tokens = source.shape[:2]
-        batch = max(1, _TASK_TOKENS // tokens)
+        batch = self.network.batch(tokens)
 
         @torch.inference_mode()
         def task(number: int) -> tuple[int, bool]:
@@ -203,7 +205,8 @@ class SiteForward:
                     target.write(start, part)
             return len(part), finite
 
-        with quiet_transformers(), site_workers(self.network.bytes_per_token * tokens * batch) as pool:
+        task_bytes = self.network.bytes_per_token * tokens * batch
+        with quiet_transformers(), site_workers(task_bytes, self.network.device) as pool:
             for done, finite in pool.map(task, range(-(-chunks // batch))):
                 if not finite:
                     raise BitsmithError(
@@ -258,17 +261,22 @@ def aligned(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def site_threads(task_bytes: int) -> int:
-    """Return how many threads tasks of `task_bytes` get: torch's, fewer where memory would not do."""
+def site_threads(task_bytes: int, device: torch.device = CPU) -> int:
+    """Return how many threads tasks of `task_bytes` get: torch's, fewer where memory would not do.
+
+    A GPU gets one.
+    """
+    if device.type != "cpu":
+        return 1
     threads = torch.get_num_threads()
     return max(1, min(threads, max(_ACTIVATION_BYTES, threads * _WORKER_BYTES) // task_bytes))
 
 
 @contextmanager
-def site_workers(task_bytes: int) -> Iterator[ThreadPoolExecutor]:
+def site_workers(task_bytes: int, device: torch.device = CPU) -> Iterator[ThreadPoolExecutor]:
     """Threads for tasks of `task_bytes`, one of torch's each: its sums depend on how many share them."""
     threads = torch.get_num_threads()
-    workers = site_threads(task_bytes)
+    workers = site_threads(task_bytes, device)
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield pool
