@@ -48,6 +48,12 @@ SIZES = {
 """Published shapes by name, Qwen3.5's without a prefix; the tiny ones keep rows of 256 for K-quants."""
 
 
+def size_named(name: str) -> str | None:
+    """Return the size of `SIZES` that a model's name means, in any case: `qwen3.5-9b`, `9B`, `qwen3-4b`."""
+    wanted = name.lower().removeprefix("qwen3.5-")
+    return next((size for size in SIZES if size.lower() == wanted), None)
+
+
 def published_config(
     size: str,
     *,
@@ -61,9 +67,10 @@ def published_config(
 
     Raises BitsmithError for an unknown size.
     """
-    if size not in SIZES:
+    known = size_named(size)
+    if known is None:
         raise BitsmithError(f"unknown size {size!r}; known: {', '.join(SIZES)}")
-    shapes = SIZES[size]
+    shapes = SIZES[known]
     shapes = replace(
         shapes, tied=shapes.tied if tied is None else tied, layers=shapes.layers if layers is None else layers
     )

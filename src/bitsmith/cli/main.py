@@ -313,24 +313,60 @@ def lab_embed(
 
 @lab.command("synth")
 def lab_synth(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write, Hugging Face layout.")],
-    size: Annotated[
+    model: Annotated[
         str,
-        typer.Option(help="Published shapes: 0.8B 2B 4B 9B 27B tiny, or dense qwen3-0.6B -1.7B -4B -32B."),
-    ] = "2B",
+        typer.Argument(
+            metavar="NAME|OUT",
+            help="Published shapes: qwen3.5-0.8b -2b -4b -9b -27b -tiny, or dense qwen3-0.6b -1.7b -4b -32b "
+            "-tiny; the folder to write where --size says them.",
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder to write, Hugging Face layout; default NAME."),
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="The shapes, if the argument is the folder.")] = None,
     mtp: Annotated[bool, typer.Option("--mtp/--no-mtp", help="With the MTP layer.")] = True,
     vision: Annotated[bool, typer.Option("--vision/--no-vision", help="With the vision tower.")] = True,
     tied: Annotated[bool | None, typer.Option("--tied/--untied", help="Default: as published.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Default: as published.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the weights.")] = 0,
+    planted: Annotated[
+        bool,
+        typer.Option(
+            "--planted/--random", help="Plant spectra with power laws, or plain independent values."
+        ),
+    ] = True,
+    virtual: Annotated[
+        bool, typer.Option("--virtual", help="Write no weights: every command computes them as it reads.")
+    ] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Write a checkpoint of a published model's exact shapes with seeded random weights."""
+    """Write a checkpoint of a published model's exact shapes with seeded weights."""
+    from bitsmith.archs.published import SIZES, size_named
     from bitsmith.lab.synth import synth
 
-    options: dict[str, Any] = {"mtp": mtp, "vision": vision, "tied": tied, "layers": layers}
+    named = size_named(model) if size is None else None
+    if size is None and named is None and out is not None:
+        raise BitsmithError(
+            f"unknown model {model!r}; known: {', '.join(SIZES)}, Qwen3.5's as qwen3.5-9b too"
+        )
+    folder = out or Path(model)
     with progress_bars() as progress:
-        synth(out, size, seed=seed, progress=progress, **options)
-    typer.echo(f"wrote {out}")
+        synth(
+            folder,
+            size or named or "2B",
+            seed=seed,
+            mtp=mtp,
+            vision=vision,
+            tied=tied,
+            layers=layers,
+            planted=planted,
+            virtual=virtual,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    typer.echo(f"wrote {folder}")
 
 
 @lab.command("text")

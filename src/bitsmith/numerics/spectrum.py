@@ -221,7 +221,7 @@ def compare_with_random(spectrum: Spectrum) -> RandomComparison | None:
     if spectrum.energy == 0.0 or short < 2:
         return None
     squares = np.square(spectrum.sigma)
-    law = _MarchenkoPastur(short, long)
+    law = MarchenkoPastur(short, long)
     plain = _beside(law, squares, spectrum.energy / (short * long))
     middle = float(np.median(squares))
     bulk = _beside(law, squares, middle / (long * law.median)) if spectrum.rank > short // 2 else None
@@ -390,7 +390,7 @@ def _effective_rank(p: Vector) -> float:
     return float(np.exp(-np.sum(positive * np.log(positive))))
 
 
-class _MarchenkoPastur:
+class MarchenkoPastur:
     """The law of σ²/long for independent entries of variance 1, as a table of its distribution."""
 
     def __init__(self, short: int, long: int) -> None:
@@ -408,6 +408,10 @@ class _MarchenkoPastur:
         width = roots * (1 / np.sqrt(long - 1) + 1 / np.sqrt(short)) ** (1 / 3)
         self.threshold = float(max(self.upper, (roots**2 + TRACY_WIDOM_999 * width) / long))
 
+    def quantile(self, share: Vector) -> Vector:
+        """Return the values below which these shares of the law lie."""
+        return np.interp(share, self._share, self._points)
+
     def distance(self, values: Vector) -> float:
         """Return the Kolmogorov-Smirnov distance of a sample."""
         share = np.interp(np.sort(values), self._points, self._share)
@@ -415,7 +419,7 @@ class _MarchenkoPastur:
         return float(max(np.max(share - steps[:-1]), np.max(steps[1:] - share)))
 
 
-def _beside(law: _MarchenkoPastur, squares: Vector, variance: float) -> BesideRandom:
+def _beside(law: MarchenkoPastur, squares: Vector, variance: float) -> BesideRandom:
     scale = law.long * variance
     above = squares > law.threshold * scale
     return BesideRandom(

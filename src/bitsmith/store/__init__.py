@@ -17,6 +17,7 @@ from bitsmith.store.packings import unpacked
 from bitsmith.store.safetensors import open_safetensors
 from bitsmith.store.safetensors_writer import TensorData, write_safetensors
 from bitsmith.store.stored import SourceFile
+from bitsmith.store.virtual import is_virtual, open_virtual
 
 __all__ = [
     "CellmCheckpoint",
@@ -44,8 +45,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open whatever checkpoint `path` is: a folder, a .safetensors, GGUF or .cellm file, or one of a hub.
 
     What does not exist is taken as a hub's `org/name[@revision]`, see `bitsmith.store.hub.local`. A folder
-    without safetensors is the one GGUF or .cellm file in it. Raises BitsmithError if there is none,
-    UnsupportedError for a file of another kind, DamagedFileError for a damaged one.
+    without safetensors is the one GGUF or .cellm file in it, or is computed on read (`store.virtual`).
+    Raises BitsmithError if there is none, UnsupportedError for a file of another kind, DamagedFileError for
+    a damaged one.
     """
     path = local(path)
     if path.is_dir():
@@ -64,6 +66,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def _open_folder(path: Path) -> Checkpoint:
     if not any(path.iterdir()):
         raise BitsmithError("is an empty folder, expected a checkpoint", path=path)
+    if is_virtual(path):
+        return open_virtual(path)
     files = [*sorted(path.glob("*.gguf")), *sorted(path.glob("*.cellm"))]
     if not files or any(path.glob("*.safetensors*")):
         return unpacked(open_safetensors(path))

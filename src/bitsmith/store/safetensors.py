@@ -52,7 +52,7 @@ def open_safetensors(path: Path) -> StoredCheckpoint:
     if weight_map is not None:
         _match_index(folder, regions, weight_map)
     opened = StoredCheckpoint(path, dict(chain.from_iterable(r.items() for r in regions.values())), sources)
-    opened.config = _config(folder)
+    opened.config = read_config(folder)
     opened._identity = opened.config
     return opened
 
@@ -107,8 +107,11 @@ def side_files(folder: Path, names: Iterable[str]) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if data is not None}
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    """Read config.json if there is one; what would let remote code run is left out."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json if there is one; what would let remote code run is left out.
+
+    Raises as `side_file` and `load_json` do.
+    """
     data = side_file(folder, "config.json")
     return {} if data is None else load_json(data, folder / "config.json", "config", ignore=_TRUST_KEYS)
 
