@@ -159,9 +159,9 @@ def synth(
             for name, data in {"config.json": _json(config), **files}.items():
                 (part / name).write_bytes(data)
         return out
-    data = _data(tensors, progress)
+    listed = _data(tensors, progress)
     write_safetensors(
-        out, data, config, shard_bytes=shard_bytes, files=files, overwrite=overwrite, finish=finish
+        out, listed, config, shard_bytes=shard_bytes, files=files, overwrite=overwrite, finish=finish
     )
     return out
 
