@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, write_json
+from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, show_forecast, write_json
 from bitsmith.errors import BitsmithError
 
 
@@ -109,7 +109,7 @@ def compress(
         ),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with exact bytes; write nothing else.")
+        bool, typer.Option("--dry-run", help="Print the plan and what it will take; write nothing.")
     ] = False,
     group: Annotated[
         int | None,
@@ -160,6 +160,7 @@ def compress(
     from bitsmith.report.written import print_planned, print_written
     from bitsmith.run.compress import compress as run
     from bitsmith.run.compress import plan as run_dry
+    from bitsmith.run.forecast_compress import forecast
     from bitsmith.run.job import Job
 
     job = Job(
@@ -197,8 +198,9 @@ def compress(
     if dry_run:
         with progress_bars() as progress:
             planned = run_dry(job, progress)
+            expected = forecast(job, planned)
         print_planned(planned)
-        write_json(json_out, planned.to_json())
+        show_forecast(expected, json_out, planned.to_json())
         return
     with progress_bars() as progress:
         record = run(job, progress)

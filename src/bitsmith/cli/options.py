@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,9 @@ from bitsmith.cli.invocation import flags
 from bitsmith.errors import printable
 from bitsmith.log import event, progressed
 from bitsmith.progress import Progress
+
+if TYPE_CHECKING:
+    from bitsmith.run.forecast import Forecast
 
 Model = Annotated[
     Path,
@@ -73,6 +76,23 @@ def remark(text: str) -> None:
     event("remark", text=text)
     if flags.shows_progress:
         typer.echo(printable(text, 2000), err=True)
+
+
+def show_forecast(
+    forecast: Forecast | None, json_out: Path | None, beside: dict[str, Any] | None = None
+) -> None:
+    """Print what a run would take, also as JSON where that is asked for, `beside` its plan.
+
+    Raises BitsmithError where disk or memory cannot hold it.
+    """
+    from bitsmith.report.forecast_lines import forecast_lines
+
+    if forecast is not None:
+        typer.echo("\n".join(forecast_lines(forecast)))
+    told = None if forecast is None else forecast.to_json()
+    write_json(json_out, (told or {}) if beside is None else {**beside, "forecast": told})
+    if forecast is not None:
+        forecast.refuse_too_large()
 
 
 def write_json(path: Path | None, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""How fast this machine is at what every run is made of, measured in a second: disk, memory, products, digests."""
+"""How fast this machine is at what runs are made of: disk, memory, float32 products, digests."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _MATRIX = 768
 class MachineRates:
     """Measured rates, in bytes or floating-point operations per second.
 
-    `disk_read` is past the page cache, None where no file was to be read; `disk_write` includes the wait until
-    the bytes lie on the disk. `memory` is a copy's bytes read and written. `matrix` is float32 products on
-    `threads` threads, one product each; `sha256` is on one thread.
+    `disk_read` is past the page cache, None where no file was to be read; `disk_write` includes the wait
+    until the bytes lie on the disk. `memory` is a copy's bytes read and written. `matrix` is float32 products
+    on `threads` threads, one product each; `sha256` is on one thread.
     """
 
     threads: int

@@ -1,0 +1,237 @@
+"""What writing a GGUF will take: the real encoder rehearsed on whole tensors of every kind in the plan."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+from bitsmith.run.encode import Rounder
+from bitsmith.run.execute import carry_out, peak_memory_bytes
+from bitsmith.run.forecast import (
+    Budget,
+    Forecast,
+    Io,
+    Part,
+    folder_of,
+    io_so_far,
+    scratch,
+    seconds_of_process,
+    total_seconds,
+)
+from bitsmith.run.job import Job
+from bitsmith.run.machine import usable_cores
+from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
+from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source
+from bitsmith.store import open_checkpoint
+from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
+from bitsmith.store.statistics import Statistics
+from bitsmith.store.stored import StoredTensor
+
+_SMALL_WEIGHTS = 1 << 16
+"""Up to this size tensors are rehearsed whole, all together: their number is what takes the time."""
+_FIRST_WEIGHTS = 1 << 20
+_ROWS_TOGETHER = 64
+_LEAST_SECONDS = 0.25
+_GROWTH = 16
+
+
+class FirstRows(TensorRef):
+    """The first rows of a tensor that is computed on read."""
+
+    def __init__(self, ref: TensorRef, rows: int) -> None:
+        self.name, self.dtype = ref.name, ref.dtype
+        self.shape = (rows, *ref.shape[1:])
+        self._ref = ref
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return self._ref.nbytes * self.shape[0] // self._ref.n_rows
+
+    def read(self, start: int = 0, stop: int | None = None) -> Rows:
+        """Return rows `[start, stop)`."""
+        return self._ref.read(start, self.n_rows if stop is None else stop)
+
+    def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
+        """Return the bytes of rows `[start, stop)`."""
+        return self._ref.raw(start, self.n_rows if stop is None else stop)
+
+
+def first_rows(ref: TensorRef, rows: int) -> TensorRef:
+    """Return the first `rows` of a tensor, read the way that all of it is."""
+    if rows >= ref.n_rows:
+        return ref
+    if not isinstance(ref, StoredTensor):
+        return FirstRows(ref, rows)
+    part = copy.copy(ref)
+    part.shape = (rows, *ref.shape[1:])
+    part._nbytes = ref.nbytes * rows // ref.n_rows
+    return part
+
+
+class Kind(NamedTuple):
+    """What the time of a weight depends on: its type, the stored dtype, and the way from one to the other."""
+
+    type: str
+    source_dtype: str
+    computed: bool
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What encoding so many weights took."""
+
+    weights: int
+    seconds: float
+    io: Io
+
+
+class Rehearsals:
+    """Runs of the real encoder over samples of a plan's tensors, into a scratch folder."""
+
+    def __init__(
+        self, source: Source, plan: Plan, folder: Path, statistics: Statistics | None, rounder: Rounder
+    ) -> None:
+        self._source, self._plan, self._folder = source, plan, folder
+        self._statistics, self._rounder = statistics, rounder
+        self._tensors = {tensor.gguf_name: tensor for tensor in source.tensors}
+
+    @cached_property
+    def kinds(self) -> dict[Kind, list[PlanRow]]:
+        """The plan's rows that are not small, by kind."""
+        found: dict[Kind, list[PlanRow]] = {}
+        for row in self._plan.rows:
+            if prod(row.shape) > _SMALL_WEIGHTS:
+                tensor = self._tensors[row.gguf_name]
+                kind = Kind(row.type, row.source_dtype, bool(tensor.spec.all_steps))
+                found.setdefault(kind, []).append(row)
+        return found
+
+    def fixed(self) -> Rehearsal:
+        """Write the whole header and every small tensor."""
+        small = [row for row in self._plan.rows if prod(row.shape) <= _SMALL_WEIGHTS]
+        return self._run([(row, prod(row.shape)) for row in small], header=True)
+
+    def of(self, kind: Kind, seconds: float) -> tuple[float, Rehearsal]:
+        """Encode tensors of a kind for about `seconds`; return also what the first weights took besides."""
+        first = self._run(self._sample(kind, _FIRST_WEIGHTS))
+        found = self._run(self._sample(kind, _FIRST_WEIGHTS))
+        load = max(0.0, first.seconds - found.seconds)
+        while found.seconds < min(_LEAST_SECONDS, seconds / 2):
+            wanted = found.weights * min(_GROWTH, seconds / 1.5 / max(found.seconds, 1e-3))
+            grown = self._run(self._sample(kind, int(wanted)))
+            if grown.weights == found.weights:
+                break
+            found = grown
+        return load, found
+
+    def _sample(self, kind: Kind, weights: int) -> list[tuple[PlanRow, int]]:
+        """Return rows of the plan, spread over the model, and how many weights of each."""
+        rows, chosen, left = self.kinds[kind], list[tuple[PlanRow, int]](), weights
+        step = max(1, len(rows) // 8)
+        for row in [row for start in range(step) for row in rows[start::step]]:
+            if left <= 0:
+                break
+            chosen.append((row, min(left, prod(row.shape))))
+            left -= prod(row.shape)
+        return chosen
+
+    def _run(self, sample: Sequence[tuple[PlanRow, int]], *, header: bool = False) -> Rehearsal:
+        pairs = [self._cut(row, weights) for row, weights in sample]
+        tensors, rows = [tensor for tensor, _ in pairs], [row for _, row in pairs]
+        _read_once(tensors)
+        checkpoint = Checkpoint(self._source.checkpoint.path, {t.hf_name: t.origin for t in tensors})
+        checkpoint.config = self._source.checkpoint.config
+        metadata = self._source.metadata if header else {}
+        source = replace(self._source, checkpoint=checkpoint, tensors=tuple(tensors), metadata=metadata)
+        plan = replace(self._plan, rows=tuple(rows))
+        before, began = io_so_far(), time.perf_counter()
+        carry_out(source, plan, self._folder / "rehearsal.gguf", self._statistics, self._rounder)
+        seconds = time.perf_counter() - began
+        return Rehearsal(sum(prod(row.shape) for row in rows), seconds, io_so_far().since(before))
+
+    def _cut(self, row: PlanRow, weights: int) -> tuple[SourceTensor, PlanRow]:
+        tensor = self._tensors[row.gguf_name]
+        whole = prod(row.shape)
+        count = row.shape[0] if len(row.shape) > 1 else 1
+        keep = min(count, max(1, -(-weights * count // whole // _ROWS_TOGETHER)) * _ROWS_TOGETHER)
+        if weights >= whole or keep >= count:
+            return tensor, row
+        same = tensor.ref is tensor.origin
+        origin = first_rows(tensor.origin, keep) if tensor.origin.n_rows == count else tensor.origin
+        ref = origin if same else first_rows(tensor.ref, keep)
+        shape, nbytes = (keep, *row.shape[1:]), row.nbytes * keep // count
+        return replace(tensor, ref=ref, origin=origin), replace(row, shape=shape, nbytes=nbytes)
+
+
+def _read_once(tensors: Iterable[SourceTensor]) -> None:
+    """Bring what is to be read into the page cache: the disk is measured by itself."""
+    for tensor in tensors:
+        for start, stop in tensor.ref.slices():
+            tensor.ref.raw(start, stop)
+
+
+def gguf_parts(rehearsals: Rehearsals, budget: Budget) -> tuple[list[Part], float, Io]:
+    """Return the parts of the time, the seconds that loading the kernels takes, and the bytes of it all."""
+    parts: list[Part] = []
+    load, found = 0.0, rehearsals.fixed()
+    parts.append(Part("header and small tensors", found.seconds, 1, "file", 1 / found.seconds))
+    io = found.io
+    kinds = rehearsals.kinds
+    for number, (kind, rows) in enumerate(kinds.items()):
+        more, found = rehearsals.of(kind, budget.share(len(kinds) - number))
+        load += more
+        weights = sum(prod(row.shape) for row in rows)
+        rate = found.weights / found.seconds
+        name = f"{kind.type} of {kind.source_dtype}{' computed' if kind.computed else ''}"
+        parts.append(Part(name, weights / rate, weights, "weights", rate))
+        scale = weights / found.weights
+        io = Io(io.read + int(scale * found.io.read), io.written + int(scale * found.io.written))
+    return parts, load, io
+
+
+def forecast_gguf(job: Job, todo: Plan) -> Forecast:
+    """Predict what writing a planned GGUF takes, from a rehearsal of `CALIBRATION_SECONDS`.
+
+    Seconds are the process's start until now, the header and the small tensors, the kinds' weights at their
+    rehearsed rates, and the disk where that is slower than these; peak memory is this process's, which holds
+    what the run will hold.
+    """
+    budget, started, before = Budget(), seconds_of_process(), io_so_far()
+    folder = folder_of(job.destination)
+    with open_checkpoint(job.model) as checkpoint, scratch(folder) as work:
+        source = open_source(checkpoint, allow_requantize=True)
+        rehearsals = Rehearsals(source, todo, work, None, "nearest")
+        parts, load, io = gguf_parts(rehearsals, budget)
+        peak = peak_memory_bytes() or 0
+        rates = machine_rates(checkpoint.files, folder, usable_cores())
+        waits = _disk_part(checkpoint, rates, parts, io.read)
+    start = Part("start", started + load, 1, "process", 1 / max(1e-3, started + load))
+    return Forecast(
+        command="compress",
+        seconds=total_seconds((start, *parts, waits)),
+        peak_memory_bytes=peak,
+        output_bytes=todo.file_bytes,
+        scratch_bytes=0,
+        read_bytes=before.read + io.read,
+        written_bytes=io.written,
+        parts=(start, *parts, waits),
+        rates=rates,
+        calibrated_seconds=budget.spent,
+        folder=folder,
+    )
+
+
+def _disk_part(checkpoint: Checkpoint, rates: MachineRates, parts: Sequence[Part], read_bytes: int) -> Part:
+    """Return the wait for what is not in the page cache, beyond the work that goes on meanwhile."""
+    stored = sum(path.stat().st_size for path in checkpoint.files)
+    missing = stored - cached_bytes(checkpoint.files)
+    rate = rates.disk_read or float("inf")
+    wait = max(0.0, missing / rate - total_seconds(tuple(parts)))
+    return Part("waiting for the disk", wait, missing, "bytes not in the page cache", rate)
