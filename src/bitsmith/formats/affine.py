@@ -28,7 +28,7 @@ from bitsmith.formats.lanes import (
 )  # fmt: skip
 from bitsmith.numerics.half import half_round
 
-_SPREAD = np.float32(1e-5)  # of codes, relative; with less there is no telling scale from offset
+SPREAD = np.float32(1e-5)  # of codes, relative; with less there is no telling scale from offset
 Int16 = NDArray[np.int16]
 
 
@@ -107,7 +107,7 @@ def _search_affine(
             mean, level = sx[lane] / sw[lane], sq[lane] / sw[lane]
             together = sqx[lane] - level * sx[lane]
             spread = sqq[lane] - level * sq[lane]
-            known = spread > _SPREAD * sqq[lane]
+            known = spread > SPREAD * sqq[lane]
             s = together / spread if known else ZERO
             o = s * level - mean
             gain = s * together

@@ -27,10 +27,10 @@ REFITS = 3  # times a block's whole numbers are chosen; in between its float16 f
 HIGHEST = np.float32(np.inf)
 NOISE = np.float32(2.0**-20)  # of a gain; within it equals fall to the same start in every sub-block
 HEARD = np.float32(1e-6)  # weights up to it (the largest of a block is 1) do not stretch the starts' span
-_EXPONENT = np.int32(0x7F800000)
-_EXPONENT_LIMIT = np.int32(0x7E000000)  # whose reciprocal is still a normal number
-_ORDINARY_LOW, _ORDINARY_HIGH = np.float32(2.0**-20), np.float32(2.0**20)
-_SMALLEST = np.float32(2.0**-100)  # blocks whose largest weight is below it are stored as zeros
+EXPONENT = np.int32(0x7F800000)
+EXPONENT_LIMIT = np.int32(0x7E000000)  # whose reciprocal is still a normal number
+ORDINARY_LOW, ORDINARY_HIGH = np.float32(2.0**-20), np.float32(2.0**20)
+SMALLEST = np.float32(2.0**-100)  # blocks whose largest weight is below it are stored as zeros
 
 
 def weight_at(w: Float32 | None, j: int, lane: int) -> np.float32:
@@ -131,16 +131,16 @@ def _find_units(unit: Float32, inverse: Float32) -> bool:
     """
     ordinary = 0
     for lane in range(LANES):
-        ordinary += (unit[lane] >= _ORDINARY_LOW) & (unit[lane] <= _ORDINARY_HIGH)
+        ordinary += (unit[lane] >= ORDINARY_LOW) & (unit[lane] <= ORDINARY_HIGH)
         inverse[lane] = ONE
     if ordinary == LANES:
         for lane in range(LANES):
             unit[lane] = ONE
         return False
     for lane in range(LANES):
-        if unit[lane] < _ORDINARY_LOW or unit[lane] > _ORDINARY_HIGH:
-            exponent = min(np.int32(np.float32(unit[lane]).view(np.int32) & _EXPONENT), _EXPONENT_LIMIT)
-            stored = unit[lane] >= _SMALLEST
+        if unit[lane] < ORDINARY_LOW or unit[lane] > ORDINARY_HIGH:
+            exponent = min(np.int32(np.float32(unit[lane]).view(np.int32) & EXPONENT), EXPONENT_LIMIT)
+            stored = unit[lane] >= SMALLEST
             unit[lane] = np.int32(exponent).view(np.float32) if stored else ZERO
             inverse[lane] = ONE / unit[lane] if stored else ZERO
         else:
