@@ -144,6 +144,11 @@ def commit() -> str:
     return said[0].stdout.strip()[:12] + ("+" if said[1].stdout.strip() else "")
 
 
+def now() -> str:
+    """Return date and time in UTC."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def machine() -> Json:
     """Return what figures depend on: processor, cores, memory, versions."""
     info = Path("/proc/cpuinfo")
@@ -165,8 +170,8 @@ def machine() -> Json:
     }
 
 
-class _Others:
-    """How much of the machine's processors others took since this module was imported."""
+class OthersShare:
+    """How much of the machine's processors others have taken since it was made."""
 
     def __init__(self) -> None:
         self.began, self.busy = time.monotonic(), self._busy()
@@ -189,7 +194,7 @@ class _Others:
         return round(max(0.0, now - self.busy) / (time.monotonic() - self.began) / (os.cpu_count() or 1), 3)
 
 
-_OTHERS = _Others()
+_OTHERS = OthersShare()
 TOP = {
     "schema": int, "name": str, "about": str, "command": str, "commit": str, "finished": str,
     "seconds": float, "machine": dict, "others_cpu_share": (float, type(None)), "protocol": dict,
@@ -222,7 +227,7 @@ def report(
         "about": " ".join(about.split()),
         "command": " ".join(["python", f"benchmarks/{name}.py", *_arguments()]),
         "commit": commit(),
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "finished": now(),
         "seconds": round(time.monotonic() - _OTHERS.began, 1),
         "machine": machine(),
         "others_cpu_share": _OTHERS.share(),
