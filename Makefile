@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: install demo test test-slow check format bench fuzz clean chromium
+.PHONY: install demo test test-slow check format bench performance fuzz clean chromium
 
 install: $(STAMP)
 
@@ -43,8 +43,17 @@ format: $(STAMP)
 	$(BIN)/ruff format src tests benchmarks fuzz
 	$(BIN)/ruff check --fix src tests benchmarks fuzz
 
+# One file each, ours and the peer in the same run; the default set takes about 25 minutes on 2 quiet cores.
+# `make bench BENCH="compress encode" BENCH_compress="--sizes 2B"` runs others, with other options; LLAMA_BIN is a folder
+# of llama.cpp's tools (else built once, 15 minutes more). Then docs/performance.md is rendered from the results.
+BENCH ?= limits encode encode_error pack feedback compress assay forward evaluate generate forecast study
+export LLAMA_BIN
 bench: $(STAMP)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(foreach name,$(BENCH),$(BIN)/python benchmarks/$(name).py $(BENCH_$(name)) --out benchmarks/results/$(name).json &&) true
+	$(MAKE) performance
+
+performance: $(STAMP)
+	$(BIN)/python benchmarks/performance.py
 
 # A million inputs for each reader; `make fuzz FUZZ_INPUTS=10000` is a short run. What is found lies in fuzz/found.
 FUZZ_INPUTS ?= 1000000

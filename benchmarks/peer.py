@@ -201,8 +201,9 @@ def parsed(output: str) -> dict[str, float]:
 
 
 def find_peer(folder: Path | None = None, threads: int | None = None) -> Peer:
-    """Return the tools in `folder`, or those in the cache, which are built where they are missing."""
-    place = folder or _built(CACHE / SDIST.replace("==", "-"))
+    """Return the tools in `folder`, else in LLAMA_BIN's, else in the cache, built where they are missing."""
+    named = os.environ.get("LLAMA_BIN")
+    place = folder or (Path(named) if named else None) or _built(CACHE / SDIST.replace("==", "-"))
     missing = [tool for tool in TOOLS if not (place / tool).is_file()]
     if missing:
         raise SystemExit(f"{place}: no {', '.join(missing)}")
