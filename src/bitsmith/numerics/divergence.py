@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.exponential import decay
 
 Float64 = NDArray[np.float64]
 
@@ -49,21 +51,37 @@ class _Softmax:
         self.sum = np.zeros(n_tokens)
         self.target_logit = np.full(n_tokens, np.nan)
 
-    def absorb(self, rows: slice, first: int, logits: Float64) -> tuple[Float64, Float64]:
-        """Add `logits` (`rows slice`); return exp(logits - running max) and the factor for old sums."""
+    def raise_top(self, rows: slice, first: int, logits: NDArray[np.floating]) -> Float64:
+        """Take the maxima of `logits` (`rows slice`) into account; return the factor for old sums."""
         best = logits.argmax(axis=1)
-        slice_top = logits[np.arange(len(logits)), best]
+        slice_top = logits[np.arange(len(logits)), best].astype(np.float64)
         before = self.top_logit[rows]
         now = np.maximum(before, slice_top)
-        rescale = np.exp(before - now)
-        weights = np.exp(logits - now[:, None])
+        rescale: Float64 = np.exp(before - now)
         self.top[rows] = np.where(slice_top > before, first + best, self.top[rows])
-        self.sum[rows] = self.sum[rows] * rescale + weights.sum(axis=1)
         self.top_logit[rows] = now
-        return weights, rescale
+        return rescale
 
     def log_sum_exp(self) -> Float64:
         return self.top_logit + np.log(self.sum)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "reassoc"})
+def _weigh(
+    ref: NDArray[np.floating], cand: NDArray[np.floating], tops: tuple[Float64, Float64], sums: Float64
+) -> None:
+    """Put `Σ e^(r-top_r)`, `Σ e^(c-top_c)` and `Σ e^(r-top_r) (r-c)` of each row into `sums` (`3 rows`)."""
+    for row in range(ref.shape[0]):
+        of_ref, of_cand = ref[row], cand[row]
+        top_ref, top_cand = tops[0][row], tops[1][row]
+        total_ref = total_cand = gap = 0.0
+        for token in range(of_ref.size):
+            r, c = np.float64(of_ref[token]), np.float64(of_cand[token])
+            weight = decay(r - top_ref)
+            total_ref += weight
+            total_cand += decay(c - top_cand)
+            gap += weight * (r - c)
+        sums[0, row], sums[1, row], sums[2, row] = total_ref, total_cand, gap
 
 
 class DivergenceAccumulator:
@@ -84,23 +102,26 @@ class DivergenceAccumulator:
         """Add both models' logits (`rows slice`) of the tokens from `first` on, for `rows` of the targets."""
         if ref.shape != cand.shape:
             raise BitsmithError(f"logits differ in shape: reference {ref.shape}, candidate {cand.shape}")
-        wide_ref, wide_cand = ref.astype(np.float64), cand.astype(np.float64)
+        ref, cand, sums = np.ascontiguousarray(ref), np.ascontiguousarray(cand), np.empty((3, len(ref)))
         with np.errstate(invalid="ignore"):  # NaN and Inf logits show up in the scores
-            self._cand.absorb(rows, first, wide_cand)
-            weights, rescale = self._ref.absorb(rows, first, wide_ref)
-            gap = np.einsum("tv,tv->t", weights, wide_ref - wide_cand)
-            self._gap[rows] = self._gap[rows] * rescale + gap
+            by_ref = self._ref.raise_top(rows, first, ref)
+            by_cand = self._cand.raise_top(rows, first, cand)
+            _weigh(ref, cand, (self._ref.top_logit[rows], self._cand.top_logit[rows]), sums)
+            self._ref.sum[rows] = self._ref.sum[rows] * by_ref + sums[0]
+            self._cand.sum[rows] = self._cand.sum[rows] * by_cand + sums[1]
+            self._gap[rows] = self._gap[rows] * by_ref + sums[2]
         local = self._targets[rows] - first
         here = np.flatnonzero((local >= 0) & (local < ref.shape[1]))
         where = np.arange(len(self._targets))[rows][here]
-        self._ref.target_logit[where] = wide_ref[here, local[here]]
-        self._cand.target_logit[where] = wide_cand[here, local[here]]
+        self._ref.target_logit[where] = ref[here, local[here]]
+        self._cand.target_logit[where] = cand[here, local[here]]
 
     def scores(self) -> TokenScores:
         """Return the scores of every target; NaN where a logit was NaN or infinite."""
         with np.errstate(invalid="ignore", divide="ignore"):
             lse_ref, lse_cand = self._ref.log_sum_exp(), self._cand.log_sum_exp()
             kld = lse_cand - lse_ref + self._gap / self._ref.sum
+            kld[~np.isfinite(kld)] = np.nan
             return TokenScores(
                 nll_ref=lse_ref - self._ref.target_logit,
                 nll_cand=lse_cand - self._cand.target_logit,
