@@ -130,7 +130,7 @@ def test_threads_and_spilling_do_not_change_the_states(
     tokens, threads = _tokens(chunks=9), torch.get_num_threads()
     with open_model(tiny_qwen3_5) as model:
         states = final_hidden_states(model, tokens, FIRST)
-        monkeypatch.setattr(forward, "_SPILL_BYTES", 0)
+        monkeypatch.setattr(forward, "SPILL_BYTES", 0)
         try:
             torch.set_num_threads(1)
             alone = final_hidden_states(model, tokens, FIRST)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -119,12 +119,43 @@ def calibrate(
     refuse_taken(out, overwrite, [], folder=not is_imatrix_name(out))
     with open_model(local(model, progress)) as opened:
         tokens, protocol = text_chunks(opened, text, ctx_tokens, chunks)
-        full = not is_imatrix_name(out)
-        run = _Run(opened, tokens, protocol, block, seed, moments=full, saliency=full and saliency)
-        sources = [*opened.source.files, text]
-        if is_imatrix_name(out):
-            return run.to_imatrix(out, overwrite, sources, progress)
-        return run.to_folder(out, overwrite, sources, progress)
+        options: dict[str, Any] = {"block": block, "saliency": saliency, "seed": seed, "overwrite": overwrite}
+        return calibrate_tokens(opened, tokens, protocol, out, **options, progress=progress)
+
+
+def calibrate_tokens(
+    model: TextModel,
+    tokens: Tokens,
+    protocol: Protocol,
+    out: Path,
+    *,
+    block: int | None = None,
+    saliency: bool = True,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress = silent,
+) -> Calibration:
+    """Do as `calibrate` for an opened model and `tokens` (`chunks T`); `protocol` says what they are."""
+    full = not is_imatrix_name(out)
+    run = _Run(model, tokens, protocol, block, seed, moments=full, saliency=full and saliency)
+    sources = [*model.source.files, Path(protocol.text)]
+    write = run.to_folder if full else run.to_imatrix
+    return write(out, overwrite, sources, progress)
+
+
+class Room(NamedTuple):
+    """Bytes on the disk: of the statistics, and at the most in all while they are made."""
+
+    kept: int
+    most: int
+
+
+def room_for(
+    model: TextModel, tokens: Tokens, protocol: Protocol, *, block: int | None, saliency: bool, full: bool
+) -> Room:
+    """Return the bytes that `calibrate_tokens` takes, nearly; of an imatrix unless `full`."""
+    run = _Run(model, tokens, protocol, block, 0, moments=full, saliency=full and saliency)
+    return Room(run.kept_bytes, run.expect_bytes)
 
 
 def calibrate_or_convert(
@@ -215,13 +246,18 @@ class _Run:
         return 4 * int(self.tokens.size) * self.forward.hidden_size
 
     @property
+    def kept_bytes(self) -> int:
+        """Bytes of the statistics, nearly."""
+        held = min(HELD_ROWS, len(self.held) * self.tokens.shape[1])
+        return sum(
+            4 * width * (self.blocks[site] + held + 3) for site, width in site_widths(self.specs).items()
+        )
+
+    @property
     def expect_bytes(self) -> int:
         """What the run needs on the disk, nearly: statistics and states, all layers' in a backward."""
-        held = min(HELD_ROWS, len(self.held) * self.tokens.shape[1])
-        widths = site_widths(self.specs)
-        kept: int = sum(4 * width * (self.blocks[site] + held + 3) for site, width in widths.items())
         backward = (self.forward.n_layers + 2) * self.states_bytes if self.saliency else 0
-        return max(kept + (2 + bool(self.forward.mtp_layers)) * self.states_bytes, backward)
+        return max(self.kept_bytes + (2 + bool(self.forward.mtp_layers)) * self.states_bytes, backward)
 
     def to_folder(
         self, out: Path, overwrite: bool, sources: Sequence[Path], progress: Progress

@@ -32,7 +32,7 @@ Float32 = NDArray[np.float32]
 Tokens = NDArray[np.int64]
 
 _ACTIVATION_BYTES = 1 << 30
-_SPILL_BYTES = 256 << 20
+SPILL_BYTES = 256 << 20
 _HEAD_SLICE_BYTES = 32 << 20
 _LOGIT_BLOCK = 1 << 19  # logits of one model at a time: 4 MB in float64
 _KNOWN_LAYERS = {"full_attention", "linear_attention"}
@@ -407,7 +407,7 @@ def _zeros(shape: tuple[int, ...]) -> Float32:
     Raises OutputError if the temporary folder has no room for it.
     """
     size_bytes = 4 * int(np.prod(shape, dtype=np.int64))
-    if size_bytes <= _SPILL_BYTES:
+    if size_bytes <= SPILL_BYTES:
         return np.zeros(shape, dtype=np.float32)
     with tempfile.TemporaryFile() as file:
         try:
