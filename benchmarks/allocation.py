@@ -1,6 +1,7 @@
-"""How well allocation predicts: the KLD of random plans as predicted and as measured, as JSON.
+"""How well allocation predicts: the KLD of random plans as predicted and as measured.
 
     python benchmarks/allocation.py [--model FOLDER] [--text FILE] [--ctx 512] [--chunks 16] [--plans 20]
+        [--out FILE]
 
 Sensitivities are measured on every second chunk, plans on the others, all by mean KLD over positions ctx/2 to
 ctx-2. Weights are stored by the formats' own search on plain squared error, no calibration. `--plans` random
@@ -13,15 +14,14 @@ allocator's plan over that of the best random plan of no more bytes.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import OURS, Row, Spread, arguments, report, value_row
 from scipy.stats import spearmanr
 
 from bitsmith.lab.corpus import held_out_text
@@ -148,14 +148,26 @@ def run(options: argparse.Namespace, text: Path) -> dict[str, Any]:
         "sensitivity_forwards": table.forwards,
         "sensitivity_wall_seconds": round(seconds[0], 1),
         "sensitivity_cpu_seconds": round(seconds[1], 1),
-        "cores": os.cpu_count(),
     }
 
 
+def rows_of(found: dict[str, Any]) -> Iterator[Row]:
+    """Yield what was found, row by row."""
+    for kind in ("same_size", "any_size"):
+        one = found[kind]
+        spread = Spread(one["spearman"], one["spearman_low"], one["spearman_high"], found["plans"])
+        words = f"rank correlation of predicted and measured KLD, {kind.replace('_', ' ')}"
+        yield value_row(words, "Spearman's rho", {OURS: spread}, better="higher", **one)
+    for against in ("best", "median"):
+        value = found[f"optimum_over_{against}_random"]
+        yield Row(f"measured KLD of the optimum over the {against} random plan's", "ratio", "lower",
+                  {OURS: Spread.of([value])})  # fmt: skip
+    seconds = found["sensitivity_wall_seconds"]
+    yield value_row("sensitivities, wall time", "s", {OURS: seconds}, forwards=found["sensitivity_forwards"])
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = arguments(__doc__)
     options.add_argument("--model", type=Path, default=DEMO_MODEL)
     options.add_argument("--text", type=Path, help="default: the lab's held-out text")
     options.add_argument("--ctx", type=int, default=512)
@@ -168,7 +180,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "held_out.txt"
         text.write_text(held_out_text(16 * chosen.ctx * chosen.chunks), encoding="utf-8")
-        print(json.dumps(run(chosen, chosen.text or text), indent=2))
+        found = run(chosen, chosen.text or text)
+    protocol = {
+        "statement": "Random plans, a format per group, measured on chunks other than the sensitivities'; "
+        "intervals are 95 % bootstraps over plans."
+    }
+    report("allocation", protocol | found, list(rows_of(found)), out=chosen.out)
 
 
 if __name__ == "__main__":

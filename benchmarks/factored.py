@@ -1,4 +1,4 @@
-"""Mean KL divergence of weights kept as factors over that of integer codes of the same size, as JSON.
+"""Mean KL divergence of weights kept as factors over that of integer codes of the same size.
 
     python benchmarks/factored.py MODEL --text FILE [--stats DIR] [--ctx 256] [--chunks 8] [--match REGEX]
         [--linears 'SVD:bpw={} SVD+INT4:bpw={}'] [--tables 'TT:bpw={} TT+SVD:core=128:bpw={}'] [--out FILE]
@@ -25,7 +25,7 @@ from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peer import environment
+from measuring import OURS, Row, Spread, arguments, report
 
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.resampling import ratio_of_sums
@@ -91,9 +91,23 @@ def measured(case: Case, options: argparse.Namespace, reference: Reference, out:
     }
 
 
+def row_of(found: dict[str, Any]) -> Row:
+    """Return one case's row: its mean KLD with the interval, and the rival's over it."""
+    kind = "tables" if found["tensors"] == EMBEDDING else "linears"
+    words = f"{kind} by {found['scheme']}, group {found['group']}" + ", statistics" * found["statistics"]
+    kld, ratio = found["mean_kld"], found.get("ratio")
+    sides = {OURS: Spread(kld["value"], kld["low"], kld["high"], 1)}
+    if ratio is None:
+        return Row(words, "nats", "lower", sides, facts=found)
+    rival = found["rival"]
+    sides[rival] = Spread.of([kld["value"] / ratio["value"]])
+    ends = (1 / ratio["high"], 1 / ratio["low"]) if ratio["high"] else (None, None)
+    return Row(words, "nats", "lower", sides, {rival: Spread(1 / ratio["value"], *ends, 1)}, facts=found)
+
+
 def main() -> None:
     """Measure every case and print or write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--stats", type=Path)
@@ -102,7 +116,6 @@ def main() -> None:
     parser.add_argument("--match", default=LAYERS)
     parser.add_argument("--linears", default=LINEARS)
     parser.add_argument("--tables", default=TABLES)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results, rivals = [], {}
     with (
@@ -120,11 +133,13 @@ def main() -> None:
             sys.stderr.write(json.dumps(found) + "\n")
             results.append(found)
         protocol = asdict(reference.protocol)
-    text = json.dumps({"environment": environment(), "protocol": protocol, "results": results}, indent=2)
-    if options.out is None:
-        sys.stdout.write(text + "\n")
-    else:
-        options.out.write_text(text + "\n")
+    protocol["statement"] = (
+        "Mean KL divergence from the model in nats per token, intervals are 95 % paired bootstraps over "
+        "chunks; integer codes of the same bits are the rival."
+    )
+    protocol["refused"] = [found for found in results if "refused" in found]
+    rows = [row_of(found) for found in results if "refused" not in found]
+    report("factored", protocol, rows, out=options.out)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The recipe `sbgq-iq4xs`: its true size for every Qwen3.5, and what running it takes, as JSON.
+"""The recipe `sbgq-iq4xs`: its true size for every Qwen3.5, and what running it takes.
 
-    python benchmarks/sbgq.py [--sizes 0.8B 2B 4B 9B 27B] [--run 9B] [--folder DIR]
+    python benchmarks/sbgq.py [--sizes 0.8B 2B 4B 9B 27B] [--run 9B] [--folder DIR] [--out FILE]
 
 Sizes are exact: the plan of a checkpoint of the published shapes (text, MTP, vision), of which nothing is
 written. `--run` writes a synthetic checkpoint of that size, or takes the one in `--folder`, and compresses it
@@ -10,13 +10,13 @@ taken from claims 4.66 bpw and 4.86 GB for the 9B, and 1.5 GB of memory; `plain`
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from memory import measure
+from measuring import OURS, Row, arguments, child, report, value_row
 
 from bitsmith.archs.published import published_config
 from bitsmith.lab.models import DEMO_MODEL
@@ -26,8 +26,7 @@ from bitsmith.run.plan import Plan, open_source, plan_source
 from bitsmith.run.sbgq import SBGQ, SBGQ_BASE, SBGQ_TRANSFORMS, sbgq_types
 from bitsmith.store.checkpoint import Checkpoint
 
-SYNTH = "import sys; from pathlib import Path; from bitsmith.lab.synth import synth; \
-synth(Path(sys.argv[1]), sys.argv[2])"
+BITSMITH = (sys.executable, "-m", "bitsmith.cli.main")
 SIZES = ("0.8B", "2B", "4B", "9B", "27B")
 
 
@@ -40,41 +39,50 @@ class Unwritten(Checkpoint):
         self.config = config
 
 
-def size_of(size: str) -> dict[str, Any]:
+def size_of(size: str) -> Row:
     checkpoint = Unwritten(size)
     source = open_source(checkpoint, parse_transforms(SBGQ_TRANSFORMS))
     types = sbgq_types(model_of(checkpoint))
     planned = plan_source(source, SBGQ_BASE, pure=True, tensor_types=types)
     plain = plan_source(open_source(checkpoint), "IQ4_XS", has_imatrix=True)
-    return {"size": size, "recipe": said(planned), "plain": said(plain), "notes": planned.notes}
+    facts = {"recipe": said(planned), "plain IQ4_XS": said(plain), "notes": planned.notes}
+    sides = {f"recipe {SBGQ}": planned.bpw, "plain IQ4_XS": plain.bpw}
+    return value_row(f"{size}: bits per weight of the file", "bpw", sides, **facts)
 
 
 def said(plan: Plan) -> dict[str, Any]:
-    return {
-        "parameters": plan.parameters,
-        "tensor_bytes": plan.tensor_bytes,
-        "GiB": round(plan.tensor_bytes / 2**30, 3),
-        "GB": round(plan.tensor_bytes / 1e9, 3),
-        "bpw": round(plan.bpw, 4),
-    }
+    return {"parameters": plan.parameters, "tensor_bytes": plan.tensor_bytes, "bpw": round(plan.bpw, 4)}
+
+
+def run_of(size: str, folder: Path) -> Iterator[Row]:
+    """Compress a synthetic checkpoint of a size; yield time and peak."""
+    model, out = folder / f"synth-{size}", folder / f"{size}-{SBGQ}.gguf"
+    if not model.exists():
+        child([*BITSMITH, "lab", "synth", model, "--size", size])
+    ran = child([*BITSMITH, "compress", model, "-o", out, "--recipe", SBGQ, "--overwrite"])
+    facts = ran.to_json() | {"output_bytes": out.stat().st_size}
+    out.unlink()
+    yield value_row(f"{size}: wall time of the recipe", "s", {OURS: ran.seconds}, **facts)
+    yield value_row(f"{size}: peak memory of the recipe", "bytes", {OURS: ran.peak_bytes}, **facts)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = arguments(__doc__)
     options.add_argument("--sizes", nargs="*", default=SIZES)
     options.add_argument("--run", metavar="SIZE")
     options.add_argument("--folder", type=Path)
     chosen = options.parse_args()
-    result: dict[str, Any] = {"sizes": [size_of(size) for size in chosen.sizes]}
+    rows = [size_of(size) for size in chosen.sizes]
     with tempfile.TemporaryDirectory() as temporary:
         folder = chosen.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         if chosen.run:
-            out = f"{chosen.run}-{SBGQ}.gguf"
-            result["run"] = measure(chosen.run, folder, out, "--recipe", SBGQ, synth=SYNTH)
-    print(json.dumps(result, indent=2))
+            rows += run_of(chosen.run, folder)
+    protocol = {
+        "statement": "Sizes are exact, of plans of published shapes (text, MTP, vision); the write-up claims "
+        "4.66 bpw and 4.86 GB for the 9B, and 1.5 GB of memory."
+    }
+    report("sbgq", protocol, rows, out=chosen.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Speed of a study with two local workers against one, as JSON.
+"""Speed of a study with two local workers against one.
 
     python benchmarks/study.py [--model MODEL] [--tasks 8] [--workers 2] [--repeats 5] [--out FILE]
 
@@ -6,21 +6,20 @@ The study is embarrassingly parallel: `--tasks` compressions that need nothing o
 to another type. Every run starts with an empty store; runs with one and with more workers take turns, each
 task with one thread in all of them. The ratio is that of the sums of wall-clock seconds, its 95 % interval by
 paired bootstrap over the repeats. The artifacts of all runs are compared: the same keys and the same digests.
-Read it beside `cores` and `load`, taken before every run: where others compute, more workers also take more
-of the machine, and the ratio may be too low or too high.
+Read it beside the cores and what others took of them: where others compute, more workers also take more of
+the machine, and the ratio may be too low or too high.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import sys
 import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+
+from measuring import Row, Spread, Turns, arguments, report
 
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.numerics.resampling import ratio_of_sums
@@ -34,8 +33,6 @@ from bitsmith.store.artifacts import ArtifactStore
 
 TYPES = ("Q4_K_M", "Q5_K_M", "Q6_K", "Q3_K_M", "IQ4_XS", "Q8_0", "Q4_K_S", "Q2_K")
 THREADS = ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-Json = dict[str, Any]
 
 
 def tasks(model: Path, number: int) -> list[Task]:
@@ -62,36 +59,44 @@ def run(model: Path, number: int, workers: int) -> tuple[float, dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--model", type=Path, default=DEMO_MODEL)
     parser.add_argument("--tasks", type=int, default=len(TYPES))
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     os.environ.update(dict.fromkeys(THREADS, "1"))
-    load, seconds = [], {1: [], args.workers: []}
+    seconds: dict[int, list[float]] = {1: [], args.workers: []}
     digests = []
-    for _ in range(args.repeats):
-        for workers, taken in seconds.items():
-            load.append(round(os.getloadavg()[0], 2))
+    for repeat in range(args.repeats):
+        for workers in list(seconds)[:: 1 if repeat % 2 == 0 else -1]:
             found, made = run(args.model, args.tasks, workers)
-            taken.append(round(found, 3))
+            seconds[workers].append(found)
             digests.append(made)
+    many, one = f"{args.workers} workers", "1 worker"
+    turns = Turns({many: seconds[args.workers], one: seconds[1]})
     ratio = ratio_of_sums(seconds[1], seconds[args.workers])
-    result: Json = {
-        "model": args.model.name,
-        "tasks": args.tasks,
-        "cores": os.cpu_count(),
-        "load": load,
-        "seconds": seconds,
-        "ratio": None if ratio is None else asdict(ratio),
+    rates = {name: Spread.of(args.tasks / each for each in all_) for name, all_ in turns.rounds.items()}
+    facts = {
         "same_artifacts": all(made == digests[0] for made in digests),
+        "ratio_of_sums": None if ratio is None else asdict(ratio),
     }
-    text = json.dumps(result, indent=1)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    row = Row(
+        f"{args.tasks} independent compressions of {args.model.name}",
+        "tasks/s",
+        "higher",
+        rates,
+        {one: turns.times_faster(one, many)},
+        facts=facts,
+    )
+    protocol = {
+        "statement": "A study of independent compressions from an empty store, each task with one thread; "
+        "runs with one and with more workers take turns.",
+        "tasks": args.tasks,
+        "repeats": args.repeats,
+        "same artifacts in all runs": facts["same_artifacts"],
+    }
+    report("study", protocol, [row], out=args.out)
 
 
 if __name__ == "__main__":
