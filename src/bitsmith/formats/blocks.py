@@ -67,7 +67,9 @@ class BlockFormat(Format):
     nearest to a place `p` at `floor(2 p) + len / 2`. `scale_limits` and `min_limits` are the least and the
     largest whole number that a sub-block's scale and min may be; equal limits mean that it is fixed. Where
     scales are floats of their own, without a float16 `d`, `scale_values` are those that may be written, in
-    ascending order, and `scale_limits` the first and the last index. `decoder` is a loop of `decoders`.
+    ascending order, and `scale_limits` the first and the last index. A scale search begins at `starts`,
+    without importance at the first `plain_starts`, and looks as far as `reach` around whole scales and mins.
+    `decoder` is a loop of `decoders`.
     """
 
     decoder: ClassVar[staticmethod[[Bytes, Float32], None]]
@@ -78,6 +80,9 @@ class BlockFormat(Format):
     scale_limits: ClassVar[tuple[int, int]] = (1, 1)
     scale_values: ClassVar[Float32] = np.empty(0, np.float32)
     min_limits: ClassVar[tuple[int, int]] = (0, 0)
+    starts: ClassVar[Float32] = np.empty(0, np.float32)
+    plain_starts: ClassVar[int | None] = None
+    reach: ClassVar[tuple[int, int]] = (0, 0)
     piece_weights: ClassVar[int] = 1 << 18  # encoded at a time by one thread
 
     @property
@@ -88,12 +93,21 @@ class BlockFormat(Format):
     def fit(self, rows: Float32, importance: Float32 | None = None) -> Fields:
         """Choose the fields for `rows` (`out in`) that minimise the importance-weighted squared error."""
         blocks = self._blocks(rows)
-        weights = self._weights(importance)
+        weights = self.weights(importance)
         fields = self._empty(len(blocks))
         self._for_ranges(
             len(blocks),
             lambda a, b: self._fit(blocks[a:b], weights, a, fields.part(a, b)),
         )
+        return fields
+
+    def fit_alone(self, blocks: Float32, importance: Float32 | None = None) -> Fields:
+        """As `fit` for `blocks` (`n block_size`), in the calling thread.
+
+        `importance` is of a row of as many columns as it has; rows follow one another.
+        """
+        fields = self._empty(len(blocks))
+        self._fit(blocks, self.weights(importance), 0, fields)
         return fields
 
     def round(self, rows: Float32, fields: Fields) -> Codes:
@@ -119,7 +133,7 @@ class BlockFormat(Format):
 
     def _encode(self, rows: Float32, importance: Float32 | None) -> Bytes:
         blocks = self._blocks(rows)
-        weights = self._weights(importance)
+        weights = self.weights(importance)
         out = np.empty((len(blocks), self.block_bytes), np.uint8)
         self._for_ranges(
             len(blocks),
@@ -137,6 +151,10 @@ class BlockFormat(Format):
     def _decode(self, blocks: Bytes, out: Float32) -> None:
         self.decoder(blocks, out)
 
+    def effort(self, *, weighted: bool) -> tuple[Float32, int]:
+        """Return the starts of the scale search, and how many rounds of refinement follow them."""
+        return (self.starts if weighted else self.starts[: self.plain_starts]), 1
+
     def _for_ranges(self, blocks: int, work: Callable[[int, int], None]) -> None:
         for_ranges(blocks, _LEAST_WEIGHTS // self.block_size, self.piece_weights // self.block_size, work)
 
@@ -149,7 +167,7 @@ class BlockFormat(Format):
     def _blocks(self, rows: Float32) -> Float32:
         return np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, self.block_size)
 
-    def _weights(self, importance: Float32 | None) -> Float32 | None:
+    def weights(self, importance: Float32 | None) -> Float32 | None:
         """Return the weights per block of a row (`blocks block_size`), the largest of each block 1.
 
         The floor keeps a column that calibration never saw from being free to take any value.

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError
+from bitsmith.formats.accelerator import accelerator
 from bitsmith.numerics.squares import add_squares
 from bitsmith.numerics.threads import for_ranges
 
@@ -79,7 +80,9 @@ class Format(ABC):
             importance = np.ascontiguousarray(importance, dtype=np.float32)
             if not (np.isfinite(importance) & (importance >= 0)).all():
                 raise BitsmithError("importance holds values that are negative or not finite")
-        return self._encode(weights, importance)
+        fast = accelerator()
+        found = None if fast is None else fast.encode(self, weights, importance)
+        return self._encode(weights, importance) if found is None else found
 
     def decode(self, blocks: Bytes, out: Float32 | None = None) -> Float32:
         """Decode bytes (`out row_bytes`) to float32 rows (`out in`), bit-exact with ggml.

@@ -34,6 +34,8 @@ class _Uneven(BlockFormat):
     sub_size = 32
     levels = _LEVELS
     level_table = _LEVEL_TABLE
+    starts = _STARTS
+    reach = (2, 0)
 
     def _round(self, blocks: Float32, fields: Fields, codes: Codes) -> None:
         nearest_in_table(blocks, fields.d, fields.scales, _CODE_TABLE, codes)
@@ -49,7 +51,8 @@ class IQ4_NL(_Uneven):
     block_bytes = 18
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
-        fit_symmetric(blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _STARTS, 1, fields.d)
+        effort = self.effort(weighted=weights is not None)
+        fit_symmetric(blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, *effort, fields.d)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         _pack_halves(fields.d, codes, 2, out)
@@ -71,7 +74,7 @@ class IQ4_XS(_Uneven):
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_symmetric(
-            blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, _STARTS, 2,
+            blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, self.starts, self.reach[0],
             np.float32(-32), np.float32(31), fields.d, fields.scales,
         )  # fmt: skip
 

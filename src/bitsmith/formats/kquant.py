@@ -17,15 +17,12 @@ from bitsmith.formats.symmetric import EVEN, fit_super_symmetric
 class _Symmetric(BlockFormat):
     block_size = 256
     scale_range: ClassVar[Float32]
-    starts: ClassVar[Float32]
-    plain_starts: ClassVar[int]  # without importance
-    reach: ClassVar[int]
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         low, high = self.levels[self.first_code], self.levels[-1]
-        starts = self.starts if weights is not None else self.starts[: self.plain_starts]
+        starts, _ = self.effort(weighted=weights is not None)
         fit_super_symmetric(
-            blocks, weights, first, low, high, EVEN, starts, self.reach, self.scale_range[0],
+            blocks, weights, first, low, high, EVEN, starts, self.reach[0], self.scale_range[0],
             self.scale_range[1], fields.d, fields.scales,
         )  # fmt: skip
 
@@ -33,8 +30,7 @@ class _Symmetric(BlockFormat):
 class _Affine(BlockFormat):
     block_size = 256
     scale_max: ClassVar[np.float32]
-    starts: ClassVar[Float32]
-    reach: ClassVar[tuple[int, int]] = (3, 1)
+    reach = (3, 1)
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_affine(
@@ -82,7 +78,7 @@ class Q3_K(_Symmetric):
         -4.16, -3.24, -4.6, -3.84, -2.96, -4.36, -5.28, 4.8, -6.0, -3.64, 5.96, 4.08, -4.0,
     )  # fmt: skip
     plain_starts = 6
-    reach = 2
+    reach = (2, 0)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q3(fields.d, fields.scales, codes, out)
@@ -152,7 +148,7 @@ class Q6_K(_Symmetric):
         -31.68, -21.12, -29.76, -30.72, -22.08, -35.2, -28.8, -27.2, -32.32, -31.36, -34.24,
     )  # fmt: skip
     plain_starts = 16
-    reach = 3
+    reach = (3, 0)
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q6(fields.d, fields.scales, codes, out)

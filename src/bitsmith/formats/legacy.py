@@ -28,19 +28,19 @@ class _Legacy(BlockFormat):
     sub_size = 32
     piece_weights = 1 << 20
     high_bits: ClassVar[bool] = False
-    starts: ClassVar[Float32]
-    plain_starts: ClassVar[int]
     rounds: ClassVar[int] = 1
 
-    def _effort(self, weights: Float32 | None) -> tuple[Float32, int]:
-        return (self.starts, self.rounds) if weights is not None else (self.starts[: self.plain_starts], 0)
+    def effort(self, *, weighted: bool) -> tuple[Float32, int]:
+        """Return the starts of the scale search, and how many rounds of refinement follow them."""
+        return super().effort(weighted=weighted)[0], self.rounds if weighted else 0
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         low, high = self.levels[self.first_code], self.levels[-1]
-        fit_symmetric(blocks, weights, first, low, high, EVEN, *self._effort(weights), fields.d)
+        effort = self.effort(weighted=weights is not None)
+        fit_symmetric(blocks, weights, first, low, high, EVEN, *effort, fields.d)
 
     def _encode_blocks(self, blocks: Float32, weights: Float32 | None, first: int, out: Bytes) -> None:
-        starts, rounds = self._effort(weights)
+        starts, rounds = self.effort(weighted=weights is not None)
         _encode(
             blocks, weights, first, self.levels[0], np.float32(self.first_code),
             np.float32(len(self.levels) - 1), starts, rounds, self.high_bits, out,
@@ -58,7 +58,8 @@ class _LegacyAffine(_Legacy):
     min_limits = (1, 1)
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
-        fit_affine(blocks, weights, first, self.levels[-1], *self._effort(weights), fields.d, fields.m)
+        effort = self.effort(weighted=weights is not None)
+        fit_affine(blocks, weights, first, self.levels[-1], *effort, fields.d, fields.m)
         fields.mins[:] = 1
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
