@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -27,11 +26,11 @@ from bitsmith.run.forecast import (
 from bitsmith.run.job import Job
 from bitsmith.run.machine import usable_cores
 from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
+from bitsmith.run.partial import first_rows
 from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source
 from bitsmith.store import open_checkpoint
-from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
+from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.statistics import Statistics
-from bitsmith.store.stored import StoredTensor
 
 _SMALL_WEIGHTS = 1 << 16
 """Up to this size tensors are rehearsed whole, all together: their number is what takes the time."""
@@ -39,40 +38,6 @@ _FIRST_WEIGHTS = 1 << 20
 _ROWS_TOGETHER = 64
 _LEAST_SECONDS = 0.25
 _GROWTH = 16
-
-
-class FirstRows(TensorRef):
-    """The first rows of a tensor that is computed on read."""
-
-    def __init__(self, ref: TensorRef, rows: int) -> None:
-        self.name, self.dtype = ref.name, ref.dtype
-        self.shape = (rows, *ref.shape[1:])
-        self._ref = ref
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return self._ref.nbytes * self.shape[0] // self._ref.n_rows
-
-    def read(self, start: int = 0, stop: int | None = None) -> Rows:
-        """Return rows `[start, stop)`."""
-        return self._ref.read(start, self.n_rows if stop is None else stop)
-
-    def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
-        """Return the bytes of rows `[start, stop)`."""
-        return self._ref.raw(start, self.n_rows if stop is None else stop)
-
-
-def first_rows(ref: TensorRef, rows: int) -> TensorRef:
-    """Return the first `rows` of a tensor, read the way that all of it is."""
-    if rows >= ref.n_rows:
-        return ref
-    if not isinstance(ref, StoredTensor):
-        return FirstRows(ref, rows)
-    part = copy.copy(ref)
-    part.shape = (rows, *ref.shape[1:])
-    part._nbytes = ref.nbytes * rows // ref.n_rows
-    return part
 
 
 class Kind(NamedTuple):
