@@ -10,8 +10,8 @@ a process of its own (Python's start and imports are in its time) on the first `
 checkpoint's cached pages are dropped before each. Bytes are those of the process's own calls, and beside them
 what storage moved.
 
-A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on; `--again` measures
-steps once more and keeps both. Outputs are deleted when no later step needs them. The peer's BF16 file is as
+A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on, and one that fails does
+not stop the others; `--again` measures steps once more and keeps both. Outputs are deleted when no later step needs them. The peer's BF16 file is as
 large as the checkpoint: `--drop-source` deletes the checkpoint when that is made. With `--virtual` weights
 are computed as they are read, and llama.cpp's tools, which cannot read those, are left out. `--model` is a
 checkpoint that is there already. Kernels are compiled before, on the bundled model, and that is not counted.
@@ -149,9 +149,9 @@ def source_bytes(place: Place) -> int | None:
 def perform(step: Step, place: Place, threads: int) -> Json:
     """Run a step and return its figures."""
     if step.reads is not None and not step.reads.exists():
-        raise SystemExit(f"{step.name} needs {step.reads}: measure the step that makes it with --again")
+        raise ChildFailedError(f"needs {step.reads}: measure the step that makes it with --again")
     if step.name == CONVERT and shutil.disk_usage(place.folder).free < (source_bytes(place) or 0) * 1.4:
-        raise SystemExit(f"{place.folder}: no room for a BF16 GGUF and a quantized one of {place.size}")
+        raise ChildFailedError(f"no room in {place.folder} for a BF16 GGUF and a quantized one")
     if step.reads is not None:
         drop_cache(step.reads)
     others = OthersShare()
@@ -181,8 +181,8 @@ def needed(step: Step, todo: Sequence[Step]) -> bool:
     return any(later.reads in step.ends for later in todo)
 
 
-def work(place: Place, options: argparse.Namespace, peer: Peer | None) -> Iterator[str]:
-    """Do what has not been done of one size; yield the name of each step as it ends."""
+def work(place: Place, options: argparse.Namespace, peer: Peer | None, failed: list[str]) -> Iterator[str]:
+    """Do what has not been done of one size; yield the name of each step as it ends, note those that fail."""
     (place.folder / "steps").mkdir(parents=True, exist_ok=True)
     steps = [
         step
@@ -192,7 +192,12 @@ def work(place: Place, options: argparse.Namespace, peer: Peer | None) -> Iterat
     ]
     for index, step in enumerate(steps):
         print(f"{place.size}: {step.name} …", end=" ", file=sys.stderr, flush=True)
-        found = perform(step, place, options.threads)
+        try:
+            found = perform(step, place, options.threads)
+        except ChildFailedError as error:
+            print(f"failed: {error}", file=sys.stderr, flush=True)
+            failed.append(f"{place.size}: {step.name}")
+            continue
         place.kept(step.name).write_text(json.dumps([*place.runs(step.name), found], indent=1) + "\n")
         peak = found["peak_bytes"] / 1e6
         print(f"{found['seconds']:.1f} s, {peak:,.0f} MB", file=sys.stderr, flush=True)
@@ -329,15 +334,15 @@ def main() -> None:
     if options.model is not None and len(options.sizes) != 1:
         raise SystemExit("--model is a checkpoint of one size: name that one by --sizes")
     places = [Place(options.folder / size, size, options.virtual, options.model) for size in options.sizes]
-    try:
-        compile_kernels(options.threads)
-        for place in places:
-            for _ in work(place, options, peer):
-                if options.out is not None:
-                    result(options, places, known)
-    except ChildFailedError as error:
-        raise SystemExit(str(error)) from error
+    compile_kernels(options.threads)
+    failed: list[str] = []
+    for place in places:
+        for _ in work(place, options, peer, failed):
+            if options.out is not None:
+                result(options, places, known)
     result(options, places, known)
+    if failed:
+        sys.exit(f"failed: {'; '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What merging takes at published shapes, from layers of true size, and whether it grows with depth; JSON.
+"""What merging takes at published shapes, from layers of true size, and whether it grows with depth.
 
     python benchmarks/merge.py [--teacher qwen3-32B] [--student qwen3-4B] [--tokens 143360] [--folder DIR]
-                               [--only cost pair plan fold growth]
+                               [--only cost pair plan fold growth] [--out FILE]
 
 Weights are random. `cost` runs one layer of each kind with its moments out of models of full depth
 (benchmarks/paired.py). The other steps use checkpoints on the disk with true widths and few layers: `pair`
@@ -10,7 +10,7 @@ pairs a layer of each and compares peak and disk with what is said before;
 them to all layers, tokens and the whole vocabulary. `growth` merges pairs of 1, 2 and 4 student layers
 (twice as many in the teacher) by `bitsmith merge`, of moderate width, where a layer that is kept would show.
 
-Each step runs in a process of its own; peaks are the kernel's `ru_maxrss` beside the bound that was said.
+Each step runs in a process of its own; peaks stand beside the bound that was said.
 `cpu_seconds` are the process's own, wall time depends on what else the machine does; nothing has intervals.
 """
 
@@ -19,9 +19,7 @@ from __future__ import annotations
 import argparse
 import cProfile
 import json
-import os
 import pstats
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import OURS, Row, arguments, child, report, value_row
 from texts import corpus_text
 
 from bitsmith.archs.published import published_config
@@ -74,20 +73,14 @@ def write_model(folder: Path, size: str, layers: int, seed: int) -> Path:
 
 def measured(*arguments: str | Path) -> dict[str, Any]:
     """Run this interpreter with `arguments`; return its JSON with peak memory, wall and CPU seconds."""
-    began = time.monotonic()
-    with tempfile.TemporaryFile() as out:
-        child = subprocess.Popen([sys.executable, *map(str, arguments)], stdout=out)
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        if child.returncode:
-            raise SystemExit(f"failed with exit status {child.returncode}: {arguments}")
-        out.seek(0)
-        text = out.read()
+    ran = child([sys.executable, *arguments])
+    text = ran.output[ran.output.find("{") :] if "{" in ran.output else "{}"
+    found = json.loads(text) if arguments[0] != "-m" else {}
     return {
-        **(json.loads(text) if text.lstrip().startswith(b"{") else {}),
-        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        "wall_seconds": round(time.monotonic() - began, 1),
-        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
+        **(found["rows"][0]["facts"] if "rows" in found else found),
+        "peak_memory_bytes": ran.peak_bytes,
+        "wall_seconds": round(ran.seconds, 1),
+        "cpu_seconds": round(ran.cpu_seconds, 1),
     }
 
 
@@ -202,9 +195,7 @@ def work(step: str, folder: Path, teacher: str, student: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = arguments(__doc__)
     options.add_argument("--teacher", default="qwen3-32B")
     options.add_argument("--student", default="qwen3-4B")
     options.add_argument("--tokens", type=int, default=143_360)
@@ -219,7 +210,34 @@ def main() -> None:
         folder = chosen.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "text.txt").write_text(corpus_text(20_000, held_out=False))
-        print(json.dumps(all_steps(chosen, folder), indent=1))
+        found = all_steps(chosen, folder)
+    protocol = {
+        "statement": "One layer of each of two published sizes, random weights, every step a process of its "
+        "own; the estimate scales them to all layers, tokens and the vocabulary.",
+        "teacher": chosen.teacher,
+        "student": chosen.student,
+        "tokens": chosen.tokens,
+    }
+    report("merge", protocol, list(rows_of(found)), out=chosen.out)
+
+
+def rows_of(found: dict[str, Any]) -> Iterator[Row]:
+    """Yield each step's peak and processor time, the estimate and the growth with depth."""
+    for step in ("cost", "pair", "plan", "fold"):
+        if step in found:
+            facts = {key: value for key, value in found[step].items() if not isinstance(value, list)}
+            peak = {OURS: found[step]["peak_memory_bytes"]}
+            if step in ("cost", "pair"):
+                said = found[step].get("said", found[step])
+                peak["said"] = said["memory_bytes"]
+            yield value_row(f"{step}: peak memory", "bytes", peak, better="equal", **facts)
+            yield value_row(f"{step}: processor time", "s", {OURS: found[step]["cpu_seconds"]})
+    if "estimate" in found:
+        hours = found["estimate"]["cpu_hours"]
+        yield value_row("estimate of a whole merge", "processor hours", {OURS: hours}, **found["estimate"])
+    for one in found.get("growth", []):
+        words = f"merging {one['teacher_layers']} layers into {one['student_layers']}: peak memory"
+        yield value_row(words, "bytes", {OURS: one["peak_memory_bytes"]}, **one)
 
 
 def all_steps(chosen: argparse.Namespace, folder: Path) -> dict[str, Any]:

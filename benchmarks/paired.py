@@ -1,6 +1,7 @@
-"""What pairing a teacher's and a student's activations takes at published shapes, as JSON.
+"""What pairing a teacher's and a student's activations takes at published shapes, by one layer of each.
 
     python benchmarks/paired.py [--teacher qwen3-32B] [--student qwen3-4B] [--tokens 143360] [--no-measure]
+        [--out FILE]
 
 Weights are random and made as they are read, so that no checkpoint lies on the disk. One layer of each kind
 of both models is read and run at its true size with its moments; the seconds of all layers are judged from
@@ -9,10 +10,10 @@ it. The peak is the kernel's `ru_maxrss` of this process, beside what the cost s
 
 from __future__ import annotations
 
-import argparse
-import json
 import resource
 import sys
+
+from measuring import OURS, arguments, report, value_row
 
 from bitsmith.archs import architecture_of
 from bitsmith.archs.published import published_config
@@ -34,9 +35,7 @@ def model(size: str, seed: int) -> TextModel:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = arguments(__doc__)
     options.add_argument("--teacher", default="qwen3-32B")
     options.add_argument("--student", default="qwen3-4B")
     options.add_argument("--tokens", type=int, default=143_360)
@@ -55,10 +54,16 @@ def main() -> None:
         measure=not chosen.no_measure,
     )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    record = {"teacher": chosen.teacher, "student": chosen.student, **cost.to_json()}
+    facts = cost.to_json()
+    sides = {"said": float(cost.memory_bytes)}
+    words = f"one layer of {chosen.teacher} and {chosen.student}"
     if not chosen.no_measure:
-        record["peak_memory_bytes"] = peak
-    print(json.dumps(record, indent=1))
+        facts["peak_memory_bytes"] = sides[OURS] = peak
+    rows = [value_row(f"peak memory of {words}", "bytes", sides, better="equal", **facts)]
+    if cost.seconds is not None:
+        rows.append(value_row(f"time of all layers, judged from {words}", "s", {"said": cost.seconds}))
+    statement = "One layer of each kind of both models at its true size with its moments; random weights."
+    report("paired", {"statement": statement, "tokens": chosen.tokens}, rows, out=chosen.out)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import hashlib
 import json
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,8 @@ from typing import Any
 
 from gguf import GGUFReader
 from judge import OWN, Judge, Window, own_figures, paired_ratios, printed_ratios
-from peer import CACHE, RUN_OPTIONS, SDIST, Peer, environment, find_peer, run, sha256_of
+from measuring import OURS, Row, Spread, arguments, report
+from peer import CACHE, RUN_OPTIONS, SDIST, Peer, find_peer, run, sha256_of
 from texts import write_texts
 
 import bitsmith
@@ -40,6 +40,7 @@ TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS")
 ROUNDERS = ("nearest", "weighted", "gptq", "auto", "auto-tune")
 MIXES = ("Q2_K", "Q3_K_M", "IQ4_XS", "Q4_K_M", "Q5_K_M")
 EMBEDDING = "Q8_0"
+PEER = "llama-quantize"
 SSM = ("ssm_alpha", "ssm_beta")
 BITSMITH = (sys.executable, "-m", "bitsmith.cli.main")
 
@@ -331,6 +332,8 @@ def settle(args: argparse.Namespace) -> Setting:
 def protocol(setting: Setting) -> Json:
     """Return how everything was measured."""
     return {
+        "statement": "Mean KL divergence from the 16-bit model in nats per token: both sides quantize the "
+        "same weights to the same types by statistics of the same text; ranges are 95 % intervals.",
         "peer": f"{SDIST} {setting.peer.version()}",
         "peer_options": [*RUN_OPTIONS, *(["--process-output"] if setting.head else [])],
         "pure": f"token embedding {EMBEDDING}, {' and '.join(SSM)} F32, the rest one type; checked by tensor",
@@ -356,9 +359,7 @@ def protocol(setting: Setting) -> Json:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--model", dest="models", type=Path, action="append", help="repeatable")
     parser.add_argument("--types", nargs="*", default=list(TYPES))
     parser.add_argument("--rounders", nargs="+", default=list(ROUNDERS), choices=[*ROUNDERS, "plain"])
@@ -375,19 +376,50 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of the peer's tools")
     parser.add_argument("--work", type=Path, default=CACHE / "quality")
     parser.add_argument("--keep", action="store_true", help="use files made by older sources")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    started = time.monotonic()
     setting = settle(args)
     models = [model.resolve() for model in args.models or [Path(str(DEMO_MODEL))]]
-    report = {
-        "environment": environment(),
-        "protocol": protocol(setting),
-        "models": [measure(Bench(model, setting), args) for model in models],
-        "seconds": time.monotonic() - started,
-    }
+    found = [measure(Bench(model, setting), args) for model in models]
     if args.out:
-        args.out.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        rows = [row for model in found for row in rows_of(model)]
+        report("quality", protocol(setting), rows, out=args.out)
+
+
+def rows_of(found: Json) -> Iterator[Row]:
+    """Yield the mean KLD of each file on each text by both judges."""
+    for kind in ("pure", "mixes"):
+        for row in found.get(kind, ()):
+            for text, judged in row["texts"].items():
+                words = f"{Path(found['model']).name}, {kind} {row['type']}, {row['rounder']}, {text} text"
+                facts = {"files": row["files"], "no_larger": row.get("no_larger")}
+                for judge in ("llama_perplexity", "bitsmith"):
+                    one = judged[judge]
+                    sides = {OURS: _spread(one["ours"]), PEER: _spread(one["peer"])}
+                    ratio = one["ours_over_peer"]["mean_kld"]
+                    yield Row(
+                        f"{words}: mean KLD by {judge.replace('_', '-')}",
+                        "nats",
+                        "lower",
+                        sides,
+                        {PEER: _times_better(ratio)},
+                        facts=facts | {"judged": one},
+                    )
+
+
+def _spread(figures: Json) -> Spread:
+    """Return a mean KLD with its interval: ours, or two of llama-perplexity's standard errors."""
+    mean = figures["mean_kld"]
+    if isinstance(mean, list):
+        return Spread(mean[0], mean[1], mean[2], 1)
+    error = 1.96 * figures["mean_kld_se"]
+    return Spread(mean, mean - error, mean + error, 1)
+
+
+def _times_better(ratio: float | list[float]) -> Spread:
+    """Return the peer's over ours of what is ours over the peer's."""
+    if isinstance(ratio, list):
+        return Spread(1 / ratio[0], 1 / ratio[2], 1 / ratio[1], 1)
+    return Spread(1 / ratio, None, None, 1)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What exact transforms change in the mean KLD of quantized files: types x transforms x rounders, as JSON.
+"""What exact transforms change in the mean KLD of quantized files: types × transforms × rounders.
 
     python benchmarks/transforms.py [--models FOLDER ...] [--types Q2_K ...] [--rounders gptq ...]
                                     [--transforms auto ...] [--unlike FILE] [--out FILE] [--quick]
@@ -12,13 +12,14 @@ over positions ctx/2 to ctx-2 of each chunk, with 95 % bootstrap intervals over 
 the file without transforms, paired. A rotation needs an output head of its own and no MTP: where a model has
 those otherwise, `none, untied` is the file to compare with, as large.
 
-Rows that are in `--out` already are not measured again, and it is written after each, so a run can be stopped
-and go on. Every row also has the chunks' mean KLDs, to pair any two. The table goes to stdout.
+Rows are kept in `--work` as they are measured, so a run can be stopped and go on. Every row also has the
+chunks' mean KLDs, to pair any two. The table goes to stdout, all of it to `--out FILE` as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import tempfile
 import time
@@ -28,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from peer import CACHE, environment, sha256_of
+from measuring import OURS, Row, Spread, arguments, report
+from peer import CACHE, sha256_of
 from texts import write_texts
 
 from bitsmith.lab.models import DEMO_MODEL
@@ -61,28 +63,25 @@ Json = dict[str, Any]
 
 @dataclass
 class Table:
-    """The rows so far, in a JSON file that is written after each."""
+    """The rows so far under one protocol, in a file of their own that is written after each."""
 
-    path: Path | None
+    folder: Path
     protocol: Json
     rows: list[Json] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Take up the rows of an earlier run under the same protocol."""
-        if self.path is not None and self.path.exists():
-            kept = json.loads(self.path.read_text())
-            if kept["protocol"] != self.protocol:
-                raise SystemExit(f"{self.path} was measured otherwise: {kept['protocol']}")
-            self.rows = kept["rows"]
+        digest = hashlib.sha256(json.dumps(self.protocol, sort_keys=True).encode()).hexdigest()
+        self.path = self.folder / f"rows-{digest[:12]}.json"
+        if self.path.exists():
+            self.rows = json.loads(self.path.read_text())
 
     def add(self, row: Json) -> None:
         """Take a row and write all."""
         self.rows.append(row)
-        if self.path is not None:
-            report = {"environment": environment(), "protocol": self.protocol, "rows": self.rows}
-            part = self.path.with_suffix(".part")
-            part.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-            part.replace(self.path)
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.rows, indent=1, allow_nan=False) + "\n")
+        part.replace(self.path)
 
     def find(self, **wanted: str) -> Json | None:
         """Return the row with these values."""
@@ -232,9 +231,7 @@ HEADER = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments(__doc__)
     parser.add_argument("--models", type=Path, nargs="+", default=[Path(str(DEMO_MODEL))])
     parser.add_argument("--types", nargs="+", default=list(TYPES))
     parser.add_argument("--rounders", nargs="+", default=list(ROUNDERS))
@@ -246,7 +243,6 @@ def main() -> None:
     parser.add_argument("--calibration-chunks", type=int, default=128)
     parser.add_argument("--quick", action="store_true", help="one type and rounder, few and short chunks")
     parser.add_argument("--work", type=Path, default=CACHE / "transforms")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.quick:
         args.types, args.rounders, args.ctx, args.chunks = ["Q2_K"], ["weighted"], 128, 8
@@ -256,16 +252,35 @@ def main() -> None:
     texts = {"calibration": written["calibration"], "like": written["like"]}
     if not args.no_unlike:
         texts["unlike"] = args.unlike or written["unlike"]
-    table = Table(args.out, protocol(args, texts))
+    table = Table(args.work, protocol(args, texts))
     print(HEADER, flush=True)
     for path in args.models:
         with open_model(path) as reference:
             measure(open_bench(path.resolve(), reference, args, texts), args, table)
+    if args.out:
+        report("transforms", table.protocol, list(rows_of(table)), out=args.out)
+
+
+def rows_of(table: Table) -> Iterator[Row]:
+    """Yield the mean KLD of each file on each text, beside that without transforms."""
+    for row in table.rows:
+        keys = {name: row[name] for name in ("model", "type", "rounder")}
+        plain = table.find(**keys, transforms="none")
+        for text, found in row["texts"].items():
+            sides, ratios = {OURS: Spread(*found["mean_kld"], 1)}, {}
+            if plain is not None and plain is not row:
+                sides["none"] = Spread(*plain["texts"][text]["mean_kld"], 1)
+                value, low, high = ratio(found, plain["texts"][text])
+                ratios["none"] = Spread(1 / value, 1 / high, 1 / low, 1)
+            words = ", ".join([*keys.values(), row["transforms"], f"{text} text: mean KLD"])
+            yield Row(words, "nats", "lower", sides, ratios, facts=row)
 
 
 def protocol(args: argparse.Namespace, texts: dict[str, Path]) -> Json:
     """Return how everything is measured."""
     return {
+        "statement": "Files of one type with and without exact transforms, mean KL divergence from the model "
+        "in nats per token; ranges are 95 % intervals, ratios paired.",
         "types": "token embedding and output head Q8_0, ssm_alpha and ssm_beta F32, the rest one type",
         "calibration": {"tokens": args.ctx * args.calibration_chunks, "ctx_tokens": args.ctx},
         "texts": {name: {"file": text.name, "sha256": sha256_of(text)} for name, text in texts.items()},

@@ -43,7 +43,6 @@ NO_RESULT |= {
     "generate",
     "memory",
 }
-NO_RESULT |= {"merge", "pack", "paired", "quality", "sbgq", "study", "transforms"}
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 TURNS = Turns({OURS: [1.0, 2.0, 4.0], "peer": [3.0, 4.0, 6.0]})
 DISK = Limit("disk_read", Spread(100.0, 90.0, 110.0, 3), "bytes/s", "read")

@@ -453,7 +453,7 @@ def test_memory_stays_within_what_is_said() -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "paired.py"
     options = ["--teacher", "qwen3-1.7B", "--student", "qwen3-0.6B", "--tokens", "20480"]
     done = subprocess.run([sys.executable, script, *options], capture_output=True, check=True, timeout=290)
-    said = json.loads(done.stdout)
+    said = json.loads(done.stdout)["rows"][0]["facts"]
     assert 0.7 * said["memory_bytes"] < said["peak_memory_bytes"] < said["memory_bytes"]
 
 
