@@ -33,8 +33,8 @@ Tokens = NDArray[np.int64]
 
 _ACTIVATION_BYTES = 1 << 30
 SPILL_BYTES = 256 << 20
-_HEAD_SLICE_BYTES = 32 << 20
-_LOGIT_BLOCK = 1 << 19  # logits of one model at a time: 4 MB in float64
+_HEAD_SLICE_BYTES = 8 << 20
+_LOGIT_BLOCK = 1 << 19  # logits of one model at a time: 2 MB
 _KNOWN_LAYERS = {"full_attention", "linear_attention"}
 
 
@@ -205,19 +205,23 @@ def compare(
     block = max(1, _LOGIT_BLOCK // step)
     blocks = [slice(row, min(row + block, len(targets))) for row in range(0, len(targets), block)]
 
+    def read(start: int) -> list[torch.Tensor]:
+        stop = min(start + step, vocab)
+        return [weight_of(model.head, model.checkpoint.path, start, stop) for model in (reference, candidate)]
+
     def add(rows: slice, first: int, weights: list[torch.Tensor]) -> None:
         ref, cand = (_product(part[rows], weight) for part, weight in zip(states, weights, strict=True))
         accumulator.update(rows, first, ref, cand)
 
     with _workers(_ACTIVATION_BYTES // (8 * 8 * _LOGIT_BLOCK)) as pool:
+        coming = pool.submit(read, 0)
         for start in range(0, vocab, step):
-            stop = min(start + step, vocab)
-            weights = [
-                weight_of(model.head, model.checkpoint.path, start, stop) for model in (reference, candidate)
-            ]
+            weights = coming.result()
+            if start + step < vocab:  # read beside the products
+                coming = pool.submit(read, start + step)
             for _ in pool.map(lambda rows, a=start, w=weights: add(rows, a, w), blocks):
                 pass
-            progress("head", stop, vocab)
+            progress("head", min(start + step, vocab), vocab)
     return accumulator.scores()
 
 
