@@ -12,10 +12,10 @@ what storage moved.
 
 A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on, and one that fails does
 not stop the others; `--again` measures steps once more and keeps both. Outputs are deleted when no later step
-needs them. The peer's BF16 file is as large as the checkpoint: `--drop-source` deletes the checkpoint when
-that is made. With `--virtual` weights are computed as they are read, and llama.cpp's tools, which cannot read those,
-are left out. `--model` is a checkpoint that is there already. Kernels are compiled before, on the bundled
-model, and that is not counted.
+needs them. The peer's BF16 file is as large as the checkpoint: `--drop-source` deletes the checkpoint then.
+With `--virtual` weights are computed as they are read, and llama.cpp's tools, which cannot read those, are left
+out. `--model` is a checkpoint that is there already. Kernels are compiled before, on the bundled model, and
+that is not counted.
 """
 
 from __future__ import annotations
