@@ -15,7 +15,17 @@ from bitsmith.cli import invocation
 from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.merge import merge
-from bitsmith.cli.options import JsonOut, Model, Overwrite, fetched, progress_bars, write_json
+from bitsmith.cli.options import (
+    DryRun,
+    JsonOut,
+    Model,
+    Overwrite,
+    Workers,
+    fetched,
+    progress_bars,
+    show_forecast,
+    write_json,
+)
 from bitsmith.cli.push import push
 from bitsmith.cli.study import study
 from bitsmith.cli.verify import verify
@@ -63,6 +73,7 @@ def assay(
     text: Annotated[
         Path | None, typer.Option("--text", help="UTF-8 text: also the spectra of K, V and residual states.")
     ] = None,
+    workers: Workers = None,
     seed_table: Annotated[
         bool, typer.Option("--seed-table", help="Hold the published SVD plan against its own numbers.")
     ] = False,
@@ -92,6 +103,7 @@ def assay(
             match=match,
             statistics=stats,
             text=text,
+            workers=workers,
             page=page,
             overwrite=overwrite,
             progress=progress,
@@ -124,6 +136,7 @@ def calibrate(
         bool,
         typer.Option(help="Weigh each token by what its errors cost the predictions; takes a backward pass."),
     ] = True,
+    dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -131,6 +144,14 @@ def calibrate(
     from bitsmith.report.terminal import print_calibration
     from bitsmith.run.calibrate import calibrate_or_convert as run
 
+    if dry_run:
+        from bitsmith.run.forecast_forward import forecast_calibrate
+
+        if text is None:
+            raise BitsmithError("--dry-run tells what a forward takes: pass a --text")
+        sizes: dict[str, Any] = {"ctx_tokens": ctx, "chunks": chunks, "block": block, "saliency": saliency}
+        show_forecast(forecast_calibrate(fetched(model), text, out, **sizes), json_out)
+        return
     with progress_bars() as progress:
         found = run(
             model,
@@ -162,12 +183,18 @@ def evaluate(
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=1, help="Chunks at most; default all.")
     ] = None,
+    dry_run: DryRun = False,
     json_out: JsonOut = None,
 ) -> None:
     """Measure perplexity, KL divergence and top-1 agreement of CANDIDATE against REF, with intervals."""
     from bitsmith.report.terminal import print_evaluation
     from bitsmith.run.evaluate import evaluate as run
 
+    if dry_run:
+        from bitsmith.run.forecast_forward import forecast_evaluate
+
+        show_forecast(forecast_evaluate(fetched(ref), fetched(candidate), text, ctx, chunks), json_out)
+        return
     with progress_bars() as progress:
         evaluation = run(ref, candidate, text, ctx_tokens=ctx, chunks=chunks, progress=progress)
     print_evaluation(evaluation)

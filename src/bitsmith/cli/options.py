@@ -29,7 +29,11 @@ Model = Annotated[
     ),
 ]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell time, memory and disk that it will take.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Processes; default one for each core where it pays.")
+]
 
 _TOLD_SECONDS = 1.0
 

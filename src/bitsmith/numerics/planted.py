@@ -88,13 +88,12 @@ def planted_rows(planted: Planted, start: int, stop: int) -> Floats:
     tables = _tables(planted)
     first = start // _LANES * _LANES
     out = np.empty((stop - first, planted.columns), np.float32)
-    groups = -(-len(out) // _LANES)
 
     def work(begin: int, end: int) -> None:
         buffer = np.empty((planted.columns, _LANES), np.float32)
-        _fill(first, begin * _LANES, min(end * _LANES, len(out)), out, buffer, *tables)
+        _fill(first, begin, end, out, buffer, *tables)
 
-    for_ranges(groups, 1, 1 << 30, work)
+    for_ranges(len(out), _LANES, 1 << 30, work)  # its ranges begin at multiples of 64
     return out[start - first :]
 
 

@@ -46,6 +46,7 @@ Source = Weights | TensorRef
 
 HELD_BYTES = 512 << 20  # a matrix up to this size as float32 is read once, a larger one for every measure
 CURVE_POINTS = 200
+_AT_REST_BYTES = 400 << 20
 RATES_BPW = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 _TRAIN_ROLES = ("embed", "head")
 
@@ -79,6 +80,13 @@ class Target:
         rows, columns = self.shape
         return rows * columns * min(rows, columns)
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that measuring it takes at most, about: itself where it is held, and Gram matrices."""
+        short = min(self.shape)
+        held = 4 * self.ref.size
+        return _AT_REST_BYTES + (2 * held if held <= HELD_BYTES else 0) + 40 * short * short
+
     def source(self) -> Source:
         """Return the folded values: an array if they may be held, else a tensor that reads slices of rows."""
         rows, columns = self.shape
@@ -107,6 +115,12 @@ class Mixer:
     def work(self) -> int:
         """Multiplications, about: what the time goes with."""
         return sum(target.work for target in self.targets.values())
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that measuring it takes at most, about."""
+        held = sum(4 * target.ref.size for target in self.targets.values())
+        return _AT_REST_BYTES + 4 * held
 
 
 def measure(target: Target, resamples: int, seed: int, second_moment: Float64 | None = None) -> MatrixAssay:
