@@ -340,11 +340,14 @@ def _choose_scales_and_mins(
 def _refit_factors(
     tile: Tile, found: list[Tensor], line: _Line, d: Tensor, m: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Solve least squares in float64 for the two factors; where it is singular keep `m`, fit `d` alone."""
-    a, b, sq, sqx, sqq = (tile.blocks(part).double() for part in found[1:])
-    sw, sx = tile.blocks(line.sw).double(), tile.blocks(line.sx).double()
-    aa, ab, bb = _along(a * a * sqq), _along(a * b * sq), _along(b * b * sw)
-    ax, bx = _along(a * sqx), _along(b * sx)
+    """Solve least squares for the two factors; where it is singular keep `m` and fit `d` alone.
+
+    Terms are float32, their sums float64, as in the compiled loops.
+    """
+    a, b, sq, sqx, sqq = (tile.blocks(part) for part in found[1:])
+    sw, sx = tile.blocks(line.sw), tile.blocks(line.sx)
+    terms = a * a * sqq, a * b * sq, b * b * sw, a * sqx, b * sx
+    aa, ab, bb, ax, bx = (_along(term.double()) for term in terms)
     det = aa * bb - ab * ab
     both = det > aa * _SINGULAR * bb
     alone = torch.where(aa > 0, ((ax + m.double() * ab) / aa).float(), d)
