@@ -20,7 +20,8 @@ FORMATS: dict[str, Format] = {}
 """Every format by its ggml type name, filled by subclassing `Format`."""
 
 _LEAST_DECODED, _MOST_DECODED = 1 << 18, 1 << 20  # weights that a thread decodes at a time
-_PIECE = 1 << 15  # weights whose error is summed at a time
+_UNIT = 1 << 11  # weights whose errors make one sum
+_MOST_UNITS = 64  # decoded at a time, what a cache holds
 
 
 class SquaredError(NamedTuple):
@@ -110,22 +111,17 @@ class Format(ABC):
             raise BitsmithError(f"{self.name} blocks hold {self._decoded_shape(blocks)}, found {rows.shape}")
         flat = np.ascontiguousarray(blocks).reshape(-1, self.block_bytes)
         weights = np.ascontiguousarray(rows, np.float32).reshape(len(flat), self.block_size)
-        each = _PIECE // self.block_size
+        each = _UNIT // self.block_size
         sums = np.zeros((-(-len(flat) // each), 2))
 
         def add(first: int, last: int) -> None:
-            room = np.empty((each, self.block_size), np.float32)
-            for piece in range(first, last):
-                coded = flat[piece * each : (piece + 1) * each]
-                values = room[: len(coded)]
-                self._decode(coded, values)
-                add_squares(
-                    weights[piece * each : piece * each + len(coded)].reshape(-1),
-                    values.reshape(-1),
-                    sums[piece],
-                )
+            coded = flat[first * each : last * each]
+            values = np.empty((len(coded), self.block_size), np.float32)
+            self._decode(coded, values)
+            known = weights[first * each : last * each].reshape(-1)
+            add_squares(known, values.reshape(-1), _UNIT, sums[first:last])
 
-        for_ranges(len(sums), _LEAST_DECODED // _PIECE, len(sums), add)
+        for_ranges(len(sums), _LEAST_DECODED // _UNIT, _MOST_UNITS, add)
         error, energy = sums.sum(axis=0).tolist()
         return SquaredError(error, energy)
 

@@ -6,23 +6,30 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-_SUMS = 16  # side by side, so that they vectorise in a fixed order
+from bitsmith.numerics.vectors import converted, load, spread, total
+
+_SUMS = 16  # side by side
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def add_squares(weights: NDArray[np.float32], values: NDArray[np.float32], sums: NDArray[np.float64]) -> None:
-    """Add `sum (w - v)^2` and `sum w^2` to `sums` (`2`): differences in float32, squares in float64."""
-    error, energy = np.zeros(_SUMS, np.float64), np.zeros(_SUMS, np.float64)
-    whole = weights.size // _SUMS * _SUMS
-    for at in range(0, whole, _SUMS):
-        w, v = weights[at : at + _SUMS], values[at : at + _SUMS]
-        for k in range(_SUMS):
-            left = np.float64(w[k] - v[k])
-            error[k] += left * left
-            energy[k] += np.float64(w[k]) * np.float64(w[k])
-    for k in range(weights.size - whole):
-        left = np.float64(weights[whole + k] - values[whole + k])
-        error[k] += left * left
-        energy[k] += np.float64(weights[whole + k]) * np.float64(weights[whole + k])
-    sums[0] += error.sum()
-    sums[1] += energy.sum()
+def add_squares(
+    weights: NDArray[np.float32], values: NDArray[np.float32], unit: int, sums: NDArray[np.float64]
+) -> None:
+    """Add `sum (w - v)^2` and `sum w^2` of every `unit` weights to `sums` (`n 2`).
+
+    Differences are taken in float32, squares in float64.
+    """
+    for k in range(sums.shape[0]):
+        first, last = k * unit, min((k + 1) * unit, weights.size)
+        whole = first + (last - first) // _SUMS * _SUMS
+        error, energy = spread(np.float64(0.0), 16), spread(np.float64(0.0), 16)
+        for at in range(first, whole, _SUMS):
+            w = load(weights, at, 16)
+            left, wide = converted(w - load(values, at, 16), "float64"), converted(w, "float64")
+            error, energy = error + left * left, energy + wide * wide
+        sums[k, 0] += total(error)
+        sums[k, 1] += total(energy)
+        for at in range(whole, last):
+            rest = np.float64(weights[at] - values[at])
+            sums[k, 0] += rest * rest
+            sums[k, 1] += np.float64(weights[at]) * np.float64(weights[at])
