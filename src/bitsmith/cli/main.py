@@ -74,6 +74,8 @@ def assay(
         Path | None, typer.Option("--text", help="UTF-8 text: also the spectra of K, V and residual states.")
     ] = None,
     workers: Workers = None,
+    dry_run: DryRun = False,
+    json_out: JsonOut = None,
     seed_table: Annotated[
         bool, typer.Option("--seed-table", help="Hold the published SVD plan against its own numbers.")
     ] = False,
@@ -95,6 +97,12 @@ def assay(
         if not seed_table:
             raise BitsmithError("name a MODEL, or ask for --seed-table")
         return
+    if dry_run:
+        from bitsmith.run.forecast_assay import forecast_assay
+
+        asked: dict[str, Any] = {"match": match, "statistics": stats, "text": text, "workers": workers}
+        show_forecast(forecast_assay(fetched(model), out, **asked), json_out)
+        return
     page = None if out is None else partial(write_assay_page, out / PAGE_NAME)
     with progress_bars() as progress:
         result = run(
@@ -111,6 +119,7 @@ def assay(
     print_assay(result)
     if out is not None:
         typer.echo(f"wrote {out / RESULT_NAME} and {out / PAGE_NAME}")
+    write_json(json_out, result.to_json())
 
 
 @app.command()

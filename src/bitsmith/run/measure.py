@@ -14,7 +14,7 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.rate_distortion import bound_points
-from bitsmith.numerics.spectrum import Spectrum, compare_with_random, describe, singular_values
+from bitsmith.numerics.spectrum import Spectrum, compare_with_random, decompose, describe, singular_values
 from bitsmith.numerics.tensor_train import RowSource, Train, as_rows, svd_core, sweep
 from bitsmith.passes.attention import (
     delta_parts,
@@ -48,7 +48,7 @@ HELD_BYTES = 512 << 20  # a matrix up to this size as float32 is read once, a la
 CURVE_POINTS = 200
 _AT_REST_BYTES = 400 << 20
 RATES_BPW = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
-_TRAIN_ROLES = ("embed", "head")
+TRAIN_ROLES = ("embed", "head")
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,14 @@ def measure(target: Target, resamples: int, seed: int, second_moment: Float64 | 
     started = time.monotonic()
     try:
         source = target.source()
-        spectrum = singular_values(source)
+        found = decompose(source)
+        spectrum = found.spectrum
         zero = spectrum.energy == 0
-        rivals = () if zero else _rivals(contest(source))
+        rivals = () if zero else _rivals(contest(source, known=(spectrum.sigma, found.vectors)))
+        del found
         figures = None if zero else spectrum_figures(spectrum)
         gaps = () if zero else _rates(source, spectrum)
-        trains = _trains(source) if not zero and target.role in _TRAIN_ROLES else None
+        trains = _trains(source) if not zero and target.role in TRAIN_ROLES else None
         whitened = None if zero or second_moment is None else _whitened(source, second_moment)
     except UnsupportedError:
         raise
