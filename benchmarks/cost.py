@@ -1,13 +1,13 @@
-"""Time and peak memory of `bitsmith calibrate` and `compress --stats`, with a projection to 9B, as JSON.
+"""Time and peak memory of `bitsmith calibrate` and `compress --stats`, with a projection to 9B.
 
     python benchmarks/cost.py [--sizes 0.8B] [--layers 4] [--tokens 2048] [--rounders gptq ...] [--out FILE]
 
 On the demo model (trained) and on synthetic checkpoints of Qwen3.5's shapes (text and MTP, random weights,
-the first `--layers` layers; 0 for all). Every command is a process of its own; its peak is the kernel's
-`ru_maxrss`. The model measured last is scaled to Qwen3.5-9B: calibration by the multiplications of its matrix
-products and second moments at `--project-tokens` tokens, compression by the sum over matrices of `out in²`
-(error feedback) and over sites of `in³` (factors), memory by the bytes of the largest layer in float32 and of
-its second moments. A projection is no measurement, and says so.
+the first `--layers` layers; 0 for all). Every command is a process of its own. The model measured last is
+scaled to Qwen3.5-9B: calibration by the multiplications of its matrix products and second moments at
+`--project-tokens` tokens, compression by the sum over matrices of `out in²` (error feedback) and over sites
+of `in³` (factors), memory by the bytes of the largest layer in float32 and of its second moments. A
+projection is no measurement, and says so.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import math
 import sys
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peer import Ran, environment, run
+from measuring import OURS, Ran, Row, arguments, child, report, value_row
 
 from bitsmith.archs import ARCHITECTURES
 from bitsmith.archs.arch import TensorSpec
@@ -71,11 +72,7 @@ def work(config: Json) -> Json:
 
 
 def measured(ran: Ran) -> Json:
-    return {
-        "seconds": round(ran.seconds, 2),
-        "peak_memory_bytes": ran.peak_bytes,
-        "command": " ".join(ran.command),
-    }
+    return ran.to_json() | {"peak_memory_bytes": ran.peak_bytes}
 
 
 def measure(model: Path, text: Path, args: argparse.Namespace, folder: Path) -> Json:
@@ -83,7 +80,7 @@ def measure(model: Path, text: Path, args: argparse.Namespace, folder: Path) -> 
     stats = folder / f"{model.name}-stats"
     chunks = max(2, args.tokens // CTX_TOKENS)
     sizes = ("--ctx", str(CTX_TOKENS), "--chunks", str(chunks))
-    calibrated = run([*BITSMITH, "calibrate", model, "--text", text, *sizes, "-o", stats])
+    calibrated = child([*BITSMITH, "calibrate", model, "--text", text, *sizes, "-o", stats])
     record: Json = {
         "model": model.name,
         "checkpoint_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
@@ -96,7 +93,7 @@ def measure(model: Path, text: Path, args: argparse.Namespace, folder: Path) -> 
     for rounder in args.rounders:
         out = folder / f"{model.name}.gguf"
         how = ("--type", args.type, "--stats", stats, "--rounder", rounder, "--overwrite")
-        record["compress"][rounder] = measured(run([*BITSMITH, "compress", model, "-o", out, *how]))
+        record["compress"][rounder] = measured(child([*BITSMITH, "compress", model, "-o", out, *how]))
         seconds = record["compress"][rounder]["seconds"]
         print(f"{model.name}: {rounder} {seconds:.1f} s", file=sys.stderr, flush=True)
         out.unlink()
@@ -119,7 +116,7 @@ def projection(small: Json, large: Json, tokens: int) -> Json:
         "kind": KIND,
         "from": large["model"],
         "to": f"Qwen3.5-{FULL} (text and MTP)",
-        "rule": __doc__.split("scaled to Qwen3.5-9B: ")[1].split(" A projection")[0].replace("\n", " "),
+        "rule": " ".join(__doc__.split()).split("scaled to Qwen3.5-9B: ")[1].split(" A projection")[0],
         "work": full,
         "calibrate": {
             "tokens": tokens,
@@ -143,46 +140,58 @@ def synthetic(size: str, layers: int, folder: Path) -> tuple[Path, Json]:
     model = folder / f"synth-{size}-{layers or 'all'}"
     if not model.exists():
         options = ["--no-vision", *(["--layers", str(layers)] if layers else [])]
-        run([*BITSMITH, "lab", "synth", model, "--size", size, *options])
+        child([*BITSMITH, "lab", "synth", model, "--size", size, *options])
     return model, published_config(size, vision=False, layers=layers or None)
 
 
-def report(args: argparse.Namespace, folder: Path) -> Json:
+def rows_of(runs: list[Json], projected: Json) -> Iterator[Row]:
+    """Yield what each command took, and what is projected."""
+    for run in runs:
+        facts = {key: value for key, value in run.items() if key not in ("compress", "calibrate")}
+        steps = {"calibrate": run["calibrate"]}
+        steps |= {f"compress --rounder {name}": found for name, found in run["compress"].items()}
+        for name, found in steps.items():
+            for key, unit, words in (("seconds", "s", "wall time"), ("peak_bytes", "bytes", "peak memory")):
+                more = {"size": run["model"], "step": name, "measure": words}
+                yield value_row(f"{run['model']}: {name}, {words}", unit, {OURS: found[key]}, **more, **facts)
+    for name, found in {"calibrate": projected["calibrate"], **projected["compress"]}.items():
+        words = f"{projected['to']}: {name}, {KIND}"
+        yield value_row(f"{words}, wall time", "hours", {KIND: found["hours"]}, **found)
+        yield value_row(f"{words}, peak memory", "bytes", {KIND: found["peak_memory_bytes"]})
+
+
+def run_all(args: argparse.Namespace, folder: Path) -> Json:
+    """Measure all models and report."""
     folder.mkdir(parents=True, exist_ok=True)
-    words = [sys.executable, Path(__file__).with_name("texts.py"), folder, "--tokens", str(4 * args.tokens)]
-    run(words)  # in a process of its own: a child's peak starts from what this one holds
+    child([sys.executable, Path(__file__).with_name("texts.py"), folder, "--tokens", str(4 * args.tokens)])
     demo = Path(str(DEMO_MODEL))
     models = [(demo, json.loads((demo / "config.json").read_text()))]
     models += [synthetic(size, args.layers, folder) for size in args.sizes]
     runs = [measure(model, folder / "calibration.txt", args, folder) for model, _ in models]
     for record, (_, config) in zip(runs, models, strict=True):
         record["work"] = work(config)
-    return {
-        "environment": environment(),
-        "protocol": f"{args.type}; contexts of {CTX_TOKENS} tokens, the lab's training split; with imports",
-        "runs": runs,
-        "projection": projection(runs[0], runs[-1], args.project_tokens),
+    projected = projection(runs[0], runs[-1], args.project_tokens)
+    protocol = {
+        "statement": f"{args.type}, contexts of {CTX_TOKENS} tokens of the lab's training split.",
+        "layers of synthetic models": args.layers,
+        "tokens": args.tokens,
+        "projection": projected,
     }
+    return report("cost", protocol, list(rows_of(runs, projected)), out=args.out)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--sizes", nargs="+", default=["0.8B"])
+    parser = arguments(__doc__)
+    parser.add_argument("--sizes", nargs="*", default=["0.8B"])
     parser.add_argument("--layers", type=int, default=4, help="of the synthetic models; 0: as published")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--project-tokens", type=int, default=102_400)
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--rounders", nargs="+", default=["weighted", "gptq", "auto"])
     parser.add_argument("--folder", type=Path, help="keeps the synthetic checkpoints")
-    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        text = json.dumps(report(args, args.folder or Path(temporary)), indent=1, allow_nan=False)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+        run_all(args, args.folder or Path(temporary))
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ a process of its own (Python's start and imports are in its time) on the first `
 checkpoint's cached pages are dropped before each. Bytes are those of the process's own calls, and beside them
 what storage moved.
 
-A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on, and one that fails does
-not stop the others; `--again` measures steps once more and keeps both. Outputs are deleted when no later step
-needs them. The peer's BF16 file is as large as the checkpoint: `--drop-source` deletes the checkpoint then.
-With `--virtual` weights are computed as they are read, and llama.cpp's tools, which cannot read those, are left
-out. `--model` is a checkpoint that is there already. Kernels are compiled before, on the bundled model, and
-that is not counted.
+A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on, and one that fails
+does not stop the others; `--again` measures steps once more and keeps both. Outputs are deleted when no
+later step needs them. The peer's BF16 file is as large as the checkpoint: `--drop-source` deletes the
+checkpoint then. With `--virtual` weights are computed as they are read, and llama.cpp's tools, which cannot
+read those, are left out. `--model` is a checkpoint that is there already. Kernels are compiled before, on
+the bundled model, and that is not counted.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ def steps_of(place: Place, peer: Peer | None, options: argparse.Namespace) -> It
 
 def compile_kernels(threads: int) -> None:
     """Compress the bundled model by each way that is measured, so that no measured run compiles."""
+    print("compiling kernels", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for how in (*(("--type", name) for name in TYPES), ("--recipe", SBGQ)):
             out = Path(folder) / f"{how[1]}.gguf"
