@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from bitsmith.errors import BitsmithError, printable
+from bitsmith.formats.accelerator import accelerated_by
 
 DeviceName = Literal["cpu", "cuda", "auto"]
 CPU = torch.device("cpu")
@@ -50,9 +51,9 @@ def current_device() -> torch.device:
 
 @contextmanager
 def on_device(name: str) -> Iterator[torch.device]:
-    """Let forwards of the process run on the device called `name`, in float32 without TF32.
+    """Let forwards, searches and error feedback of the process run on the device called `name`.
 
-    May be nested. Raises as `device_named` does.
+    In float32, without TF32. May be nested. Raises as `device_named` does.
     """
     device = device_named(name)
     with using(device):
@@ -61,11 +62,14 @@ def on_device(name: str) -> Iterator[torch.device]:
 
 @contextmanager
 def using(device: torch.device) -> Iterator[None]:
-    """Let forwards of the process run on `device`."""
+    """Let forwards, searches and error feedback of the process run on `device`."""
+    from bitsmith.run.torch_encode import TorchEncoder  # noqa: PLC0415 (knows devices itself)
+
     global _current  # noqa: PLW0603 (one device at a time, like the limit of BLAS threads)
     before, _current = _current, device
     try:
-        with _without_tf32() if device.type == "cuda" else nullcontext():
+        encoder = None if device.type == "cpu" else TorchEncoder(device)
+        with _without_tf32() if device.type == "cuda" else nullcontext(), accelerated_by(encoder):
             yield
     finally:
         _current = before

@@ -26,6 +26,7 @@ from bitsmith.numerics.divergence import DivergenceAccumulator, TokenScores
 from bitsmith.progress import Progress, silent
 from bitsmith.run.device import CPU, current_device, task_tokens
 from bitsmith.run.finite import finite_weights
+from bitsmith.run.torch_scores import DeviceDivergence
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 
 Float32 = NDArray[np.float32]
@@ -34,6 +35,7 @@ Tokens = NDArray[np.int64]
 _ACTIVATION_BYTES = 1 << 30
 SPILL_BYTES = 256 << 20
 _HEAD_SLICE_BYTES = 8 << 20
+_DEVICE_LOGITS = 1 << 24  # of one model at a time on a GPU: 128 MB in float64
 _LOGIT_BLOCK = 1 << 19  # logits of one model at a time: 2 MB
 _KNOWN_LAYERS = {"full_attention", "linear_attention"}
 
@@ -199,6 +201,8 @@ def compare(
     check_heads(reference, candidate)
     heads = reference.head, candidate.head
     vocab = heads[0].n_rows
+    if (device := current_device()).type != "cpu":
+        return _compared_on(device, reference, candidate, states, targets, progress)
     accumulator = DivergenceAccumulator(targets)
     widest = max(head.shape[1] for head in heads)
     step = min(vocab, max(1, _HEAD_SLICE_BYTES // (4 * widest)), _LOGIT_BLOCK // 64)
@@ -222,6 +226,36 @@ def compare(
             for _ in pool.map(lambda rows, a=start, w=weights: add(rows, a, w), blocks):
                 pass
             progress("head", min(start + step, vocab), vocab)
+    return accumulator.scores()
+
+
+@torch.inference_mode()
+def _compared_on(
+    device: torch.device,
+    reference: TextModel,
+    candidate: TextModel,
+    states: tuple[Float32, Float32],
+    targets: Tokens,
+    progress: Progress,
+) -> TokenScores:
+    """Score on `device`: slices of the heads and blocks of the states go there, scores come back."""
+    vocab, accumulator = reference.head.n_rows, DeviceDivergence(targets, device)
+    step = max(1, _HEAD_SLICE_BYTES // (4 * max(part.shape[1] for part in states)))
+    rows = max(1, _DEVICE_LOGITS // step)
+    for start in range(0, vocab, step):
+        stop = min(start + step, vocab)
+        heads = [
+            weight_of(model.head, model.checkpoint.path, start, stop).to(device)
+            for model in (reference, candidate)
+        ]
+        for first in range(0, len(targets), rows):
+            part = slice(first, min(first + rows, len(targets)))
+            ref, cand = (
+                torch.from_numpy(np.ascontiguousarray(own[part])).to(device) @ head.T
+                for own, head in zip(states, heads, strict=True)
+            )
+            accumulator.update(part, start, ref, cand)
+        progress("head", stop, vocab)
     return accumulator.scores()
 
 

@@ -68,7 +68,7 @@ class Tile(NamedTuple):
 
     def blocks(self, values: Tensor) -> Tensor:
         """Return `values` (`… rows columns`) by block (`… rows blocks subs`)."""
-        return values.unflatten(-1, (-1, self.subs))
+        return values.reshape(*values.shape[:-1], -1, self.subs)
 
     def spread(self, values: Tensor) -> Tensor:
         """Return what every block has (`rows blocks`) for every sub-block (`rows columns`)."""
@@ -94,7 +94,7 @@ def half_in_unit(values: Tensor, unit: Tensor) -> Tensor:
 
 
 def _units(x: Tensor, subs: int) -> tuple[Tensor, Tensor]:
-    largest = x.abs().amax(0).unflatten(-1, (-1, subs)).amax(-1)
+    largest = x.abs().amax(0).reshape(x.shape[1], -1, subs).amax(-1)
     ordinary = (largest >= float(lanes.ORDINARY_LOW)) & (largest <= float(lanes.ORDINARY_HIGH))
     exponent = (largest.view(torch.int32) & int(lanes.EXPONENT)).clamp(max=int(lanes.EXPONENT_LIMIT))
     power = torch.where(largest >= float(lanes.SMALLEST), exponent.view(torch.float32), 0.0)
@@ -192,7 +192,7 @@ def _choose_scales(
     errors: list[Tensor] = []
     for part in wholes.split(tile.at_a_time(len(wholes))):  # type: ignore[no-untyped-call]
         errors.extend(_symmetric_errors(tile, part * factor, grid))
-    error, whole = _tried(tile, errors, [wholes])  # type: ignore[list-item]
+    error, whole = _tried(tile, errors, [wholes])
     return [error, whole, *_symmetric_sums(tile, _inverse(whole * factor), grid)]
 
 
@@ -332,7 +332,7 @@ def _choose_scales_and_mins(
     for first in range(0, len(wholes), together):
         some = slice(first, first + together)
         errors.extend(_affine_errors(tile, wholes[some] * factor, mins[some] * factor_m, high))
-    error, whole, least = _tried(tile, errors, [wholes, mins])  # type: ignore[list-item]
+    error, whole, least = _tried(tile, errors, [wholes, mins])
     sums = _affine_sums(tile, _inverse_above(whole * factor), least * factor_m, high)
     return [error, whole, least, *sums]
 
