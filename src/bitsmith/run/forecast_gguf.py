@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+from bitsmith.archs.export import renamed
 from bitsmith.run.encode import Rounder
 from bitsmith.run.execute import carry_out, peak_memory_bytes
 from bitsmith.run.forecast import (
@@ -123,16 +124,29 @@ class Rehearsals:
 
     def _cut(self, row: PlanRow, weights: int) -> tuple[SourceTensor, PlanRow]:
         tensor = self._tensors[row.gguf_name]
-        whole = prod(row.shape)
         count = row.shape[0] if len(row.shape) > 1 else 1
-        keep = min(count, max(1, -(-weights * count // whole // _ROWS_TOGETHER)) * _ROWS_TOGETHER)
-        if weights >= whole or keep >= count:
-            return tensor, row
-        same = tensor.ref is tensor.origin
-        origin = first_rows(tensor.origin, keep) if tensor.origin.n_rows == count else tensor.origin
-        ref = origin if same else first_rows(tensor.ref, keep)
-        shape, nbytes = (keep, *row.shape[1:]), row.nbytes * keep // count
-        return replace(tensor, ref=ref, origin=origin), replace(row, shape=shape, nbytes=nbytes)
+        keep = -(-weights * count // prod(row.shape) // _ROWS_TOGETHER) * _ROWS_TOGETHER
+        if keep >= count:
+            keep = count
+        else:
+            shape, nbytes = (keep, *row.shape[1:]), row.nbytes * keep // count
+            row = replace(row, shape=shape, nbytes=nbytes)
+        return _cut(tensor, keep, count), row
+
+
+def _cut(tensor: SourceTensor, keep: int, count: int) -> SourceTensor:
+    """Return the first rows, as a stored tensor of their own where rows stay in their places."""
+    alike = tensor.origin.n_rows in (count, tensor.ref.n_rows) and not tensor.spec.all_steps
+    origin = (
+        first_rows(tensor.origin, keep if count > 1 else tensor.origin.n_rows) if alike else tensor.origin
+    )
+    if tensor.ref is tensor.origin:
+        ref = origin
+    elif alike:
+        ref = renamed(origin, tensor.gguf_name)
+    else:
+        ref = first_rows(tensor.ref, keep if count > 1 else tensor.ref.n_rows)
+    return replace(tensor, ref=ref, origin=origin)
 
 
 def _read_once(tensors: Iterable[SourceTensor]) -> None:

@@ -31,12 +31,11 @@ class FirstRows(TensorRef):
 
 
 def first_rows(ref: TensorRef, rows: int) -> TensorRef:
-    """Return the first `rows` of a tensor, read the way that all of it is."""
-    if rows >= ref.n_rows:
-        return ref
+    """Return the first `rows` of a tensor, or all, as a new tensor that is read the way that `ref` is."""
     if not isinstance(ref, StoredTensor):
-        return FirstRows(ref, rows)
+        return ref if rows >= ref.n_rows else FirstRows(ref, rows)
     part = copy.copy(ref)
-    part.shape = (rows, *ref.shape[1:])
-    part._nbytes = ref.nbytes * rows // ref.n_rows
+    if rows < ref.n_rows:
+        part.shape = (rows, *ref.shape[1:])
+        part._nbytes = ref.nbytes * rows // ref.n_rows
     return part
