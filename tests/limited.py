@@ -15,7 +15,7 @@ import bitsmith.report.written
 import bitsmith.run.compress  # what the command imports, before memory is limited
 from bitsmith.cli.main import main
 from bitsmith.log import LOGGER, fields_of
-from bitsmith.run import execute
+from bitsmith.run import gguf_job
 
 
 class At(logging.Handler):
@@ -41,7 +41,7 @@ class At(logging.Handler):
 
 if __name__ == "__main__":
     assert bitsmith.run.compress and bitsmith.report.written
-    execute.KEPT_BYTES = 1  # tensors of a tiny model are as dear as a big one's
+    gguf_job.KEPT_BYTES = 1  # tensors of a tiny model are as dear as a big one's
     mode, tensor, *command = sys.argv[1:]
     LOGGER.addHandler(At(mode, tensor))
     sys.argv = ["bitsmith", *command]

@@ -38,27 +38,52 @@ def for_ranges(count: int, least: int, most: int, work: Callable[[int, int], Non
             pass
 
 
-def in_order(work: Callable[[_Piece], _Found], pieces: Iterable[_Piece]) -> Iterator[_Found]:
+def in_order(
+    work: Callable[[_Piece], _Found], pieces: Iterable[_Piece], *, spare: int = 1, overlaps: bool = False
+) -> Iterator[_Found]:
     """Yield `work(piece)` in the order of the pieces, from as many threads as `numba.get_num_threads()` says.
 
-    At most one more than the threads is under way or waits to be taken, so that memory stays bounded.
+    Compiled loops inside use one thread each. At most `spare` more than the threads are under way or wait to
+    be taken, so that memory stays bounded. With `overlaps` one thread, too, works while its last result is in
+    the caller's hands.
     """
     threads = numba.get_num_threads()
-    if threads == 1:
+    if threads == 1 and not overlaps:
         yield from map(work, pieces)
         return
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(threads, initializer=numba.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[_Found]] = deque()
         try:
             for piece in pieces:
                 waiting.append(pool.submit(work, piece))
-                if len(waiting) > threads:
+                if len(waiting) >= threads + spare:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
             for one in waiting:
                 one.cancel()
+
+
+def ahead(pieces: Iterable[_Piece], most: int) -> Iterator[_Piece]:
+    """Yield pieces that a thread of its own takes from `pieces`, up to `most` before they are asked for."""
+    iterator, threads = iter(pieces), numba.get_num_threads()
+    with ThreadPoolExecutor(1, initializer=numba.set_num_threads, initargs=(threads,)) as pool:
+        waiting = deque(pool.submit(_next, iterator) for _ in range(most))
+        try:
+            while found := waiting.popleft().result():
+                waiting.append(pool.submit(_next, iterator))
+                yield found[0]
+        finally:
+            for one in waiting:
+                one.cancel()
+
+
+def _next(iterator: Iterator[_Piece]) -> tuple[_Piece] | None:
+    """Return the next piece in a tuple, None where there is none."""
+    for piece in iterator:
+        return (piece,)
+    return None
 
 
 class _BlasLimit:

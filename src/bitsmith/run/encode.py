@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NamedTuple, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from bitsmith.formats.blocks import BlockFormat
 from bitsmith.log import event
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.numerics.threads import ahead, in_order
 from bitsmith.passes.choice import Choice, choose
 from bitsmith.passes.correction import Correction, paired_error
 from bitsmith.passes.rounding import output_error, round_rows
@@ -34,6 +35,8 @@ ROUNDERS: tuple[Rounder, ...] = get_args(Rounder)
 
 SLICE_BYTES = 8 << 20
 """Float32 bytes of the rows in hand at a time."""
+
+_NONE = np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,10 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Written:
-    """One tensor as written; `relative_error` is `sum (w - decoded)^2 / sum w^2` over what the file holds."""
+    """One tensor as written; `relative_error` is `sum (w - decoded)^2 / sum w^2` over what the file holds.
+
+    `seconds` are those that encoding took: of one core, or with statistics from its beginning to its end.
+    """
 
     hf_name: str
     gguf_name: str
@@ -97,19 +103,34 @@ class TensorEncoder:
             and self._statistics.knows(tensor.spec)
         )
 
-    def encode(self, tensor: SourceTensor, row: PlanRow, done: Callable[[Written], None]) -> Iterator[Bytes]:
-        """Yield the tensor's blocks slice by slice by the plain search, then tell what was written."""
-        started = time.monotonic()
+    def pieces(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Piece]:
+        """Yield what `coded` takes: the tensor's rows in order, read."""
         event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
-        total = _Total(format_named(row.type), None)
         copied = is_copied(tensor, row)
         for start, stop in tensor.ref.slices(SLICE_BYTES):
-            weights = self._read(tensor, row, start, stop)
-            blocks = tensor.ref.raw(start, stop) if copied else total.form.encode(weights)
-            if not copied:
-                total.add(weights, blocks)
-            yield blocks
-        done(total.written(row, time.monotonic() - started, Rounding("nearest")))
+            is_last = stop == tensor.ref.n_rows
+            if copied:
+                yield Piece(tensor, row, _NONE, tensor.ref.raw(start, stop), is_last)
+            else:
+                yield Piece(tensor, row, self._rows(tensor, row, start, stop), None, is_last)
+
+    def coded(self, piece: Piece) -> Coded:
+        """Return a piece's blocks by the plain search, and its errors; may run in any thread.
+
+        Raises DamagedFileError for a weight that is not finite.
+        """
+        started = time.thread_time()
+        if piece.blocks is not None:
+            return Coded(piece, piece.blocks, Sums(), 0.0)
+        form = format_named(piece.row.type)
+        weights = self._finite(piece.tensor, piece.weights)
+        blocks = form.encode(weights)
+        return Coded(piece, blocks, _sums(form, weights, blocks, None), time.thread_time() - started)
+
+    def encode(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Bytes]:
+        """Yield the tensor's blocks slice by slice by the plain search."""
+        for coded in in_order(self.coded, self.pieces(tensor, row)):
+            yield coded.blocks
 
     def encode_guided(
         self, tensor: SourceTensor, row: PlanRow, write: Callable[[Iterable[Bytes]], None]
@@ -127,14 +148,14 @@ class TensorEncoder:
         sample = self._target(sample, strength)
         choice = choose(form, sample, inputs, self._rounder, metric_for=self._metric)
         total, plain = self._attempt(tensor, row, inputs, choice, strength, write)
-        errors = _errors(choice.rounder, total, plain)
-        if plain is not None and choice.rounder != "weighted" and errors[choice.rounder] > errors["weighted"]:
+        errors = _errors(choice.rounder, total, plain) if _measures(inputs) else {}
+        if plain is not None and errors[choice.rounder] > errors["weighted"]:
             choice, strength = Choice("weighted", None, choice.held_errors), 0.0
             total, _ = self._attempt(tensor, row, inputs, choice, strength, write)
         held = 0 if inputs.held is None else len(inputs.held)
         tried = dict(choice.held_errors)
         rounding = Rounding(choice.rounder, choice.damping, errors, held, tried, choice.shrink, strength)
-        return total.written(row, time.monotonic() - started, rounding)
+        return written(row, total, time.monotonic() - started, rounding)
 
     def _attempt(
         self,
@@ -144,22 +165,30 @@ class TensorEncoder:
         choice: Choice,
         strength: float,
         write: Callable[[Iterable[Bytes]], None],
-    ) -> tuple[_Total, _Total | None]:
+    ) -> tuple[Sums, Sums | None]:
         """Encode as chosen; return its errors and, to compare, those of the weighted search."""
         form = format_named(row.type)
-        total = _Total(form, inputs)
-        plain = _Total(form, inputs) if total.measures and choice.rounder != "weighted" else None
+        if choice.rounder == "gptq" and choice.damping is not None:
+            self._metric(choice.damping, choice.shrink)  # made once, before threads ask for it
+        compares = _measures(inputs) and choice.rounder != "weighted"
+        total, plain = Sums(), Sums()
+
+        def attempt(rows: Float32) -> tuple[Bytes, Sums, Sums]:
+            weights = self._finite(tensor, rows)
+            encoded = self._encoded(form, self._target(weights, strength), inputs, choice)
+            other = Sums()
+            if compares:
+                other = _sums(form, weights, form.encode(weights, inputs.importance), inputs)
+            return encoded, _sums(form, weights, encoded, inputs), other
 
         def blocks() -> Iterator[Bytes]:
-            for weights in self._slices(tensor, row):
-                encoded = self._encoded(form, self._target(weights, strength), inputs, choice)
-                total.add(weights, encoded)
-                if plain is not None:
-                    plain.add(weights, form.encode(weights, inputs.importance))
+            nonlocal total, plain
+            for encoded, own, other in in_order(attempt, ahead(self._slices(tensor, row), 2)):
+                total, plain = total.plus(own), plain.plus(other)
                 yield encoded
 
         write(blocks())
-        return total, plain
+        return total, plain if compares else None
 
     def _encoded(self, form: Format, weights: Float32, inputs: SiteStatistics, choice: Choice) -> Bytes:
         if choice.rounder == "gptq" and choice.damping is not None:
@@ -197,15 +226,18 @@ class TensorEncoder:
 
     def _sample(self, tensor: SourceTensor, row: PlanRow) -> Float32:
         """Return runs of rows spread evenly over the tensor, `SAMPLE_ROWS` at most."""
-        return np.concatenate([self._read(tensor, row, *run) for run in sample_runs(tensor.ref.n_rows)])
+        runs = [self._rows(tensor, row, *run) for run in sample_runs(tensor.ref.n_rows)]
+        return self._finite(tensor, np.concatenate(runs))
 
     def _slices(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Float32]:
         for start, stop in tensor.ref.slices(SLICE_BYTES):
-            yield self._read(tensor, row, start, stop)
+            yield self._rows(tensor, row, start, stop)
 
-    def _read(self, tensor: SourceTensor, row: PlanRow, start: int, stop: int) -> Float32:
+    def _rows(self, tensor: SourceTensor, row: PlanRow, start: int, stop: int) -> Float32:
         width = row.shape[-1] if len(row.shape) > 1 else stop - start
-        weights = _read(tensor.ref, start, stop).reshape(-1, width)
+        return _read(tensor.ref, start, stop).reshape(-1, width)
+
+    def _finite(self, tensor: SourceTensor, weights: Float32) -> Float32:
         if first_non_finite(weights) is not None:
             _refuse_non_finite(tensor, self._path)
         return weights
@@ -216,49 +248,82 @@ def is_copied(tensor: SourceTensor, row: PlanRow) -> bool:
     return tensor.ref is tensor.origin and tensor.origin.dtype == row.type and row.type not in FLOATS
 
 
-class _Total:
-    """Sums over a tensor's slices: weights, errors and, with held-out inputs, what both produce."""
+@dataclass(frozen=True)
+class Sums:
+    """Sums over rows: `sum (w - decoded)²`, `sum w²`, and with held-out inputs `sum |E x|²`, `sum |W x|²`.
 
-    def __init__(self, form: Format, inputs: SiteStatistics | None) -> None:
-        self.form = form
-        held = None if inputs is None else inputs.held
-        self._held = held if held is not None and len(held) else None
-        self._original = None if inputs is None else inputs.held_original
-        self._error = self._energy = self._held_error = self._held_energy = 0.0
+    The last two are 0 where nothing is held out.
+    """
 
-    def add(self, weights: Float32, blocks: Bytes) -> None:
-        """Take a slice and its blocks."""
-        self._energy += _squares(weights)
-        if self.form.name == "F32":
-            return
-        coded = self.form.decode(blocks)
-        errors = coded - weights
-        self._error += _squares(errors)
-        if self._held is None:
-            return
-        if self._original is None:
-            self._held_error += output_error(errors, self._held)
-            self._held_energy += output_error(weights, self._held)
-        else:
-            self._held_error += paired_error(weights, coded, self._original, self._held)
-            self._held_energy += output_error(weights, self._original)
+    error: float = 0.0
+    energy: float = 0.0
+    held_error: float = 0.0
+    held_energy: float = 0.0
+
+    def plus(self, other: Sums) -> Sums:
+        """Return the sums over both."""
+        return Sums(
+            self.error + other.error,
+            self.energy + other.energy,
+            self.held_error + other.held_error,
+            self.held_energy + other.held_energy,
+        )
 
     @property
-    def measures(self) -> bool:
-        """Whether there are held-out inputs."""
-        return self._held is not None
+    def relative(self) -> float:
+        """`sum (w - decoded)² / sum w²`, 0 where all w are 0."""
+        return self.error / self.energy if self.energy else 0.0
 
     @property
-    def held_error(self) -> float | None:
-        """`sum |E x|² / sum |W x|²` over the held-out inputs."""
-        if self._held is None:
-            return None
-        return self._held_error / self._held_energy if self._held_energy else 0.0
+    def held(self) -> float:
+        """`sum |E x|² / sum |W x|²` over the held-out inputs, 0 where the outputs are 0."""
+        return self.held_error / self.held_energy if self.held_energy else 0.0
 
-    def written(self, row: PlanRow, seconds: float, rounding: Rounding) -> Written:
-        """Return the record of the tensor."""
-        relative = self._error / self._energy if self._energy else 0.0
-        return Written(row.hf_name, row.gguf_name, row.type, row.nbytes, relative, seconds, rounding)
+
+class Piece(NamedTuple):
+    """Rows of a tensor as they were read: weights (`out in`), or the blocks of a tensor that is copied."""
+
+    tensor: SourceTensor
+    row: PlanRow
+    weights: Float32
+    blocks: Bytes | None
+    is_last: bool
+
+
+class Coded(NamedTuple):
+    """A piece with its blocks, its errors, and the seconds of a core that they took."""
+
+    piece: Piece
+    blocks: Bytes
+    sums: Sums
+    seconds: float
+
+
+def written(row: PlanRow, total: Sums, seconds: float, rounding: Rounding) -> Written:
+    """Return the record of a tensor from the sums over all of it."""
+    return Written(row.hf_name, row.gguf_name, row.type, row.nbytes, total.relative, seconds, rounding)
+
+
+def _measures(inputs: SiteStatistics | None) -> bool:
+    return inputs is not None and inputs.held is not None and len(inputs.held) > 0
+
+
+def _sums(form: Format, weights: Float32, blocks: Bytes, inputs: SiteStatistics | None) -> Sums:
+    """Return the errors of `weights` (`out in`) in `blocks`, with held-out inputs those of outputs too."""
+    if form.name == "F32":
+        return Sums()
+    if inputs is None or inputs.held is None or not len(inputs.held):
+        return Sums(*form.squared_error(weights, blocks))
+    error, energy = form.squared_error(weights, blocks)
+    coded = form.decode(blocks)
+    if inputs.held_original is None:
+        held = output_error(coded - weights, inputs.held), output_error(weights, inputs.held)
+    else:
+        held = (
+            paired_error(weights, coded, inputs.held_original, inputs.held),
+            output_error(weights, inputs.held_original),
+        )
+    return Sums(error, energy, *held)
 
 
 def check_rounder(rounder: str, statistics: Statistics | None, path: Path | None) -> Rounder:
@@ -280,31 +345,26 @@ def check_rounder(rounder: str, statistics: Statistics | None, path: Path | None
     return known
 
 
-def blocks_in(path: Path, name: str, shape: tuple[int, ...], form: Format) -> TensorRef:
-    """Return a tensor (GGUF layout) whose blocks a file holds and nothing else, decoded on read."""
+def blocks_in(path: Path, name: str, shape: tuple[int, ...], form: Format, at: int = 0) -> TensorRef:
+    """Return a tensor (GGUF layout) whose blocks a file holds from byte `at` on, decoded on read."""
     row_bytes = form.row_bytes(shape[-1])
 
     def read(start: int, stop: int) -> Rows:
         count = max(0, stop - start) * row_bytes
-        blocks = np.fromfile(path, np.uint8, count, offset=start * row_bytes)
+        blocks = np.fromfile(path, np.uint8, count, offset=at + start * row_bytes)
         return form.decode(blocks.reshape(-1, row_bytes))
 
     return ComputedTensor(name, shape, form.name, read)
 
 
-def _errors(rounder: str, total: _Total, plain: _Total | None) -> dict[str, float]:
-    found = {rounder: total.held_error, **({} if plain is None else {"weighted": plain.held_error})}
-    return {name: error for name, error in found.items() if error is not None}
+def _errors(rounder: str, total: Sums, plain: Sums | None) -> dict[str, float]:
+    """Return the errors of the outputs by rounder."""
+    return {rounder: total.held} if plain is None else {rounder: total.held, "weighted": plain.held}
 
 
 def _read(ref: TensorRef, start: int, stop: int) -> Float32:
     with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
         return np.ascontiguousarray(ref.read(start, stop), dtype=np.float32)
-
-
-def _squares(values: Float32) -> float:
-    flat = values.reshape(-1)
-    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))
 
 
 def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:

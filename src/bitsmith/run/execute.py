@@ -4,39 +4,28 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
-
-import numpy as np
-from pydantic import TypeAdapter
 
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
-from bitsmith.formats import Format, format_named
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
-from bitsmith.run.encode import Rounder, TensorEncoder, Written, blocks_in, check_rounder
-from bitsmith.run.guide import rounding_key
-from bitsmith.run.mixes import mix_named
-from bitsmith.run.plan import TRANSFORMS_DIGEST_KEY, Plan, PlanRow, Source, open_source, plan_source
+from bitsmith.run.encode import Rounder, Written, check_rounder
+from bitsmith.run.gguf_job import GgufJob
+from bitsmith.run.plan import Plan, Source, open_source, plan_source
 from bitsmith.run.plan_file import read_plan, read_transforms
 from bitsmith.run.record import TensorFacts, output_record, source_facts
 from bitsmith.run.transforms import SIDECAR_SUFFIX, refuse_inexact, sidecar_bytes, solved
-from bitsmith.store import TensorInfo, open_checkpoint, write_gguf
-from bitsmith.store.atomic import Content, Finish, refuse_full, refuse_taken
-from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
+from bitsmith.store import open_checkpoint
+from bitsmith.store.atomic import Content, refuse_taken
 from bitsmith.store.manifest import write_manifest
-from bitsmith.store.parts import Parts, parts_of
 from bitsmith.store.statistics import Statistics, open_statistics
-from bitsmith.store.stored import PLAIN
-
-_WRITTEN = TypeAdapter(Written)
-KEPT_BYTES = 4 << 20
-"""From this size on, as written, a finished tensor is kept for the next run should this one die."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +118,7 @@ def compress(
     are done to the model before, solved for those types unless `vectors` has theirs by name; their vectors go
     to `OUT.transforms`, digests and every tensor's error to `OUT.sha256` and `OUT.record.json`. `statistics`
     (of `calibrate`, or an imatrix) guide `rounder`, see `TensorEncoder`; a killed run goes on behind the
-    tensors that they guided and those of `KEPT_BYTES` and more. `follow` may put others in the place of those
+    tensors that were finished (`gguf_job.KEPT_BYTES`). `follow` may put others in the place of those
     opened: they are told of every tensor as it is encoded, in their own order. With `allow_requantize`
     weights that are rounded already are rounded again; what a GGUF holds in the planned type is copied, as
     llama-quantize does. Memory holds one slice of one tensor and one site's statistics at a time. The bytes
@@ -152,7 +141,7 @@ def compress(
         source, applied = solved(source, todo, opened, vectors, progress)
         if opened is not None and follow is not None:
             opened = follow(opened, [tensor.spec for tensor in source.tensors])
-        job = _Job(source, todo, out, opened, kept, progress)
+        job = GgufJob(source, todo, out, opened, kept, progress, follows=follow is not None)
         record = Record(
             out=out,
             plan=todo,
@@ -164,12 +153,13 @@ def compress(
             rounder="nearest" if opened is None else kept,
             statistics=None if opened is None else opened.digest,
             applied=applied,
-            source=source_facts(checkpoint, out),
         )
 
         def finish(content: Content) -> None:
             nonlocal record
-            record = with_manifest(replace(record, tensors=job.written), content)
+            facts = source_facts(checkpoint, out)  # all of it has been read by now
+            record = replace(record, tensors=job.written, source=facts)
+            record = with_manifest(record, content, {"": job.digest})
 
         job.write(overwrite, finish)
     return replace(
@@ -187,15 +177,18 @@ def carry_out(
 
     The plan and the source may be parts of a model's; see `run.forecast_gguf`.
     """
-    job = _Job(source, todo, out, statistics, rounder, silent)
+    job = GgufJob(source, todo, out, statistics, rounder, silent)
     job.write(True, lambda _: None)
     return job.written
 
 
-def with_manifest(record: Record, content: Content, **options: Any) -> Record:
+def with_manifest(
+    record: Record, content: Content, digests: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> Record:
     """Write what lies beside a GGUF that is about to appear; return the record with its digest.
 
     That is `OUT.sha256`, `OUT.record.json` with further `options`, and the vectors of its transforms.
+    `digests` are those of the content where they are known (as `write_manifest` takes them).
     """
     plan = record.plan
     asked = {
@@ -222,7 +215,8 @@ def with_manifest(record: Record, content: Content, **options: Any) -> Record:
     ]
     kept = output_record(record.out, "gguf", {"model": record.source}, asked, tensors)
     sidecar = {SIDECAR_SUFFIX: sidecar_bytes(record.applied)}
-    return replace(record, sha256=write_manifest(record.out, kept, content=content, beside=sidecar))
+    sha256 = write_manifest(record.out, kept, content=content, beside=sidecar, digests=digests)
+    return replace(record, sha256=sha256)
 
 
 def check_output(out: Path, overwrite: bool) -> None:
@@ -291,163 +285,3 @@ def _planned(
             has_imatrix=statistics is not None,
         )
     return replace(planned, notes=(*planned.notes, *(() if statistics is None else statistics.notes)))
-
-
-class _Job:
-    """One file being written: what is guided by statistics or large goes through parts.
-
-    They outlive a killed run.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        todo: Plan,
-        out: Path,
-        statistics: Statistics | None,
-        rounder: Rounder,
-        progress: Progress,
-    ) -> None:
-        self._source, self._plan, self._out = source, todo, out
-        self._statistics, self._rounder = statistics, rounder
-        self._encoder = TensorEncoder(statistics, rounder, source.checkpoint.path)
-        self._tensors = {tensor.gguf_name: tensor for tensor in source.tensors}
-        self._written: dict[str, Written] = {}
-        self._progress = progress
-        self.resumed = 0
-
-    @property
-    def written(self) -> tuple[Written, ...]:
-        """The records of all tensors, in the file's order."""
-        return tuple(self._written[row.gguf_name] for row in self._plan.rows)
-
-    def write(self, overwrite: bool, finish: Finish) -> None:
-        """Encode and write everything; `finish` is told before the file appears."""
-        guided = [row for row in self._plan.rows if self._is_guided(row)]
-        large = self._worth_keeping(guided)
-        if not guided and not large:
-            self._write_file(None, overwrite, finish)
-        else:
-            with Parts(self._out, self._key(), overwrite=overwrite) as parts:
-                self.resumed = parts.resumed
-                missing = [row for row in (*guided, *large) if row.gguf_name not in parts.finished]
-                refuse_full(self._out, self._plan.tensor_bytes + sum(row.nbytes for row in missing))
-                for row in self._ordered(guided):
-                    self._part(parts, row)
-                    self._tell_statistics(parts, row)
-                for row in large:
-                    self._part(parts, row)
-                self._write_file(parts, overwrite, finish)
-                parts.remove()
-
-    def _worth_keeping(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
-        """Return large tensors that nothing guides; none where the disk has no room for their parts too."""
-        large = [row for row in self._plan.rows if row not in guided and _takes_long(row)]
-        if not parts_of(self._out).exists():
-            try:
-                refuse_full(self._out, self._plan.tensor_bytes + sum(row.nbytes for row in (*guided, *large)))
-            except OutputError:
-                return []
-        return large
-
-    def _ordered(self, guided: Sequence[PlanRow]) -> list[PlanRow]:
-        """Return `guided` in the statistics' order, and tell them of the tensors that nothing guides."""
-        if self._statistics is None:
-            return list(guided)
-        named = {row.gguf_name for row in guided}
-        for row in self._plan.rows:
-            tensor = self._tensors[row.gguf_name]
-            if row.gguf_name not in named and row.type != "F32":
-                self._statistics.encoded(tensor.spec, _rounded(tensor.ref, format_named(row.type)))
-        place = self._statistics.place
-        return sorted(guided, key=lambda row: place(self._tensors[row.gguf_name].spec))
-
-    def _is_guided(self, row: PlanRow) -> bool:
-        return self._encoder.is_guided(self._tensors[row.gguf_name], row)
-
-    def _key(self) -> dict[str, Any]:
-        statistics = None if self._statistics is None else self._statistics.digest
-        key = rounding_key(self._source.checkpoint, self._plan.digest, statistics, self._rounder)
-        return {**key, "transforms": self._source.metadata.get(TRANSFORMS_DIGEST_KEY)}
-
-    def _part(self, parts: Parts, row: PlanRow) -> None:
-        name = row.gguf_name
-        if name not in parts.finished:
-            parts.add(name, [name], asdict(self._encoded(parts, row)))
-        self._written[name] = _WRITTEN.validate_python(parts.note(name))
-        self._report(0)
-
-    def _encoded(self, parts: Parts, row: PlanRow) -> Written:
-        """Write a tensor's blocks as a part and return its record."""
-        name, tensor = row.gguf_name, self._tensors[row.gguf_name]
-
-        def write(blocks: Iterable[Bytes]) -> None:
-            parts.write(name, self._counted(blocks))
-
-        if self._is_guided(row):
-            return self._encoder.encode_guided(tensor, row, write)
-        noted: list[Written] = []
-        write(self._encoder.encode(tensor, row, noted.append))
-        return noted[0]
-
-    def _tell_statistics(self, parts: Parts, row: PlanRow) -> None:
-        if self._statistics is not None:
-            stored = blocks_in(parts.path(row.gguf_name), row.gguf_name, row.shape, format_named(row.type))
-            self._statistics.encoded(self._tensors[row.gguf_name].spec, stored)
-
-    def _counted(self, blocks: Iterable[Bytes]) -> Iterator[Bytes]:
-        done = 0
-        for part in blocks:
-            done += part.nbytes
-            self._report(done)
-            yield part
-
-    def _report(self, more_bytes: int) -> None:
-        done = sum(written.nbytes for written in self._written.values()) + more_bytes
-        self._progress("compress", done, self._plan.tensor_bytes)
-
-    def _write_file(self, parts: Parts | None, overwrite: bool, finish: Finish) -> None:
-        rows = {row.gguf_name: row for row in self._plan.rows}
-        fresh = {name for name in rows if name not in self._written}
-        done = sum(written.nbytes for written in self._written.values())
-
-        def encode(info: TensorInfo) -> Iterator[Bytes]:
-            if parts is not None and info.name not in fresh:
-                return parts.read(info.name)
-            return self._encoder.encode(self._tensors[info.name], rows[info.name], self._note)
-
-        def report(info: TensorInfo, nbytes: int) -> None:
-            nonlocal done
-            if info.name in fresh:
-                done += nbytes
-                self._progress("compress", done, self._plan.tensor_bytes)
-
-        write_gguf(
-            self._out,
-            self._source.metadata_for(mix_named(self._plan.type)),
-            [TensorInfo(row.gguf_name, row.shape, row.type) for row in self._plan.rows],
-            encode,
-            overwrite=overwrite,
-            sources=self._source.checkpoint.files,
-            progress=report,
-            finish=finish,
-        )
-
-    def _note(self, written: Written) -> None:
-        self._written[written.gguf_name] = written
-
-
-def _takes_long(row: PlanRow) -> bool:
-    """Tell whether a tensor is worth keeping if the run dies after it: large, and searched for."""
-    return row.nbytes >= KEPT_BYTES and row.type not in PLAIN
-
-
-def _rounded(ref: TensorRef, form: Format) -> TensorRef:
-    """Return `ref` as `form` holds it by the plain search, computed on read."""
-
-    def read(start: int, stop: int) -> Rows:
-        rows = np.ascontiguousarray(ref.read(start, stop), np.float32)
-        flat = rows.reshape(-1, rows.shape[-1])
-        return form.decode(form.encode(flat)).reshape(rows.shape)
-
-    return ComputedTensor(ref.name, ref.shape, form.name, read)

@@ -103,10 +103,12 @@ class Guide:
         return self._metrics[key]
 
 
-def rounding_key(checkpoint: Checkpoint, layout: Any, statistics: str | None, rounder: str) -> dict[str, Any]:
+def rounding_key(
+    source: Checkpoint | str, layout: Any, statistics: str | None, rounder: str
+) -> dict[str, Any]:
     """Return what codes depend on: versions, source, what each tensor becomes, statistics, rounder."""
     return content_key(
-        checkpoint,
+        source,
         {
             "numpy version": np.__version__,
             "types or schemes": layout,

@@ -259,7 +259,7 @@ class Blocks:
         if self._encoder.is_guided(tensor, row):
             self._encoder.encode_guided(tensor, row, lambda blocks: _write(path, blocks))
         else:
-            _write(path, self._encoder.encode(tensor, row, lambda _: None))
+            _write(path, self._encoder.encode(tensor, row))
         return _Coded(spec, path, form, ref.shape)
 
 

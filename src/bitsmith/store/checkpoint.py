@@ -52,6 +52,18 @@ class TensorRef(ABC):
         """Return the bytes of rows `[start, stop)`, flat: as stored, or as read where nothing is stored."""
         return np.ascontiguousarray(self.read(start, stop)).reshape(-1).view(np.uint8)
 
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of the bytes that `raw` returns of all rows."""
+        digest = hashlib.sha256()
+        for start, stop in self.slices():
+            digest.update(self.raw(start, stop).data)
+        return digest.hexdigest()
+
+    def hash_reads(self, read: dict[str, TensorRef]) -> bool:
+        """Hash what is read from here on, and put the tensor into `read` as it is; tell whether it can."""
+        del read
+        return False
+
     def slices(self, limit_bytes: int = SLICE_BYTES) -> Iterator[tuple[int, int]]:
         """Yield `(start, stop)` over all rows: at most `limit_bytes` each as float32, but at least a row."""
         step = max(1, limit_bytes * self.n_rows // max(1, 4 * self.size))
@@ -77,6 +89,7 @@ class Checkpoint(Mapping[str, TensorRef]):
         self.config = {}
         self.metadata = {}
         self._tensors = dict(tensors)
+        self._read: dict[str, TensorRef] = {}
 
     def __getitem__(self, name: str) -> TensorRef:
         return self._tensors[name]
@@ -100,17 +113,39 @@ class Checkpoint(Mapping[str, TensorRef]):
 
     @cached_property
     def source_digest(self) -> str:
-        """SHA-256 of the content: config or GGUF metadata, then by name dtype, shape and stored bytes.
+        """SHA-256 of the content: config or GGUF metadata, then by name dtype, shape, SHA-256 of the bytes.
 
-        Sharding, file names and the order of tensors do not change it. Reads every byte when first asked for.
+        Sharding, file names and the order of tensors do not change it. Reads every byte when first asked for,
+        but those that were hashed as they were read (`hash_reads`).
         """
-        digest = hashlib.sha256(json.dumps(dict(self._identity), sort_keys=True).encode())
+        digest = hashlib.sha256(self.identity.encode())
         for name in sorted(self):
             ref = self[name]
-            digest.update(json.dumps([name, ref.dtype, ref.shape]).encode())
-            for start, stop in ref.slices():
-                digest.update(ref.raw(start, stop).data)
+            digest.update(json.dumps([name, ref.dtype, ref.shape, ref.sha256()]).encode())
         return digest.hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """What the digest covers besides the tensors, as JSON."""
+        return json.dumps(dict(self._identity), sort_keys=True)
+
+    def hash_reads(self) -> bool:
+        """Let what is read from here on count towards the digest; tell whether all tensors can."""
+        can = [ref.hash_reads(self._read) for ref in self.values()]
+        return all(can)
+
+    def digests_of_read(self) -> dict[str, str]:
+        """Return the SHA-256 of the stored tensors that were read since this was asked last, by name.
+
+        Of those that were not read from end to end, the rest is read now. Empty unless `hash_reads`.
+        """
+        read = dict(self._read)
+        self._read.clear()
+        return {name: ref.sha256() for name, ref in read.items()}
+
+    def sha256_of(self, name: str) -> str | None:
+        """Return the SHA-256 of a stored tensor, None where there is none of that name."""
+        return self[name].sha256() if name in self else None
 
 
 class ComputedTensor(TensorRef):
@@ -148,3 +183,20 @@ class View(Checkpoint):
     def source_digest(self) -> str:
         """The digest of the checkpoint underneath."""
         return self.base.source_digest
+
+    @property
+    def identity(self) -> str:
+        """That of the checkpoint underneath."""
+        return self.base.identity
+
+    def hash_reads(self) -> bool:
+        """Hash what is read of the checkpoint underneath."""
+        return self.base.hash_reads()
+
+    def digests_of_read(self) -> dict[str, str]:
+        """Those of the checkpoint underneath."""
+        return self.base.digests_of_read()
+
+    def sha256_of(self, name: str) -> str | None:
+        """Return that of the checkpoint underneath."""
+        return self.base.sha256_of(name)

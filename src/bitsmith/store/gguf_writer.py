@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,11 @@ def write_gguf(
     does, BitsmithError for a value, name or shape that
     GGUF cannot hold and for an encoding of the wrong length.
     """
-    alignment = _alignment(metadata)
-    header = _header(metadata, tensors)
-    total = _total_bytes(header, tensors, alignment)
+    layout = gguf_layout(metadata, tensors)
     with atomic_file(
-        target, overwrite=overwrite, expect_bytes=total, sources=sources, finish=finish
+        target, overwrite=overwrite, expect_bytes=layout.nbytes, sources=sources, finish=finish
     ) as stream:
-        stream.write(header.ljust(padded(len(header), alignment), b"\0"))
+        stream.write(layout.header)
         for info in tensors:
             done = 0
             for chunk in encode(info):
@@ -74,17 +73,38 @@ def write_gguf(
                 raise BitsmithError(
                     f"was encoded to {found} bytes, expected {info.nbytes}", path=target, tensor=info.name
                 )
-            stream.write(bytes(padded(done, alignment) - done))
-    return total
+            stream.write(bytes(padded(done, layout.alignment) - done))
+    return layout.nbytes
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where everything lies in a file of `nbytes`: the header, padded, and each tensor's first byte by name.
+
+    Tensors and their padding follow one another in the order of `offsets`.
+    """
+
+    header: bytes
+    offsets: Mapping[str, int]
+    nbytes: int
+    alignment: int
+
+
+def gguf_layout(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> Layout:
+    """Return the layout of the file that `write_gguf` would write. Raises as it does."""
+    alignment = _alignment(metadata)
+    header = _header(metadata, tensors)
+    at, offsets = padded(len(header), alignment), {}
+    header = header.ljust(at, b"\0")
+    for info in tensors:
+        offsets[info.name] = at
+        at += padded(info.nbytes, alignment)
+    return Layout(header, offsets, at, alignment)
 
 
 def gguf_size_bytes(metadata: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> int:
     """Return the exact size of the file that `write_gguf` would write."""
-    return _total_bytes(_header(metadata, tensors), tensors, _alignment(metadata))
-
-
-def _total_bytes(header: bytes, tensors: Sequence[TensorInfo], alignment: int) -> int:
-    return padded(len(header), alignment) + sum(padded(info.nbytes, alignment) for info in tensors)
+    return gguf_layout(metadata, tensors).nbytes
 
 
 def _alignment(metadata: Mapping[str, Any]) -> int:

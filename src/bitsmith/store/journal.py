@@ -44,7 +44,7 @@ class Journal:
             raise
 
     def _take_up(self, key: Key, overwrite: bool) -> None:
-        facts = key_facts(key)
+        self._key = facts = key_facts(key)
         found, kept = self._load()
         if found != facts:
             if found is not None and self.entries and not overwrite:
@@ -73,16 +73,29 @@ class Journal:
 
     def add(self, name: str, value: Any) -> None:
         """Keep one finished piece on the disk."""
-        self._append({"name": name, "value": value})
+        self.add_all({name: value})
+
+    def add_all(self, pieces: Mapping[str, Any]) -> None:
+        """Keep finished pieces on the disk, all at once."""
+        self._append(*({"name": name, "value": value} for name, value in pieces.items()))
         keeps(self.path)
-        self.entries[name] = value
+        self.entries |= pieces
+
+    def forget(self) -> None:
+        """Drop all pieces: what they stood for is gone."""
+        self.entries.clear()
+        self._sound = 0
+        with _named(self.path):
+            self._cut()
+        self._append({"key": self._key})
 
     def remove(self) -> None:
         """Delete the file: the run it served is whole."""
         self.path.unlink(missing_ok=True)
 
-    def _append(self, record: dict[str, Any]) -> None:
-        line = memoryview(json.dumps(record, allow_nan=False).encode() + b"\n")
+    def _append(self, *records: dict[str, Any]) -> None:
+        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+        line = memoryview(lines.encode())
         with _named(self.path):
             try:
                 written = 0
@@ -140,9 +153,13 @@ def key_digest(key: Key) -> str:
     return hashlib.sha256(json.dumps(key_facts(key)).encode()).hexdigest()
 
 
-def content_key(checkpoint: Checkpoint, options: Key) -> dict[str, Any]:
-    """Return what results depend on: the version, the source's content (every byte is read), the options."""
-    return {"bitsmith version": __version__, "source": checkpoint.source_digest, **options}
+def content_key(source: Checkpoint | str, options: Key) -> dict[str, Any]:
+    """Return what results depend on: the version, the source's content (every byte is read), the options.
+
+    `source` may also be as much of the content's digest as the key is to tell.
+    """
+    digest = source if isinstance(source, str) else source.source_digest
+    return {"bitsmith version": __version__, "source": digest, **options}
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:

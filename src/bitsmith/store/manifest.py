@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, printable
@@ -71,17 +72,19 @@ def write_manifest(
     content: Content | None = None,
     beside: Mapping[str, bytes | None] | None = None,
     folders: Iterable[Path] = (),
+    digests: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Write `OUT.sha256`, which `sha256sum -c` checks, and the record; return the output's digest.
 
     It is that of a file's bytes, or of a folder's lines in the manifest. `content` is what becomes the output
     (as `atomic_file` and `atomic_folder` tell before it appears; None: the output as it is there). The
     manifest also lists the record, the files `OUT<suffix>` that are `beside` the output, and the `folders`
-    there. All of them are written or none; a record and a file beside without content are removed. Raises
-    OutputError as `atomic_file` does.
+    there. `digests` has those of content that need not be read for it. All of them are written or none; a
+    record and a file beside without content are removed. Raises OutputError as `atomic_file` does.
     """
     files = files_in(out) if content is None else content
-    own = [_line(digest_of(path), _name_in(out, name)) for name, path in sorted(files.items(), key=_by_parts)]
+    known = {name: digests.get(name) or digest_of(path) for name, path in files.items()}
+    own = [_line(sha256, _name_in(out, name)) for name, sha256 in sorted(known.items(), key=_by_parts)]
     texts = {RECORD_SUFFIX: None if record is None else _json(record), **(beside or {})}
     lines = [*own]
     for suffix, text in sorted(texts.items()):
@@ -182,7 +185,7 @@ def _remove(path: Path) -> None:
         raise OutputError(f"cannot be removed: {error.strerror or error}", path=path) from error
 
 
-def _by_parts(item: tuple[str, Path]) -> tuple[str, ...]:
+def _by_parts(item: tuple[str, str]) -> tuple[str, ...]:
     return tuple(item[0].split("/"))
 
 

@@ -26,20 +26,21 @@ def parts_of(out: Path) -> Path:
     return out.absolute().with_name(f".{out.name}.parts")
 
 
-class Parts:
-    """The folder `.OUT.parts`: each finished piece's bytes, and a journal of what is finished.
+class Work:
+    """The folder `.OUT.parts`: what is finished of an output, and a journal of it.
 
-    `key` names everything the bytes depend on; pieces of another key are dropped with `overwrite` alone.
-    `finished` has what was noted of each, `resumed` of them by a killed run. The folder goes at the end of
-    the context if nothing was finished, else `remove` deletes it. Raises OutputError if it cannot be written,
-    another run holds it, or it has pieces of another key.
+    `key` names everything the bytes depend on; what is of another key is dropped with `overwrite` alone.
+    `finished` has what the journal says of each piece, `resumed` of them by a killed run. The folder goes at
+    the end of the context if nothing was finished, else `remove` deletes it. Raises OutputError if it cannot
+    be written, another run holds it, or it has pieces of another key.
     """
 
     def __init__(self, out: Path, key: Key, *, overwrite: bool = False) -> None:
         self._folder = parts_of(out)
-        self._key, self._overwrite = {"layout of the notes": 2, **key}, overwrite
+        self._key, self._overwrite = key, overwrite
         self.finished: dict[str, Any] = {}
         self.resumed = 0
+        self._removed = False
 
     def __enter__(self) -> Self:
         made = not self._folder.exists()
@@ -48,28 +49,52 @@ class Parts:
         except OSError as error:
             raise OutputError(f"cannot be made: {error.strerror or error}", path=self._folder) from error
         try:
-            return self._opened()
+            self._journal = Journal(self._folder / "journal", self._key, overwrite=self._overwrite)
+            try:
+                self._open()
+            except BaseException:
+                self._journal.__exit__(None, None, None)
+                raise
         except BaseException:
             if made:
                 self.remove()
             raise
+        return self
 
-    def _opened(self) -> Self:
-        self._journal = Journal(self._folder / "journal", self._key, overwrite=self._overwrite)
+    def _open(self) -> None:
+        """Take up what the journal says."""
         self.finished = dict(self._journal.entries)
         self.resumed = len(self.finished)
-        kept = {self.path(file) for value in self.finished.values() for file in value["files"]}
+
+    def _keep_only(self, kept: Iterable[Path]) -> None:
+        """Remove what no finished piece needs."""
+        needed = {self._journal.path, *kept}
         for path in self._folder.iterdir():
-            if path not in kept | {self._journal.path}:
+            if path not in needed:
                 path.unlink()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._journal.__exit__(kind, error, trace)
-        if not self.finished:
+        if not self.finished and not self._removed:
             self.remove()
+        self._journal.__exit__(kind, error, trace)
+
+    def remove(self) -> None:
+        """Delete the folder: the output is whole, or nothing was finished."""
+        remove_work(self._folder)
+        self._removed = True
+
+
+class Parts(Work):
+    """Finished pieces as files of their own in the folder `.OUT.parts`, to be copied from there."""
+
+    def __init__(self, out: Path, key: Key, *, overwrite: bool = False) -> None:
+        super().__init__(out, {"layout of the notes": 2, **key}, overwrite=overwrite)
+
+    def _open(self) -> None:
+        super()._open()
+        self._keep_only(self.path(file) for value in self.finished.values() for file in value["files"])
 
     def write(self, file: str, blocks: Iterable[Chunk]) -> None:
         """Write a file of a piece, anew if called again."""
@@ -102,10 +127,6 @@ class Parts:
     def path(self, file: str) -> Path:
         """Return where a file of a piece lies."""
         return self._folder / f"{file}.blocks"
-
-    def remove(self) -> None:
-        """Delete the folder: the file is whole, or nothing was finished."""
-        remove_work(self._folder)
 
 
 Make = Callable[["Parts", str], tuple[Sequence[str], dict[str, Any]]]

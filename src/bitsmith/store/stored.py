@@ -13,6 +13,7 @@ import numpy as np
 from bitsmith.errors import BitsmithError, DamagedFileError
 from bitsmith.log import reading
 from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
+from bitsmith.store.content import HashedTensor
 
 PLAIN = {
     "F64": "<f8",
@@ -83,7 +84,7 @@ class SourceFile:
         return buffer
 
 
-class StoredTensor(TensorRef):
+class StoredTensor(HashedTensor):
     """A tensor in `file` at `offset`; `decode` turns stored bytes into elements, `block_size` go together."""
 
     def __init__(
@@ -138,6 +139,10 @@ class StoredTensor(TensorRef):
                 tensor=self.name,
             )
         first, last = (self._nbytes * row // max(1, self.n_rows) for row in (start, stop))
+        return self._hashed(first, self.stored(first, last))
+
+    def stored(self, first: int, last: int) -> Bytes:
+        """Return the stored bytes `[first, last)`."""
         reading(self.name, self.file.path, self._nbytes)
         return self.file.read(self.offset + first, last - first)
 

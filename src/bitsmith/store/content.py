@@ -1,0 +1,66 @@
+"""Digests of tensors, taken from the bytes that a run reads anyway."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from abc import abstractmethod
+
+from bitsmith.store.checkpoint import SLICE_BYTES, Bytes, TensorRef
+
+
+class HashedTensor(TensorRef):
+    """A tensor of stored bytes whose SHA-256 can be taken while its rows are read.
+
+    What is read in the order of the bytes counts, from any thread, once; `sha256` reads the rest.
+    """
+
+    _content: _Content | None = None
+
+    def sha256(self) -> str:
+        """Return the SHA-256 (hex) of the stored bytes; those that were hashed already are not read again."""
+        if self._content is None:
+            self._content = _Content()
+        return self._content.finish(self)
+
+    def hash_reads(self, read: dict[str, TensorRef]) -> bool:
+        """Hash what is read from here on, and put the tensor into `read` whenever it is."""
+        if self._content is None:
+            self._content = _Content()
+        self._content.read = read
+        return True
+
+    def _hashed(self, first: int, data: Bytes) -> Bytes:
+        """Return `data`, which was read at byte `first` of the tensor, once it is hashed if it has to be."""
+        if self._content is not None:
+            self._content.take(self, first, data)
+        return data
+
+    @abstractmethod
+    def stored(self, first: int, last: int) -> Bytes:
+        """Return the stored bytes `[first, last)`."""
+
+
+class _Content:
+    """A tensor's SHA-256 as far as it is known: of the first `at` bytes."""
+
+    def __init__(self) -> None:
+        self.read: dict[str, TensorRef] | None = None
+        self._sha, self._at, self._lock = hashlib.sha256(), 0, threading.Lock()
+
+    def take(self, tensor: HashedTensor, first: int, data: Bytes) -> None:
+        if self.read is None:
+            return
+        self.read[tensor.name] = tensor
+        with self._lock:
+            if first <= self._at < first + data.nbytes:
+                self._sha.update(data[self._at - first :].data)
+                self._at = first + data.nbytes
+
+    def finish(self, tensor: HashedTensor) -> str:
+        with self._lock:
+            while self._at < tensor.nbytes:
+                data = tensor.stored(self._at, min(tensor.nbytes, self._at + SLICE_BYTES))
+                self._sha.update(data.data)
+                self._at += data.nbytes
+            return self._sha.hexdigest()
