@@ -15,7 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError
-from bitsmith.numerics.spectrum import MarchenkoPastur
+from bitsmith.numerics.marchenko_pastur import MarchenkoPastur
 from bitsmith.numerics.threads import for_ranges
 
 Vector = NDArray[np.float64]
@@ -185,7 +185,8 @@ def _scales(rng: np.random.Generator, count: int, spread: float, outliers: int, 
     """Return factors with random signs whose mean square is 1."""
     scales = np.exp(spread * rng.standard_normal(count)) * rng.choice([-1.0, 1.0], count)
     scales[rng.permutation(count)[:outliers]] *= factor
-    return (scales / np.sqrt(np.mean(np.square(scales)))).astype(np.float32)
+    even: Floats = (scales / np.sqrt(np.mean(np.square(scales)))).astype(np.float32)
+    return even
 
 
 def _hartley(n: int) -> Floats:

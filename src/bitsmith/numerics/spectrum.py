@@ -10,10 +10,11 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigvalsh, get_blas_funcs, qr, svdvals
+from scipy.linalg import eigh, eigvalsh, get_blas_funcs, qr, svdvals
 
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics import band
+from bitsmith.numerics.marchenko_pastur import MarchenkoPastur
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -25,7 +26,6 @@ ERRORS = (0.5, 0.2, 0.1, 0.05, 0.01)
 RANKS = (128, 256, 512, 1024, 2048)
 LARGE = 1536  # short side from which the band pays
 DIRECT_BYTES = 4 << 30  # largest wide matrix, as float64, that is held for a direct SVD
-TRACY_WIDOM_999 = 3.2724  # 99.9 % quantile of the Tracy-Widom law for real matrices
 INDICES = (1, 2, 3, 4, 512, 1024, 2048, 4096)
 
 
@@ -185,6 +185,33 @@ def singular_values(
     return _by_svd(rows, slice_bytes)
 
 
+@dataclass(frozen=True)
+class Decomposition:
+    """A spectrum with the singular vectors of the shorter side as columns (`n n`), from the Gram matrix."""
+
+    spectrum: Spectrum
+    vectors: NDArray[Any]
+
+
+def decompose(
+    source: NDArray[Any] | Rows, dtype: type[Any] = np.float64, slice_bytes: int = 64 << 20
+) -> Decomposition:
+    """Return all singular values and the vectors of the shorter side, from the Gram matrix in `dtype`.
+
+    In float64 singular values that it does not resolve are found as `singular_values` does; in float32 their
+    bounds say what it resolves. Raises as `singular_values`.
+    """
+    rows = _Flat(source)
+    gram = _gram(rows, slice_bytes, dtype)
+    if gram is None:
+        return decompose(source, np.float64, slice_bytes)
+    ascending, vectors = eigh(gram, lower=True, overwrite_a=True, check_finite=False, driver="evd")
+    spectrum = _from_eigenvalues(rows, ascending.astype(np.float64), dtype)
+    if dtype is np.float64 and spectrum.first_inaccurate is not None and rows.fits_direct:
+        spectrum = _by_svd(rows, slice_bytes)
+    return Decomposition(spectrum, vectors[:, ::-1])
+
+
 def describe(
     spectrum: Spectrum,
     errors: Sequence[float] = ERRORS,
@@ -297,20 +324,31 @@ class _Flat:
 
 
 def _by_gram(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Spectrum:
+    gram = _gram(rows, slice_bytes, dtype)
+    if gram is None:
+        return _by_gram(rows, slice_bytes, np.float64)
+    return _from_eigenvalues(rows, _eigenvalues(gram), dtype)
+
+
+def _gram(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> NDArray[Any] | None:
+    """Return the lower triangle of the Gram matrix of the shorter side; None if float32 cannot hold it."""
     gram = (_gram_of_rows if rows.wide else _gram_of_columns)(rows, slice_bytes, dtype)
-    found: Found = "gram" if dtype is np.float64 else "gram32"
     largest = float(np.max(np.diagonal(gram)))
     if dtype is np.float32 and not 1e-20 < largest < 1e30:
-        return _by_gram(rows, slice_bytes, np.float64)  # squares leave the range of float32
+        return None
     if not largest < np.finfo(np.float64).max / len(gram):
         raise BitsmithError(
             f"values as large as 1e{np.log10(largest) / 2:.0f}: squares overflow", tensor=rows.name
         )
-    ascending = _eigenvalues(gram.astype(dtype, order="F", copy=False))
+    return gram.astype(dtype, order="F", copy=False)
+
+
+def _from_eigenvalues(rows: _Flat, ascending: Vector, dtype: type[Any]) -> Spectrum:
     squares = np.maximum(ascending[::-1], 0.0)
     error = _roundoff(squares, rows.shape, dtype)
     sigma, lowest = np.sqrt(squares), np.sqrt(np.maximum(squares - error, 0.0))
     ratio = np.divide(error, sigma + lowest, out=np.sqrt(error), where=sigma > 0)
+    found: Found = "gram" if dtype is np.float64 else "gram32"
     return Spectrum(rows.shape, sigma, np.minimum(ratio, np.sqrt(error)), found)
 
 
@@ -388,35 +426,6 @@ def _first_at_least(ascending: Vector, target: float) -> int:
 def _effective_rank(p: Vector) -> float:
     positive = p[p > 0]
     return float(np.exp(-np.sum(positive * np.log(positive))))
-
-
-class MarchenkoPastur:
-    """The law of σ²/long for independent entries of variance 1, as a table of its distribution."""
-
-    def __init__(self, short: int, long: int) -> None:
-        ratio = short / long
-        centre, half = 1.0 + ratio, 2.0 * np.sqrt(ratio)
-        self.lower, self.upper = (1.0 - np.sqrt(ratio)) ** 2, (1.0 + np.sqrt(ratio)) ** 2
-        edges = np.linspace(np.pi, 0.0, 4097)  # λ = centre + half·cos θ makes the density smooth
-        middles = (edges[1:] + edges[:-1]) / 2
-        mass = np.square(half * np.sin(middles)) / (centre + half * np.cos(middles))
-        self._points = centre + half * np.cos(edges)
-        self._share = np.append(0.0, np.cumsum(mass)) / np.sum(mass)
-        self.median = float(np.interp(0.5, self._share, self._points))
-        roots = np.sqrt(long - 1) + np.sqrt(short)
-        self.long = long
-        width = roots * (1 / np.sqrt(long - 1) + 1 / np.sqrt(short)) ** (1 / 3)
-        self.threshold = float(max(self.upper, (roots**2 + TRACY_WIDOM_999 * width) / long))
-
-    def quantile(self, share: Vector) -> Vector:
-        """Return the values below which these shares of the law lie."""
-        return np.interp(share, self._share, self._points)
-
-    def distance(self, values: Vector) -> float:
-        """Return the Kolmogorov-Smirnov distance of a sample."""
-        share = np.interp(np.sort(values), self._points, self._share)
-        steps = np.arange(len(values) + 1) / len(values)
-        return float(max(np.max(share - steps[:-1]), np.max(steps[1:] - share)))
 
 
 def _beside(law: MarchenkoPastur, squares: Vector, variance: float) -> BesideRandom:

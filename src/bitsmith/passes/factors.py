@@ -118,14 +118,21 @@ class Factors:
     """Singular values in the metric, the right factor, and the left factor's rows computed when asked for.
 
     `W_r = left[:, :r] @ right[:r]` is the best rank r in the metric. The Gram matrix of the shorter side is
-    accumulated in float64. Both factors carry `sqrt(σ_1)`, so that F16 can hold them.
+    accumulated in float64, unless singular values and the vectors of that side are `known`. Both factors
+    carry `sqrt(σ_1)`, so that F16 can hold them.
     """
 
-    def __init__(self, source: RowSource, metric: Metric) -> None:
+    def __init__(
+        self, source: RowSource, metric: Metric, known: tuple[Float64, NDArray[Any]] | None = None
+    ) -> None:
         self.rows, self.columns = self.shape = matrix_shape(source)
         self.side = min(self.shape)
         tall = self.rows >= self.columns
-        sigma, vectors, inner = _tall(source, metric) if tall else _wide(source, metric)
+        if known is not None and metric.root is None:
+            sigma, vectors = known
+            inner = None if tall else np.asarray(source.read(), vectors.dtype)
+        else:
+            sigma, vectors, inner = _tall(source, metric) if tall else _wide(source, metric)
         self.sigma = sigma
         self.rank = int(np.count_nonzero(sigma > RESOLVED * sigma[0]))
         vectors, used = vectors[:, : self.rank], sigma[: self.rank]

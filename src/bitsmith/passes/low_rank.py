@@ -138,17 +138,19 @@ def contest(
     matrix: RowSource | NDArray[Any],
     second_moment: Float64 | None = None,
     measured_rows: int = MEASURED_ROWS,
+    known: tuple[Float64, NDArray[Any]] | None = None,
 ) -> Contest:
     """Measure low rank against int4 on a matrix (`out in`), errors on at most `measured_rows` rows.
 
     Measured rows are evenly spaced over all. `second_moment` is E[x xᵀ] (`in in`) or its diagonal (`in`).
+    Singular values and the vectors of the shorter side (`n n`) that are `known` are not computed again.
     Raises BitsmithError for anything but a matrix, for values that are not finite and a second moment that is
     not one.
     """
     source = as_rows(matrix)
     rows, columns = matrix_shape(source)
     metric = Metric(second_moment, columns)
-    factors = Factors(source, metric)
+    factors = Factors(source, metric, known)
     rivals = _int4_entrants(rows, columns, metric)
     entrants = [*rivals, *_low_rank_entrants(rivals, factors), *_residual_entrants(rivals, factors)]
     entrants.append(_seed_entrant(factors))

@@ -19,7 +19,7 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.numerics.power_law import RESAMPLES
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
-from bitsmith.run.assay_jobs import Pair, Request, Work, opened_work
+from bitsmith.run.assay_jobs import NOT_MATCHED, NOT_SAMPLED, Pair, Request, Work, opened_work
 from bitsmith.run.assay_result import SCHEMA, Assay, MatrixAssay, MixerAssay, Protocol, Skipped
 from bitsmith.run.assay_workers import measured, usable_workers
 from bitsmith.run.claims import CLAIMS, component_key, seed_checks
@@ -53,6 +53,7 @@ def assay(
     text: Path | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
+    sample: int | None = None,
     workers: int | None = None,
     page: Callable[[Assay], object] | None = None,
     overwrite: bool = False,
@@ -65,7 +66,8 @@ def assay(
     what `calibrate` wrote, or an imatrix) add what data-aware low rank sees, `text` the spectra of
     activations (known architectures only). With `out`, a folder, every finished matrix is kept there, so
     that a killed run goes on, and `assay.json` is written at the end, then what `page` makes of it there, and
-    the digests of both; a run killed in between goes on too. Matrices are measured in `workers` processes, by
+    the digests of both; with `sample` that many matrices of each role are measured, with less precision
+    (`measure`). A run killed in between goes on too. Matrices are measured in `workers` processes, by
     default one for each core as far as memory allows; their number changes nothing in the result.
 
     Raises BitsmithError naming the tensor and the value for one that is not finite, UnsupportedError for
@@ -76,9 +78,10 @@ def assay(
     if out is not None:
         unfinished = (out / JOURNAL_NAME).exists()  # whatever has appeared, it was not all
         result_folder(out, RESULT_NAME, overwrite or unfinished, [model])
-    request = Request(model, match, statistics, resamples, seed)
+    request = Request(model, match, statistics, resamples, seed, sample)
     with opened_work(request) as work:
-        protocol = Protocol(__version__, SCHEMA, match, resamples, seed, _digest(work.moments), _named(text))
+        digest = _digest(work.moments)
+        protocol = Protocol(__version__, SCHEMA, match, resamples, seed, digest, _named(text), sample)
         journal = None
         if out is not None:
             key = content_key(work.checkpoint, asdict(protocol))
@@ -156,7 +159,7 @@ def _result(
 
 
 def _population(weights: Sequence[Pair], skipped: Sequence[Skipped]) -> dict[str, Population]:
-    left_out = {tensor.name for tensor in skipped if tensor.why == "does not match"}
+    left_out = {tensor.name for tensor in skipped if tensor.why in (NOT_MATCHED, NOT_SAMPLED)}
     parts = {}
     for key in (seed.key for seed in CLAIMS):
         own = [(spec, ref) for spec, ref in weights if component_key(spec) == key]

@@ -23,6 +23,7 @@ from bitsmith.store.checkpoint import Checkpoint, TensorRef
 from bitsmith.store.stored import INTEGERS
 
 Pair = tuple[TensorSpec, TensorRef]
+NOT_SAMPLED, NOT_MATCHED = "is not in the sample", "does not match"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Request:
     statistics: Moments | Path | None
     resamples: int
     seed: int
+    sample: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ def opened_work(request: Request) -> Iterator[Work]:
     with open_checkpoint(request.model) as checkpoint:
         content = _content(checkpoint)
         targets, skipped = _targets(content.pairs, pattern, checkpoint.path)
+        if request.sample is not None:
+            targets = _sampled(targets, request.sample, skipped)
         if not targets:
             matching = f" matches {request.match!r}" if request.match else ""
             raise BitsmithError(f"no matrix to assay{matching}", path=request.model)
@@ -123,12 +127,30 @@ def _targets(
     return targets, skipped
 
 
+def _sampled(targets: Sequence[Target], count: int, skipped: list[Skipped]) -> list[Target]:
+    """Keep `count` matrices of each role, evenly spaced over the layers; vision and MTP are a role each."""
+    groups: dict[str, list[Target]] = {}
+    for target in targets:
+        component = target.spec.component
+        groups.setdefault(target.role if component == "text" else component, []).append(target)
+    chosen = {
+        group[(2 * place + 1) * len(group) // (2 * count)].name
+        for group in groups.values()
+        for place in range(count)
+    }
+    for target in targets:
+        if target.name not in chosen:
+            ref = target.ref
+            skipped.append(Skipped(target.name, ref.shape, ref.size, component_key(target.spec), NOT_SAMPLED))
+    return [target for target in targets if target.name in chosen]
+
+
 def _not_assayed(ref: TensorRef, matched: bool) -> str | None:
     if ref.dtype in INTEGERS:
         return f"holds {ref.dtype}, no weights"
     if len(ref.shape) < 2 or ref.size == 0:
         return "is empty" if ref.size == 0 else "is a vector"
-    return None if matched else "does not match"
+    return None if matched else NOT_MATCHED
 
 
 def _jobs(
@@ -139,7 +161,14 @@ def _jobs(
             target.name,
             target.work,
             target.memory_bytes,
-            partial(measure, target, request.resamples, request.seed, moments.get(target.name)),
+            partial(
+                measure,
+                target,
+                request.resamples,
+                request.seed,
+                moments.get(target.name),
+                quick=request.sample is not None,
+            ),
             MatrixAssay,
         )
         for target in targets

@@ -299,7 +299,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the figures were obtained, enough to repeat them."""
+    """How the figures were obtained, enough to repeat them; of `sample` matrices of each role if not None."""
 
     version: str
     schema: int
@@ -308,6 +308,7 @@ class Protocol:
     seed: int
     statistics: str | None
     text: str | None
+    sample: int | None = None
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,7 @@ def forecast_assay(
     match: str | None = None,
     statistics: Path | None = None,
     text: Path | None = None,
+    sample: int | None = None,
     workers: int | None = None,
 ) -> Forecast:
     """Predict what `assay` takes on so many processes, but for the forward of a `text`.
@@ -89,7 +90,7 @@ def forecast_assay(
     Raises as `assay` does for what it refuses at first.
     """
     before, folder = io_so_far(), folder_of(out or Path("assay"))
-    request = Request(model, match, statistics, RESAMPLES, 0)
+    request = Request(model, match, statistics, RESAMPLES, 0, sample)
     with opened_work(request) as work:
         started, budget = seconds_of_process(), Budget()
         costs = _Costs(work, request, budget)
@@ -180,7 +181,9 @@ class _Costs:
 
     def _seconds(self, target: Target, shape: tuple[int, int], moments: Any = None) -> float:
         part = Target(target.spec, _cut(target.ref, shape))
-        return _spent(lambda: measure(part, self._request.resamples, self._request.seed, moments))
+        asked = self._request
+        quick = asked.sample is not None
+        return _spent(lambda: measure(part, asked.resamples, asked.seed, moments, quick=quick))
 
     def _mixer_line(self, mixer: Mixer) -> tuple[float, float]:
         """Return the seconds of a layer's projections, and those of each column of the residual stream."""

@@ -14,7 +14,14 @@ from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, UnsupportedError
 from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.rate_distortion import bound_points
-from bitsmith.numerics.spectrum import Spectrum, compare_with_random, decompose, describe, singular_values
+from bitsmith.numerics.spectrum import (
+    LARGE,
+    Spectrum,
+    compare_with_random,
+    decompose,
+    describe,
+    singular_values,
+)
 from bitsmith.numerics.tensor_train import RowSource, Train, as_rows, svd_core, sweep
 from bitsmith.passes.attention import (
     delta_parts,
@@ -23,7 +30,7 @@ from bitsmith.passes.attention import (
     low_rank_heads,
     query_rows,
 )
-from bitsmith.passes.low_rank import Coding, Contest, contest, format_gaps
+from bitsmith.passes.low_rank import MEASURED_ROWS, Coding, Contest, contest, format_gaps
 from bitsmith.run.assay_result import (
     Curve,
     MatrixAssay,
@@ -45,8 +52,10 @@ Weights = NDArray[Any]
 Source = Weights | TensorRef
 
 HELD_BYTES = 512 << 20  # a matrix up to this size as float32 is read once, a larger one for every measure
+QUICK_ROWS = 1024
 CURVE_POINTS = 200
 _AT_REST_BYTES = 400 << 20
+_TOGETHER = 64  # rows read at once of a matrix that is sampled
 RATES_BPW = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 TRAIN_ROLES = ("embed", "head")
 
@@ -84,8 +93,17 @@ class Target:
     def memory_bytes(self) -> int:
         """Bytes that measuring it takes at most, about: itself where it is held, and Gram matrices."""
         short = min(self.shape)
-        held = 4 * self.ref.size
-        return _AT_REST_BYTES + (2 * held if held <= HELD_BYTES else 0) + 40 * short * short
+        return _AT_REST_BYTES + 2 * min(4 * self.ref.size, HELD_BYTES) + 40 * short * short
+
+    def sampled(self) -> Source:
+        """Return the folded values; of a matrix too large to hold, groups of rows evenly spaced over it."""
+        rows, columns = self.shape
+        kept = min(rows, HELD_BYTES // (4 * columns) // _TOGETHER * _TOGETHER)
+        if kept in (0, rows):
+            return self.source()
+        starts = np.arange(kept // _TOGETHER) * (rows - _TOGETHER) // max(1, kept // _TOGETHER - 1)
+        found = [self.ref.read(int(first), int(first) + _TOGETHER) for first in starts]
+        return np.concatenate(found).reshape(-1, columns)
 
     def source(self) -> Source:
         """Return the folded values: an array if they may be held, else a tensor that reads slices of rows."""
@@ -123,22 +141,31 @@ class Mixer:
         return _AT_REST_BYTES + 4 * held
 
 
-def measure(target: Target, resamples: int, seed: int, second_moment: Float64 | None = None) -> MatrixAssay:
+def measure(
+    target: Target, resamples: int, seed: int, second_moment: Float64 | None = None, quick: bool = False
+) -> MatrixAssay:
     """Measure one matrix.
 
+    `quick` computes in float32 where the matrix is large, measures errors on fewer rows, a matrix that is too
+    large to hold on a sample of its rows, and no Tensor-Train of it; the figures' bounds say what that costs.
     Raises BitsmithError naming the tensor and the first value that is NaN or infinite.
     """
     started = time.monotonic()
     try:
-        source = target.source()
-        found = decompose(source)
+        source = target.sampled() if quick else target.source()
+        found = decompose(source, np.float32 if quick and min(target.shape) >= LARGE else np.float64)
+        sample = QUICK_ROWS if quick else MEASURED_ROWS
         spectrum = found.spectrum
         zero = spectrum.energy == 0
-        rivals = () if zero else _rivals(contest(source, known=(spectrum.sigma, found.vectors)))
+        rivals = (
+            ()
+            if zero
+            else _rivals(contest(source, measured_rows=sample, known=(spectrum.sigma, found.vectors)))
+        )
         del found
         figures = None if zero else spectrum_figures(spectrum)
-        gaps = () if zero else _rates(source, spectrum)
-        trains = _trains(source) if not zero and target.role in TRAIN_ROLES else None
+        gaps = () if zero else _rates(source, spectrum, sample)
+        trains = None if zero or quick or target.role not in TRAIN_ROLES else _trains(source)
         whitened = None if zero or second_moment is None else _whitened(source, second_moment)
     except UnsupportedError:
         raise
@@ -264,10 +291,10 @@ def _rival(kind: Any, coding: Coding, error: float) -> Rival:
     )
 
 
-def _rates(source: Source, spectrum: Spectrum) -> tuple[RateRow, ...]:
+def _rates(source: Source, spectrum: Spectrum, sample: int) -> tuple[RateRow, ...]:
     return tuple(
         RateRow(gap.format, gap.bpw, gap.relative_error, gap.gap_white_db, gap.gap_spectral_db)
-        for gap in format_gaps(source, spectrum.sigma)
+        for gap in format_gaps(source, spectrum.sigma, measured_rows=sample)
         if gap.relative_error is not None
     )
 
