@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from bitsmith.cli.options import JsonOut, Model, Overwrite, progress_bars, show_forecast, write_json
+from bitsmith.cli.options import Device, JsonOut, Model, Overwrite, progress_bars, show_forecast, write_json
 from bitsmith.errors import BitsmithError
 
 
@@ -153,6 +153,7 @@ def compress(
             help="Perplexity that recipe sahc must stay below (default 100, if the original does).",
         ),
     ] = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -194,6 +195,7 @@ def compress(
         seed=seed,
         chunks=chunks,
         ppl_limit=ppl_limit,
+        device=device,
     )
     if dry_run:
         with progress_bars() as progress:

@@ -16,6 +16,7 @@ from bitsmith.cli.compress import compress
 from bitsmith.cli.generate import chat, generate
 from bitsmith.cli.merge import merge
 from bitsmith.cli.options import (
+    Device,
     DryRun,
     JsonOut,
     Model,
@@ -73,6 +74,15 @@ def assay(
     text: Annotated[
         Path | None, typer.Option("--text", help="UTF-8 text: also the spectra of K, V and residual states.")
     ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            "--sample",
+            min=1,
+            metavar="N",
+            help="Only N matrices of each role, spread over the layers, in float32 and on fewer rows.",
+        ),
+    ] = None,
     workers: Workers = None,
     dry_run: DryRun = False,
     json_out: JsonOut = None,
@@ -100,8 +110,8 @@ def assay(
     if dry_run:
         from bitsmith.run.forecast_assay import forecast_assay
 
-        asked: dict[str, Any] = {"match": match, "statistics": stats, "text": text, "workers": workers}
-        show_forecast(forecast_assay(fetched(model), out, **asked), json_out)
+        asked: dict[str, Any] = {"match": match, "statistics": stats, "text": text, "sample": sample}
+        show_forecast(forecast_assay(fetched(model), out, workers=workers, **asked), json_out)
         return
     page = None if out is None else partial(write_assay_page, out / PAGE_NAME)
     with progress_bars() as progress:
@@ -111,6 +121,7 @@ def assay(
             match=match,
             statistics=stats,
             text=text,
+            sample=sample,
             workers=workers,
             page=page,
             overwrite=overwrite,
@@ -145,6 +156,7 @@ def calibrate(
         bool,
         typer.Option(help="Weigh each token by what its errors cost the predictions; takes a backward pass."),
     ] = True,
+    device: Device = "cpu",
     dry_run: DryRun = False,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
@@ -171,6 +183,7 @@ def calibrate(
             chunks=chunks,
             block=block,
             saliency=saliency,
+            device=device,
             overwrite=overwrite,
             progress=progress,
         )
@@ -192,6 +205,7 @@ def evaluate(
     chunks: Annotated[
         int | None, typer.Option("--chunks", min=1, help="Chunks at most; default all.")
     ] = None,
+    device: Device = "cpu",
     dry_run: DryRun = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -205,7 +219,9 @@ def evaluate(
         show_forecast(forecast_evaluate(fetched(ref), fetched(candidate), text, ctx, chunks), json_out)
         return
     with progress_bars() as progress:
-        evaluation = run(ref, candidate, text, ctx_tokens=ctx, chunks=chunks, progress=progress)
+        evaluation = run(
+            ref, candidate, text, ctx_tokens=ctx, chunks=chunks, progress=progress, device=device
+        )
     print_evaluation(evaluation)
     write_json(json_out, evaluation.to_json())
 

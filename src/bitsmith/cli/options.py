@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -30,6 +30,10 @@ Model = Annotated[
 ]
 JsonOut = Annotated[Path | None, typer.Option("--json", help="Also write the result as JSON to this file.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell time, memory and disk that it will take.")]
+Device = Annotated[
+    Literal["cpu", "cuda", "auto"],
+    typer.Option("--device", help="Where to compute: cuda is a GPU, auto a GPU where torch finds one."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes; default one for each core where it pays.")

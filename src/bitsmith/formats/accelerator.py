@@ -39,6 +39,11 @@ def accelerator() -> Accelerator | None:
     return _current
 
 
+def device_facts() -> dict[str, str]:
+    """Return what a record or a key says of the device that encodes: nothing of the processor."""
+    return {} if _current is None else {"device": _current.name}
+
+
 @contextmanager
 def accelerated_by(found: Accelerator | None) -> Iterator[None]:
     """Let `found` encode, in the whole process; None for the compiled searches. May be nested."""

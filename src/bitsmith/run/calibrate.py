@@ -20,9 +20,11 @@ from safetensors.numpy import load_file, save_file
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.formats.accelerator import device_facts
 from bitsmith.log import event
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
+from bitsmith.run.device import on_device
 from bitsmith.run.evaluate import open_model, text_chunks
 from bitsmith.run.evaluation import Protocol
 from bitsmith.run.forward import TextModel, Tokens
@@ -94,6 +96,7 @@ def calibrate(
     block: int | None = None,
     saliency: bool = True,
     seed: int = 0,
+    device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = silent,
 ) -> Calibration:
@@ -110,14 +113,14 @@ def calibrate(
 
     One layer's weights and moments are in memory; states and finished layers lie in `.NAME.calibration`
     beside `out`, so that a killed run goes on at its layer, with the same bytes. Sums do not depend on the
-    number of threads.
+    number of threads. `device` is one of `run.device`: a GPU's sums differ in the last bits.
 
     Raises BitsmithError for a text that is not UTF-8 or too short, for states that are not finite, and for a
     `block` that does not divide a site's columns; OutputError if `out` exists (unless `overwrite`), is an
     input, is being written by another run, or does not fit on the disk.
     """
     refuse_taken(out, overwrite, [], folder=not is_imatrix_name(out))
-    with open_model(local(model, progress)) as opened:
+    with on_device(device), open_model(local(model, progress)) as opened:
         tokens, protocol = text_chunks(opened, text, ctx_tokens, chunks)
         options: dict[str, Any] = {"block": block, "saliency": saliency, "seed": seed, "overwrite": overwrite}
         return calibrate_tokens(opened, tokens, protocol, out, **options, progress=progress)
@@ -237,6 +240,7 @@ class _Run:
                 "blocks": self.blocks,
                 "seed": self.seed,
                 "saliency": self.saliency,
+                **device_facts(),
             },
         )
 
@@ -318,6 +322,7 @@ class _Run:
             "held_chunks": len(self.held),
             "saliency": self.saliency,
             "seed": self.seed,
+            **device_facts(),
         }
         seal(out, kind, content, {"model": source_facts(self.model.source, out)}, **options)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -26,7 +28,7 @@ Output = Literal["gguf", "cellm", "folder", "spi", "sahc"]
 Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord
 Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan | SahcPlan
 
-_ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite"}
+_ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite", "device"}
 _KNOWN: dict[Output, set[str]] = {
     "cellm": _ALL | {"tensor_types", "group", "like_seed", "selection"},
     "folder": _ALL | {"tensor_types", "group", "ignore"},
@@ -50,7 +52,23 @@ def compress(job: Job, progress: Progress = silent) -> Written:
     options that the kind does not know, and for a recipe `sahc` whose last gates do not pass.
     """
     output = output_of(job)
-    out = destination(job, output)
+    with _device(job.device):
+        return _written(job, output, destination(job, output), progress)
+
+
+@contextmanager
+def _device(name: str) -> Iterator[None]:
+    """Encode and forward on the device called `name`; torch is loaded for another than the processor."""
+    if name == "cpu":
+        yield
+        return
+    from bitsmith.run.device import on_device  # noqa: PLC0415 (loads torch)
+
+    with on_device(name):
+        yield
+
+
+def _written(job: Job, output: Output, out: Path, progress: Progress) -> Written:
     if output != "sahc":
         refuse_taken(out, job.overwrite, [], folder=output not in ("gguf", "cellm"))
     job = replace(job, out=out, model=local(job.model, progress))

@@ -19,6 +19,7 @@ from bitsmith.numerics.divergence import Estimate, TokenScores, estimates
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import Applied, model_of
 from bitsmith.progress import Progress, silent
+from bitsmith.run.device import current_device, described, on_device
 from bitsmith.run.evaluation import INTERVAL, RESAMPLES, Artifact, Evaluation, Measure, Protocol
 from bitsmith.run.forward import TextModel, check_heads, compare, final_hidden_states
 from bitsmith.store import open_checkpoint
@@ -48,6 +49,7 @@ def evaluate(
     chunks: int | None = None,
     seed: int = 0,
     progress: Progress = silent,
+    device: str = "cpu",
 ) -> Evaluation:
     """Measure `candidate` against `ref`, each whatever `open_checkpoint` opens, on a UTF-8 text.
 
@@ -55,12 +57,13 @@ def evaluate(
     starts from an empty context and its positions ctx/2…ctx-2 are scored on the token that follows. `chunks`
     caps how many are used. Intervals are 95 % percentile intervals of a seeded paired bootstrap over chunks.
     A candidate without a tokenizer, such as a .cellm alone, is held against the reference's vocabulary by its
-    size; a warning says so.
+    size; a warning says so. `device` is one of `run.device`: a GPU's measures differ in the last digits.
 
     Raises BitsmithError for a text that is not UTF-8 or shorter than one chunk, for vocabularies that differ,
     and for logits that are not finite.
     """
-    return evaluate_all(ref, [candidate], text, ctx_tokens, chunks, seed, progress)[0]
+    with on_device(device):
+        return evaluate_all(ref, [candidate], text, ctx_tokens, chunks, seed, progress)[0]
 
 
 def evaluate_all(
@@ -210,6 +213,7 @@ def text_chunks(
         scored_tokens=used * (ctx_tokens - 1 - ctx_tokens // 2),
         resamples=RESAMPLES,
         seed=seed,
+        device=described(current_device()),
     )
 
 

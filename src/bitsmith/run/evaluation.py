@@ -34,7 +34,10 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How it was measured; `chunks` is what was scored, `chunks_available` what the text has."""
+    """How it was measured; `chunks` is what was scored, `chunks_available` what the text has.
+
+    `device` is where the forwards ran, in float32.
+    """
 
     name: str
     text: str
@@ -46,6 +49,7 @@ class Protocol:
     scored_tokens: int
     resamples: int
     seed: int
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)

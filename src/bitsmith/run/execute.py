@@ -13,6 +13,7 @@ from typing import Any
 from bitsmith import __version__
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.formats.accelerator import device_facts
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
@@ -49,6 +50,7 @@ class Record:
     resumed: int = 0
     applied: tuple[Applied, ...] = ()
     source: Mapping[str, Any] = field(default_factory=dict)
+    device: str = "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain values."""
@@ -61,6 +63,7 @@ class Record:
             "peak_memory_bytes": self.peak_memory_bytes,
             "rounder": self.rounder,
             "statistics_sha256": self.statistics,
+            "device": self.device,
             "resumed_tensors": self.resumed,
             "transforms": [_said(one) for one in self.applied],
             "fallbacks": [row.gguf_name for row in self.plan.fallbacks],
@@ -153,6 +156,7 @@ def compress(
             rounder="nearest" if opened is None else kept,
             statistics=None if opened is None else opened.digest,
             applied=applied,
+            device=device_facts().get("device", "cpu"),
         )
 
         def finish(content: Content) -> None:
@@ -199,6 +203,7 @@ def with_manifest(
         "plan_sha256": plan.digest,
         "rounder": record.rounder,
         "statistics_sha256": record.statistics,
+        **device_facts(),
         **options,
     }
     shapes = {row.gguf_name: row.shape for row in plan.rows}

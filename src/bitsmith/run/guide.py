@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec, claim
 from bitsmith.errors import BitsmithError
+from bitsmith.formats.accelerator import device_facts
 from bitsmith.formats.format import Float32
 from bitsmith.formats.integer import Coded, GridFormat
 from bitsmith.numerics.finite import first_non_finite
@@ -114,6 +115,7 @@ def rounding_key(
             "types or schemes": layout,
             "statistics": statistics,
             "rounder": rounder,
+            **device_facts(),
         },
     )
 
