@@ -18,6 +18,7 @@ from bitsmith.formats.lanes import (
     NOISE,
     ONE,
     REFITS,
+    WIDE,
     ZERO,
     half_in_unit,
     load_lanes,
@@ -25,8 +26,10 @@ from bitsmith.formats.lanes import (
     outwards,
     weight_at,
     weight_lanes,
+    weighted,
 )  # fmt: skip
 from bitsmith.numerics.half import half_round
+from bitsmith.numerics.vectors import larger, load, nearest, smaller, spread, store
 
 SPREAD = np.float32(1e-5)  # of codes, relative; with less there is no telling scale from offset
 Int16 = NDArray[np.int16]
@@ -38,19 +41,19 @@ def _affine_sums(
     sq: Float32, sqx: Float32, sqq: Float32,
 ) -> None:  # fmt: skip
     """Sum `w q`, `w q x` and `w q q` per lane for the codes `q` nearest to `(x + offset) * inverse`."""
-    for lane in range(LANES):
-        sq[lane] = ZERO
-        sqx[lane] = ZERO
-        sqq[lane] = ZERO
-    for j in range(0, x.shape[0], 2):
-        for lane in range(LANES):
-            a, b = x[j, lane], x[j + 1, lane]
-            p = np.rint(min(max((a + offset[lane]) * inverse[lane], ZERO), high))
-            q = np.rint(min(max((b + offset[lane]) * inverse[lane], ZERO), high))
-            wp, wq = weight_at(w, j, lane) * p, weight_at(w, j + 1, lane) * q
-            sq[lane] += wp + wq
-            sqx[lane] += wp * a + wq * b
-            sqq[lane] += wp * p + wq * q
+    zero, most = spread(ZERO, 16), spread(high, 16)
+    for at in range(0, LANES, WIDE):
+        by, moved = load(inverse, at, 16), load(offset, at, 16)
+        codes, across, along = zero, zero, zero
+        for first in range(at, x.size, 2 * LANES):
+            a, b = load(x, first, 16), load(x, first + LANES, 16)
+            p = nearest(smaller(larger((a + moved) * by, zero), most))
+            q = nearest(smaller(larger((b + moved) * by, zero), most))
+            wp, wq = weighted(w, first, p), weighted(w, first + LANES, q)
+            codes, across, along = codes + (wp + wq), across + (wp * a + wq * b), along + (wp * p + wq * q)
+        store(sq, at, codes)
+        store(sqx, at, across)
+        store(sqq, at, along)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -150,13 +153,14 @@ def _affine_errors(
     error: Float32,
 ) -> None:  # fmt: skip
     """Sum `w (x + offset - scale q)^2` per lane, `q` as in `_affine_sums`."""
-    for lane in range(LANES):
-        error[lane] = ZERO
-    for j in range(x.shape[0]):
-        for lane in range(LANES):
-            value = x[j, lane] + offset[lane]
-            left = value - scale[lane] * np.rint(min(max(value * inverse[lane], ZERO), high))
-            error[lane] += weight_at(w, j, lane) * left * left
+    zero, most = spread(ZERO, 16), spread(high, 16)
+    for at in range(0, LANES, WIDE):
+        by, moved, step, total = load(inverse, at, 16), load(offset, at, 16), load(scale, at, 16), zero
+        for place in range(at, x.size, LANES):
+            value = load(x, place, 16) + moved
+            left = value - step * nearest(smaller(larger(value * by, zero), most))
+            total = total + weighted(w, place, left) * left
+        store(error, at, total)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

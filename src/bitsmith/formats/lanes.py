@@ -18,8 +18,10 @@ from numba.extending import overload
 
 from bitsmith.formats.format import Float32
 from bitsmith.numerics.half import HALF_TINY, half_round
+from bitsmith.numerics.vectors import load, turn
 
 LANES = 64
+WIDE = 16  # lanes whose sums stay in the processor's registers
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 TWO = np.float32(2.0)
@@ -47,6 +49,21 @@ def _compiled_weight_at(w: Any, j: Any, lane: Any) -> Any:
         return w[j, lane]
 
     return one if isinstance(w, types.NoneType) else given
+
+
+def weighted(w: Float32 | None, at: int, values: Any) -> Any:
+    """Return `values` (16 of them) times the weights from flat place `at` on, as they are without weights."""
+
+
+@overload(weighted, inline="always")
+def _compiled_weighted(w: Any, at: Any, values: Any) -> Any:
+    def alike(w: Any, at: Any, values: Any) -> Any:
+        return values
+
+    def given(w: Any, at: Any, values: Any) -> Any:
+        return load(w, at, 16) * values
+
+    return alike if isinstance(w, types.NoneType) else given
 
 
 def weight_lanes(weights: Float32 | None, size: int) -> Float32 | None:
@@ -91,7 +108,11 @@ def load_lanes(blocks: Float32, block: int, subs: int, x: Float32, unit: Float32
     rows = blocks.reshape(-1, x.shape[0])
     filled = min(LANES, rows.shape[0] - block * subs)
     inverse = scratch[0]
-    for lane in range(filled):
+    whole = filled // 8 * 8
+    for lane in range(0, whole, 8):
+        for j in range(0, x.shape[0], 8):
+            turn(rows, (block * subs + lane) * x.shape[0] + j, x.shape[0], x, j * LANES + lane, LANES)
+    for lane in range(whole, filled):
         for j in range(x.shape[0]):
             x[j, lane] = rows[block * subs + lane, j]
     for lane in range(filled, LANES):

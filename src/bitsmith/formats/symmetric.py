@@ -22,6 +22,7 @@ from bitsmith.formats.lanes import (
     ONE,
     REFITS,
     TWO,
+    WIDE,
     ZERO,
     half_in_unit,
     load_lanes,
@@ -29,8 +30,10 @@ from bitsmith.formats.lanes import (
     outwards,
     weight_at,
     weight_lanes,
+    weighted,
 )  # fmt: skip
 from bitsmith.numerics.half import half_round
+from bitsmith.numerics.vectors import larger, load, nearest, smaller, spread, store
 
 EVEN = np.zeros(1, np.float32)
 """Stands for whole-number levels where a kernel takes a table of levels."""
@@ -47,19 +50,22 @@ def _symmetric_sums(
     With a table, a place `p` has its level at index `floor(2 p) + len / 2`; the index is stored first so that
     both halves vectorise.
     """
+    if table.size == 1:
+        least, most = spread(low, 16), spread(high, 16)
+        for at in range(0, LANES, WIDE):
+            by, across, along = load(inverse, at, 16), spread(ZERO, 16), spread(ZERO, 16)
+            for first in range(at, x.size, 2 * LANES):
+                a, b = load(x, first, 16), load(x, first + LANES, 16)
+                p = nearest(smaller(larger(a * by, least), most))
+                q = nearest(smaller(larger(b * by, least), most))
+                wp, wq = weighted(w, first, p), weighted(w, first + LANES, q)
+                across, along = across + (wp * a + wq * b), along + (wp * p + wq * q)
+            store(sqx, at, across)
+            store(sqq, at, along)
+        return
     for lane in range(LANES):
         sqx[lane] = ZERO
         sqq[lane] = ZERO
-    if table.size == 1:
-        for j in range(0, x.shape[0], 2):
-            for lane in range(LANES):
-                a, b = x[j, lane], x[j + 1, lane]
-                p = np.rint(min(max(a * inverse[lane], low), high))
-                q = np.rint(min(max(b * inverse[lane], low), high))
-                wp, wq = weight_at(w, j, lane) * p, weight_at(w, j + 1, lane) * q
-                sqx[lane] += wp * a + wq * b
-                sqq[lane] += wp * p + wq * q
-        return
     middle = np.float32(table.size // 2)
     top = middle + middle - ONE
     for j in range(x.shape[0]):
@@ -131,15 +137,18 @@ def _symmetric_errors(
     table: Float32, places: NDArray[np.uint16], error: Float32,
 ) -> None:  # fmt: skip
     """Sum `w (x - scale q)^2` per lane, `q` as in `_symmetric_sums`."""
+    if table.size == 1:
+        least, most = spread(low, 16), spread(high, 16)
+        for at in range(0, LANES, WIDE):
+            by, step, total = load(inverse, at, 16), load(scale, at, 16), spread(ZERO, 16)
+            for place in range(at, x.size, LANES):
+                value = load(x, place, 16)
+                left = value - step * nearest(smaller(larger(value * by, least), most))
+                total = total + weighted(w, place, left) * left
+            store(error, at, total)
+        return
     for lane in range(LANES):
         error[lane] = ZERO
-    if table.size == 1:
-        for j in range(x.shape[0]):
-            for lane in range(LANES):
-                value = x[j, lane]
-                left = value - scale[lane] * np.rint(min(max(value * inverse[lane], low), high))
-                error[lane] += weight_at(w, j, lane) * left * left
-        return
     middle = np.float32(table.size // 2)
     top = middle + middle - ONE
     for j in range(x.shape[0]):

@@ -165,20 +165,20 @@ def where(typing: Any, mask: Any, first: Any, second: Any) -> Any:
 
 @_compiled  # type: ignore[untyped-decorator]
 def smaller(typing: Any, first: Any, second: Any) -> Any:
-    """Return the lesser values of two vectors of numbers that are no NaN."""
+    """Return the lesser values of two vectors, those of the first where either is NaN."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.select(_comparison("<")(builder, first, *args), *args)
+        return builder.select(_comparison("<")(builder, first, args[1], args[0]), args[1], args[0])
 
     return first(first, first), emit
 
 
 @_compiled  # type: ignore[untyped-decorator]
 def larger(typing: Any, first: Any, second: Any) -> Any:
-    """Return the greater values of two vectors of numbers that are no NaN."""
+    """Return the greater values of two vectors, those of the first where either is NaN."""
 
     def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.select(_comparison(">")(builder, first, *args), *args)
+        return builder.select(_comparison(">")(builder, first, args[1], args[0]), args[1], args[0])
 
     return first(first, first), emit
 
@@ -186,8 +186,10 @@ def larger(typing: Any, first: Any, second: Any) -> Any:
 def _called(name: str) -> Any:
     def function(typing: Any, vector: Any) -> Any:
         def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-            found = builder.module.declare_intrinsic(name, [vector.compiled])
-            return builder.call(found, args)
+            full = f"{name}.v{vector.lanes}f{vector.element.bitwidth}"
+            known = builder.module.globals.get(full)
+            kind = ir.FunctionType(vector.compiled, [vector.compiled])
+            return builder.call(known or ir.Function(builder.module, kind, full), args)
 
         return vector(vector), emit
 
@@ -249,6 +251,36 @@ def joined(typing: Any, first: Any, second: Any) -> Any:
         return _shuffled(builder, args[0], args[1], range(2 * first.lanes))
 
     return found(first, first), emit
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def turn(typing: Any, source: Any, at: Any, stride: Any, target: Any, to: Any, width: Any) -> Any:
+    """Write 8 x 8 values of contiguous `source` (from `at`, rows `stride` apart) transposed into `target`.
+
+    There they lie from `to` on in rows `width` apart.
+    """
+    kind = Vector(source.dtype, 8)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        def place(array: int, start: int, step: int, row: int) -> Any:
+            index = builder.add(args[start], builder.mul(args[step], args[step].type(row)))
+            return _place(context, builder, sig.args[array], args[array], index, kind)
+
+        align = source.dtype.bitwidth // 8
+        rows = [builder.load(place(0, 1, 2, row), align=align) for row in range(8)]
+        for half in (4, 2, 1):  # rows r and r + half exchange the columns whose bit `half` differs
+            low = [c if not c & half else 8 + c - half for c in range(8)]
+            high = [c + half if not c & half else 8 + c for c in range(8)]
+            found = list(rows)
+            for row in (r for r in range(8) if not r & half):
+                found[row] = _shuffled(builder, rows[row], rows[row + half], low)
+                found[row + half] = _shuffled(builder, rows[row], rows[row + half], high)
+            rows = found
+        for row in range(8):
+            builder.store(rows[row], place(3, 4, 5, row), align=align)
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), emit
 
 
 @_compiled  # type: ignore[untyped-decorator]
