@@ -18,6 +18,9 @@ from bitsmith.log import LOGGER, fields_of
 from bitsmith.run import gguf_job
 
 
+IN_FLIGHT_BYTES = 32 << 20  # more than the tensors before, which are still being encoded, give back
+
+
 class At(logging.Handler):
     """Does as it is told when the tensor begins, behind all the other handlers."""
 
@@ -36,7 +39,8 @@ class At(logging.Handler):
             time.sleep(600)
         elif self._mode == "memory":
             pages = int(Path("/proc/self/statm").read_text().split()[0])
-            resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize(),) * 2)
+            limit = pages * resource.getpagesize() - IN_FLIGHT_BYTES
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 if __name__ == "__main__":

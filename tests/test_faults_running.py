@@ -29,6 +29,7 @@ ESCAPES = "\x1b]0;title\x07[red]\u202e:smile:<script>"
 ENVIRONMENT = {
     **os.environ,
     "MALLOC_MMAP_THRESHOLD_": "65536",  # else freed memory is kept, and the limit is not felt
+    "MALLOC_ARENA_MAX": "1",  # else each thread has address space of its own to fall back on
     "OMP_NUM_THREADS": "1",
     "NUMBA_NUM_THREADS": "1",
 }
