@@ -10,9 +10,11 @@ from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
+import numba
+
 from bitsmith.archs.export import renamed
-from bitsmith.run.encode import Rounder
-from bitsmith.run.execute import carry_out, peak_memory_bytes
+from bitsmith.run.encode import TensorEncoder, check_rounder
+from bitsmith.run.execute import carry_out, peak_memory_bytes, statistics_of
 from bitsmith.run.forecast import (
     Budget,
     Forecast,
@@ -24,6 +26,7 @@ from bitsmith.run.forecast import (
     seconds_of_process,
     total_seconds,
 )
+from bitsmith.run.forecast_guided import guided_parts
 from bitsmith.run.job import Job
 from bitsmith.run.machine import usable_cores
 from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
@@ -31,7 +34,6 @@ from bitsmith.run.partial import first_rows
 from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import Checkpoint
-from bitsmith.store.statistics import Statistics
 
 _SMALL_WEIGHTS = 1 << 16
 """Up to this size tensors are rehearsed whole, all together: their number is what takes the time."""
@@ -61,11 +63,8 @@ class Rehearsal:
 class Rehearsals:
     """Runs of the real encoder over samples of a plan's tensors, into a scratch folder."""
 
-    def __init__(
-        self, source: Source, plan: Plan, folder: Path, statistics: Statistics | None, rounder: Rounder
-    ) -> None:
+    def __init__(self, source: Source, plan: Plan, folder: Path) -> None:
         self._source, self._plan, self._folder = source, plan, folder
-        self._statistics, self._rounder = statistics, rounder
         self._tensors = {tensor.gguf_name: tensor for tensor in source.tensors}
 
     @cached_property
@@ -118,7 +117,7 @@ class Rehearsals:
         source = replace(self._source, checkpoint=checkpoint, tensors=tuple(tensors), metadata=metadata)
         plan = replace(self._plan, rows=tuple(rows))
         before, began = io_so_far(), time.perf_counter()
-        carry_out(source, plan, self._folder / "rehearsal.gguf", self._statistics, self._rounder)
+        carry_out(source, plan, self._folder / "rehearsal.gguf", None, "nearest")
         seconds = time.perf_counter() - began
         return Rehearsal(sum(prod(row.shape) for row in rows), seconds, io_so_far().since(before))
 
@@ -156,15 +155,18 @@ def _read_once(tensors: Iterable[SourceTensor]) -> None:
             tensor.ref.raw(start, stop)
 
 
-def gguf_parts(rehearsals: Rehearsals, budget: Budget) -> tuple[list[Part], float, Io]:
-    """Return the parts of the time, the seconds that loading the kernels takes, and the bytes of it all."""
+def gguf_parts(rehearsals: Rehearsals, budget: Budget, others: int = 1) -> tuple[list[Part], float, Io]:
+    """Return the parts of the time, the seconds that loading the kernels takes, and the bytes of it all.
+
+    The rest of the budget is left to as many `others`, less one.
+    """
     parts: list[Part] = []
     load, found = 0.0, rehearsals.fixed()
     parts.append(Part("header and small tensors", found.seconds, 1, "file", 1 / found.seconds))
     io = found.io
     kinds = rehearsals.kinds
     for number, (kind, rows) in enumerate(kinds.items()):
-        more, found = rehearsals.of(kind, budget.share(len(kinds) - number))
+        more, found = rehearsals.of(kind, budget.share(len(kinds) - number) / others)
         load += more
         weights = sum(prod(row.shape) for row in rows)
         rate = found.weights / found.seconds
@@ -186,28 +188,45 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
     folder = folder_of(job.destination)
     with open_checkpoint(job.model) as checkpoint, scratch(folder) as work:
         source = open_source(checkpoint, allow_requantize=True)
-        rehearsals = Rehearsals(source, todo, work, None, "nearest")
-        parts, load, io = gguf_parts(rehearsals, budget)
+        statistics = None if job.statistics is None else statistics_of(source, job.statistics)
+        rounder = check_rounder(job.rounder, statistics, job.statistics)
+        encoder = TensorEncoder(statistics, rounder, checkpoint.path)
+        tensors = {tensor.gguf_name: tensor for tensor in source.tensors}
+        pairs = [(tensors[row.gguf_name], row) for row in todo.rows]
+        guided = [pair for pair in pairs if encoder.is_guided(*pair)]
+        plain = [row for tensor, row in pairs if not encoder.is_guided(tensor, row)]
+        rehearsals = Rehearsals(source, replace(todo, rows=tuple(plain)), work)
+        parts, load, io = gguf_parts(rehearsals, budget, 2 if guided else 1)
+        if statistics is not None and guided:
+            parts += guided_parts(statistics, rounder, guided, numba.get_num_threads(), budget)
         peak = peak_memory_bytes() or 0
         rates = machine_rates(checkpoint.files, folder, usable_cores())
-        waits = _disk_part(checkpoint, rates, parts, io.read)
+        aside = _aside_part(checkpoint, source, rates)
+        waits = _disk_part(checkpoint, rates, parts)
     start = Part("start", started + load, 1, "process", 1 / max(1e-3, started + load))
+    read = sum(tensor.origin.nbytes for tensor, _ in guided) + int(aside.amount)
     return Forecast(
         command="compress",
-        seconds=total_seconds((start, *parts, waits)),
+        seconds=total_seconds((start, *parts, aside, waits)),
         peak_memory_bytes=peak,
         output_bytes=todo.file_bytes,
         scratch_bytes=0,
-        read_bytes=before.read + io.read,
-        written_bytes=io.written,
-        parts=(start, *parts, waits),
+        read_bytes=before.read + io.read + read,
+        written_bytes=io.written + sum(row.nbytes for _, row in guided),
+        parts=(start, *parts, aside, waits),
         rates=rates,
         calibrated_seconds=budget.spent,
         folder=folder,
     )
 
 
-def _disk_part(checkpoint: Checkpoint, rates: MachineRates, parts: Sequence[Part], read_bytes: int) -> Part:
+def _aside_part(checkpoint: Checkpoint, source: Source, rates: MachineRates) -> Part:
+    """Return the digest of the tensors that the file does not hold."""
+    aside = sum(checkpoint[name].nbytes for name in source.set_aside if name in checkpoint)
+    return Part("digest of what is set aside", aside / rates.sha256, aside, "bytes", rates.sha256)
+
+
+def _disk_part(checkpoint: Checkpoint, rates: MachineRates, parts: Sequence[Part]) -> Part:
     """Return the wait for what is not in the page cache, beyond the work that goes on meanwhile."""
     stored = sum(path.stat().st_size for path in checkpoint.files)
     missing = stored - cached_bytes(checkpoint.files)
