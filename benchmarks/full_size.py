@@ -53,7 +53,6 @@ BITSMITH = (sys.executable, "-m", "bitsmith.cli.main")
 TYPES = ("Q4_K_M", "IQ4_XS")
 SBGQ = "sbgq-iq4xs"
 PEER = "llama.cpp"
-SAMPLED = ("--sample",)
 CONVERT = "peer-convert"
 
 Json = dict[str, Any]
@@ -110,7 +109,7 @@ def steps_of(place: Place, peer: Peer | None, options: argparse.Namespace) -> It
     if place.given is None:
         yield Step("synth", [*BITSMITH, "lab", "synth", model, "--size", place.size, *virtual], None, model)
     yield Step("inspect", [*BITSMITH, "inspect", model, "--json", place.folder / "inspect.json"], model)
-    for name, extra in (("sampled", SAMPLED), ("full", ())):
+    for name, extra in (("sampled", ("--sample", str(options.sample))), ("full", ())):
         out = place.folder / f"assay-{name}"
         yield Step(f"assay-{name}", [*BITSMITH, "assay", model, "-o", out, "--overwrite", *extra], model)
     for name, how in [(each, ["--type", each]) for each in TYPES] + [(SBGQ, ["--recipe", SBGQ])]:
@@ -307,6 +306,7 @@ def result(options: argparse.Namespace, places: Sequence[Place], known: dict[str
         ),
         "threads": options.threads,
         "virtual": options.virtual,
+        "sampled matrices of each role": options.sample,
         "sizes": [place.size for place in places],
         "steps_commits": sorted({run["commit"] for run in runs}),
         "steps_finished": [min(run["finished"] for run in runs), max(run["finished"] for run in runs)],
@@ -323,6 +323,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", help="default: all")
     parser.add_argument("--again", nargs="+", default=[], metavar="STEP", help="measure once more")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--sample", type=int, default=1, help="matrices of each role in the sampled assay")
     parser.add_argument("--llama-bin", type=Path, help="folder of the tools; default: built and cached")
     parser.add_argument("--no-peer", action="store_true")
     parser.add_argument("--model", type=Path, help="the checkpoint, of the one size")
