@@ -209,6 +209,13 @@ def plan_cellm(
     return CellmPlan(wanted.kind, size, parameters, tuple((info, named.get(info.name)) for info in infos))
 
 
+def cellm_chunks(checkpoint: Checkpoint, grids: Mapping[str, GridFormat]) -> Iterator[Bytes]:
+    """Yield what a .cellm file holds of a checkpoint, or of a part of one, without statistics."""
+    job = _Job(checkpoint, grids, None, silent)
+    for info in job.infos:
+        yield from job.encode(info)
+
+
 def _write_tokenizer(folder: Path, out: Path) -> list[Path]:
     """Copy the tokenizer, for which the file has no place, to a folder beside it; return that, if any."""
     found = side_files(folder, TOKENIZER_FILES)

@@ -202,6 +202,14 @@ def plan_folder(
         return FolderPlan(scheme, layout.rows, size, sum(ref.size for ref in checkpoint.values()))
 
 
+def folder_chunks(checkpoint: Checkpoint, layout: Layout) -> Iterator[Chunk]:
+    """Yield what a folder of this layout holds of a checkpoint, or of a part of one, without statistics."""
+    job = _Job(checkpoint, layout, None, "auto", silent)
+    for piece in layout.pieces:
+        if piece.source in checkpoint:
+            yield from job.chunks(piece)
+
+
 class _Job:
     """The tensors on their way out."""
 

@@ -149,9 +149,9 @@ class Budget:
         """Seconds since the first measurement."""
         return time.perf_counter() - self.began
 
-    def share(self, parts: int) -> float:
+    def share(self, parts: float) -> float:
         """Return an equal share of what is left for each of so many measurements."""
-        return max(0.0, self.seconds - self.spent) / max(1, parts)
+        return max(0.0, self.seconds - self.spent) / max(1.0, parts)
 
 
 def total_seconds(parts: Mapping[str, Part] | tuple[Part, ...]) -> float:

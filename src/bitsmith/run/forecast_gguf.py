@@ -39,8 +39,7 @@ _SMALL_WEIGHTS = 1 << 16
 """Up to this size tensors are rehearsed whole, all together: their number is what takes the time."""
 _FIRST_WEIGHTS = 1 << 20
 _ROWS_TOGETHER = 64
-_LEAST_SECONDS = 0.25
-_GROWTH = 16
+_GROWTH, _GROWTH_STEP = 16, 1.5
 
 
 class Kind(NamedTuple):
@@ -58,6 +57,13 @@ class Rehearsal:
     weights: int
     seconds: float
     io: Io
+
+    def beyond(self, less: Rehearsal) -> Rehearsal:
+        """Return what the weights beyond those of a smaller rehearsal took; this one where it is no larger."""
+        weights, seconds = self.weights - less.weights, self.seconds - less.seconds
+        if weights < less.weights or seconds <= 0:
+            return self
+        return Rehearsal(weights, seconds, self.io.since(less.io))
 
 
 class Rehearsals:
@@ -84,17 +90,21 @@ class Rehearsals:
         return self._run([(row, prod(row.shape)) for row in small], header=True)
 
     def of(self, kind: Kind, seconds: float) -> tuple[float, Rehearsal]:
-        """Encode tensors of a kind for about `seconds`; return also what the first weights took besides."""
+        """Encode tensors of a kind for about `seconds`; return also what the first weights took besides.
+
+        What a file takes however small it is (`fixed`) is not in either.
+        """
+        began = time.perf_counter()
         first = self._run(self._sample(kind, _FIRST_WEIGHTS))
-        found = self._run(self._sample(kind, _FIRST_WEIGHTS))
-        load = max(0.0, first.seconds - found.seconds)
-        while found.seconds < min(_LEAST_SECONDS, seconds / 2):
-            wanted = found.weights * min(_GROWTH, seconds / 1.5 / max(found.seconds, 1e-3))
+        small = self._run(self._sample(kind, _FIRST_WEIGHTS))
+        load, found = max(0.0, first.seconds - small.seconds), small
+        while (left := seconds - (time.perf_counter() - began)) > _GROWTH_STEP * found.seconds:
+            wanted = found.weights * min(_GROWTH, 0.8 * left / found.seconds)
             grown = self._run(self._sample(kind, int(wanted)))
-            if grown.weights == found.weights:
+            if grown.weights <= found.weights:
                 break
             found = grown
-        return load, found
+        return load, found.beyond(small)
 
     def _sample(self, kind: Kind, weights: int) -> list[tuple[PlanRow, int]]:
         """Return rows of the plan, spread over the model, and how many weights of each."""
@@ -166,7 +176,7 @@ def gguf_parts(rehearsals: Rehearsals, budget: Budget, others: int = 1) -> tuple
     io = found.io
     kinds = rehearsals.kinds
     for number, (kind, rows) in enumerate(kinds.items()):
-        more, found = rehearsals.of(kind, budget.share(len(kinds) - number) / others)
+        more, found = rehearsals.of(kind, budget.share(len(kinds) - number + 0.5) / others)
         load += more
         weights = sum(prod(row.shape) for row in rows)
         rate = found.weights / found.seconds
