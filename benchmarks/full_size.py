@@ -24,6 +24,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -331,6 +332,7 @@ def main() -> None:
     parser.add_argument("--drop-source", action="store_true", help="delete the checkpoint for the peer")
     parser.add_argument("--keep", action="store_true", help="delete no output")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a step ends with this process
     options.folder.mkdir(parents=True, exist_ok=True)
     peer = None if options.no_peer or options.virtual else find_peer(options.llama_bin, options.threads)
     known = limits("disk_read", "disk_write", "matrix", threads=options.threads, folder=options.folder)
