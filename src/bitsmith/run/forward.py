@@ -23,9 +23,11 @@ from bitsmith.archs import Architecture
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError, printable
 from bitsmith.log import event
 from bitsmith.numerics.divergence import DivergenceAccumulator, TokenScores
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.device import CPU, current_device, task_tokens
 from bitsmith.run.finite import finite_weights
+from bitsmith.run.fused import fused
 from bitsmith.run.torch_scores import DeviceDivergence
 from bitsmith.store.checkpoint import Checkpoint, TensorRef
 
@@ -323,7 +325,7 @@ class Network:
 
         Yields the chunks of each task; the layer's weights are dropped at the end.
         """
-        layer = self.layer(index)
+        layer = self.lean_layer(index)
         caching = observer is not None and self.config.layer_types[index] == "full_attention"
         parts = [states[start : start + batch] for start in range(0, len(states), batch)]
         caches = [_Cache() if caching else None for _ in parts]
@@ -345,6 +347,11 @@ class Network:
         with torch.device("meta"):
             layer = getattr(self.module, self.model.arch.layer_class)(self.config, index)
         return self.filled(layer, f"{self.model.arch.text_prefix}layers.{index}.")
+
+    def lean_layer(self, index: int) -> torch.nn.Module:
+        """Return a decoder layer with its weights for forwards without gradients."""
+        layer = self.layer(index)
+        return fused(layer) if self.device.type == "cpu" else layer
 
     @torch.inference_mode()
     def run(self, layer: torch.nn.Module, states: Float32, cache: _Cache | None) -> bool:
@@ -471,7 +478,10 @@ def _workers(limit: int) -> Iterator[ThreadPoolExecutor]:
     workers = max(1, min(threads, limit))
     share = threads // workers
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool:
+        with (
+            one_blas_thread(),
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(share,)) as pool,
+        ):
             yield pool
     finally:
         torch.set_num_threads(threads)

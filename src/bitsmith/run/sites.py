@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
+from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.run.device import CPU, current_device
 from bitsmith.run.forward import Network, TextModel, Tokens, embed, quiet_transformers
 from bitsmith.run.turns import Turns
@@ -108,7 +109,7 @@ class SiteForward:
         """Run layer `index` from `source` to `target`; yield the chunks of each task."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
         with quiet_transformers():
-            layer = aligned(self.network.layer(index))
+            layer = aligned(self.network.lean_layer(index))
         watch = _Watch(layer, self._modules(prefix), take)
 
         def run(part: Float32) -> bool:
@@ -120,7 +121,7 @@ class SiteForward:
         """Run layer `index` from `source` as far as `site`, and no further; yield the chunks of each task."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
         with quiet_transformers():
-            layer = aligned(self.network.layer(index))
+            layer = aligned(self.network.lean_layer(index))
         modules = {path: found for path, found in self._modules(prefix).items() if found == site}
         watch = _Watch(layer, modules, take, last=True)
 
@@ -278,7 +279,10 @@ def site_workers(task_bytes: int, device: torch.device = CPU) -> Iterator[Thread
     threads = torch.get_num_threads()
     workers = site_threads(task_bytes, device)
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with (
+            one_blas_thread(),
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
             yield pool
     finally:
         torch.set_num_threads(threads)
