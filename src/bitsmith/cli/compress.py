@@ -7,7 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from bitsmith.cli.options import Device, JsonOut, Model, Overwrite, progress_bars, show_forecast, write_json
+from bitsmith.cli.options import (
+    Device,
+    JsonOut,
+    Model,
+    Overwrite,
+    Threads,
+    progress_bars,
+    show_forecast,
+    write_json,
+)
 from bitsmith.errors import BitsmithError
 
 
@@ -154,6 +163,7 @@ def compress(
         ),
     ] = None,
     device: Device = "cpu",
+    threads: Threads = None,
     overwrite: Overwrite = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -196,6 +206,7 @@ def compress(
         chunks=chunks,
         ppl_limit=ppl_limit,
         device=device,
+        threads=threads,
     )
     if dry_run:
         with progress_bars() as progress:

@@ -34,6 +34,10 @@ Device = Annotated[
     Literal["cpu", "cuda", "auto"],
     typer.Option("--device", help="Where to compute: cuda is a GPU, auto a GPU where torch finds one."),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Threads of compiled loops; default the cores it may run on."),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output if it exists.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", min=1, help="Processes; default one for each core where it pays.")

@@ -65,6 +65,20 @@ def in_order(
                 one.cancel()
 
 
+@contextmanager
+def at_most(threads: int | None) -> Iterator[None]:
+    """Let compiled loops of the calling thread, and of those it starts here, use so many threads at most.
+
+    None: as many as they use now. There are never more than cores that the process may run on.
+    """
+    before = numba.get_num_threads()
+    numba.set_num_threads(min(before, threads or before))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
 def ahead(pieces: Iterable[_Piece], most: int) -> Iterator[_Piece]:
     """Yield pieces that a thread of its own takes from `pieces`, up to `most` before they are asked for."""
     iterator, threads = iter(pieces), numba.get_num_threads()

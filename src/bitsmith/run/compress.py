@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from bitsmith.errors import BitsmithError, OutputError, printable
-from bitsmith.numerics.threads import one_blas_thread
+from bitsmith.numerics.threads import at_most, one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run import job as gguf
 from bitsmith.run.cellm import KINDS, CellmPlan, CellmRecord, plan_cellm, write_cellm
@@ -28,7 +28,7 @@ Output = Literal["gguf", "cellm", "folder", "spi", "sahc"]
 Written: TypeAlias = Record | CellmRecord | FolderRecord | SpiRecord | SahcRecord
 Planned: TypeAlias = Plan | CellmPlan | FolderPlan | SpiPlan | SahcPlan
 
-_ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite", "device"}
+_ALL = {"model", "out", "type_name", "statistics", "rounder", "overwrite", "device", "threads"}
 _KNOWN: dict[Output, set[str]] = {
     "cellm": _ALL | {"tensor_types", "group", "like_seed", "selection"},
     "folder": _ALL | {"tensor_types", "group", "ignore"},
@@ -52,7 +52,7 @@ def compress(job: Job, progress: Progress = silent) -> Written:
     options that the kind does not know, and for a recipe `sahc` whose last gates do not pass.
     """
     output = output_of(job)
-    with _device(job.device):
+    with _device(job.device), at_most(job.threads):
         return _written(job, output, destination(job, output), progress)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args
@@ -12,8 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.archs import Step
+from bitsmith.archs.steps import PermuteRows
 from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.formats import Format, format_named
+from bitsmith.formats.accelerator import accelerator
 from bitsmith.formats.blocks import BlockFormat
 from bitsmith.log import event
 from bitsmith.numerics.finite import first_non_finite
@@ -26,6 +29,7 @@ from bitsmith.passes.trial import sample_runs
 from bitsmith.run.finite import file_of
 from bitsmith.run.plan import PlanRow, SourceTensor
 from bitsmith.store.checkpoint import Bytes, ComputedTensor, Rows, TensorRef
+from bitsmith.store.content import HashedTensor
 from bitsmith.store.statistics import SiteStatistics, Statistics
 from bitsmith.store.stored import FLOATS
 
@@ -35,6 +39,9 @@ ROUNDERS: tuple[Rounder, ...] = get_args(Rounder)
 
 SLICE_BYTES = 8 << 20
 """Float32 bytes of the rows in hand at a time."""
+
+HELD_BYTES = 1 << 28
+"""Up to this size a stored tensor whose rows are written in another order is kept in memory meanwhile."""
 
 _NONE = np.empty((0, 0), np.float32)
 
@@ -107,12 +114,13 @@ class TensorEncoder:
         """Yield what `coded` takes: the tensor's rows in order, read."""
         event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
         copied = is_copied(tensor, row)
-        for start, stop in tensor.ref.slices(SLICE_BYTES):
-            is_last = stop == tensor.ref.n_rows
-            if copied:
-                yield Piece(tensor, row, _NONE, tensor.ref.raw(start, stop), is_last)
-            else:
-                yield Piece(tensor, row, self._rows(tensor, row, start, stop), None, is_last)
+        with _in_memory(tensor):
+            for start, stop in tensor.ref.slices(_slice_bytes()):
+                is_last = stop == tensor.ref.n_rows
+                if copied:
+                    yield Piece(tensor, row, _NONE, tensor.ref.raw(start, stop), is_last)
+                else:
+                    yield Piece(tensor, row, self._rows(tensor, row, start, stop), None, is_last)
 
     def coded(self, piece: Piece) -> Coded:
         """Return a piece's blocks by the plain search, and its errors; may run in any thread.
@@ -140,6 +148,12 @@ class TensorEncoder:
         The guard: should the rounder that the sample of rows chose do worse on held-out inputs than the
         weighted search over all rows, the tensor is encoded once more by that.
         """
+        with _in_memory(tensor):
+            return self._guided(tensor, row, write)
+
+    def _guided(
+        self, tensor: SourceTensor, row: PlanRow, write: Callable[[Iterable[Bytes]], None]
+    ) -> Written:
         started = time.monotonic()
         event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
         form, inputs = format_named(row.type), self._inputs(tensor)
@@ -230,7 +244,7 @@ class TensorEncoder:
         return self._finite(tensor, np.concatenate(runs))
 
     def _slices(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Float32]:
-        for start, stop in tensor.ref.slices(SLICE_BYTES):
+        for start, stop in tensor.ref.slices(_slice_bytes()):
             yield self._rows(tensor, row, start, stop)
 
     def _rows(self, tensor: SourceTensor, row: PlanRow, start: int, stop: int) -> Float32:
@@ -304,6 +318,20 @@ def written(row: PlanRow, total: Sums, seconds: float, rounding: Rounding) -> Wr
     return Written(row.hf_name, row.gguf_name, row.type, row.nbytes, total.relative, seconds, rounding)
 
 
+def _in_memory(tensor: SourceTensor) -> AbstractContextManager[None]:
+    """Hold a tensor whose rows change their order, so that its bytes are read once, in theirs."""
+    origin = tensor.origin
+    reordered = any(isinstance(step, PermuteRows) for step in tensor.spec.all_steps)
+    if reordered and isinstance(origin, HashedTensor) and origin.nbytes <= HELD_BYTES:
+        return origin.held()
+    return nullcontext()
+
+
+def _slice_bytes() -> int:
+    fast = accelerator()
+    return SLICE_BYTES if fast is None else fast.slice_bytes
+
+
 def _measures(inputs: SiteStatistics | None) -> bool:
     return inputs is not None and inputs.held is not None and len(inputs.held) > 0
 
@@ -370,7 +398,7 @@ def _read(ref: TensorRef, start: int, stop: int) -> Float32:
 def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:
     """Raise DamagedFileError with the first NaN or infinity: in the stored tensor, else as exported."""
     for ref, layout in ((tensor.origin, ""), (tensor.ref, f" of {tensor.gguf_name}")):
-        for start, stop in ref.slices(SLICE_BYTES):
+        for start, stop in ref.slices(_slice_bytes()):
             rows = _read(ref, start, stop)
             for first, *rest in np.argwhere(~np.isfinite(rows))[:1].tolist():
                 place = [start + first, *rest]

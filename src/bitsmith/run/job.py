@@ -72,8 +72,8 @@ class Job:
     """The options of `bitsmith compress`; see `run.execute.compress` and `run.recipe.make` for each.
 
     Those after `overwrite` are for outputs other than GGUF: see `write_cellm`, `write_folder`, `write_spi`
-    and `sahc`, but for `device`, one of `run.device`. `ctx_tokens` are those that `fit` makes room for,
-    or of a chunk of recipe `sahc`.
+    and `sahc`, but for `device`, one of `run.device`, and `threads`. `ctx_tokens` are those that `fit` makes
+    room for, or of a chunk of recipe `sahc`.
     """
 
     model: Path
@@ -107,6 +107,7 @@ class Job:
     chunks: int | None = None
     ppl_limit: float | None = None
     device: str = "cpu"
+    threads: int | None = None
 
     def goal(self) -> Target | None:
         """Return the size to allocate, None where types are given.

@@ -5,6 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
 
 from bitsmith.store.checkpoint import SLICE_BYTES, Bytes, TensorRef
 
@@ -16,6 +20,7 @@ class HashedTensor(TensorRef):
     """
 
     _content: _Content | None = None
+    _held: Bytes | None = None
 
     def sha256(self) -> str:
         """Return the SHA-256 (hex) of the stored bytes; those that were hashed already are not read again."""
@@ -30,15 +35,32 @@ class HashedTensor(TensorRef):
         self._content.read = read
         return True
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep all bytes in memory meanwhile, read in their order: rows are then taken from there, in any."""
+        whole = np.empty(self.nbytes, np.uint8)
+        for first in range(0, len(whole), SLICE_BYTES):
+            piece = whole[first : first + SLICE_BYTES]
+            piece[:] = self._hashed(first, self.stored(first, first + len(piece)))
+        self._held = whole
+        try:
+            yield
+        finally:
+            self._held = None
+
     def _hashed(self, first: int, data: Bytes) -> Bytes:
         """Return `data`, which was read at byte `first` of the tensor, once it is hashed if it has to be."""
         if self._content is not None:
             self._content.take(self, first, data)
         return data
 
-    @abstractmethod
     def stored(self, first: int, last: int) -> Bytes:
         """Return the stored bytes `[first, last)`."""
+        return self._load(first, last) if self._held is None else self._held[first:last]
+
+    @abstractmethod
+    def _load(self, first: int, last: int) -> Bytes:
+        """Read the bytes `[first, last)`."""
 
 
 class _Content:

@@ -141,8 +141,7 @@ class StoredTensor(HashedTensor):
         first, last = (self._nbytes * row // max(1, self.n_rows) for row in (start, stop))
         return self._hashed(first, self.stored(first, last))
 
-    def stored(self, first: int, last: int) -> Bytes:
-        """Return the stored bytes `[first, last)`."""
+    def _load(self, first: int, last: int) -> Bytes:
         reading(self.name, self.file.path, self._nbytes)
         return self.file.read(self.offset + first, last - first)
 
