@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from bitsmith.formats.format import Format
+    from bitsmith.numerics.input_metric import InputMetric
 
 Float32 = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
@@ -29,6 +30,9 @@ class Accelerator(Protocol):
 
     def encode(self, form: Format, rows: Float32, importance: Float32 | None) -> Bytes | None:
         """Encode as `Format.encode` does, or return None for a format that it does not know."""
+
+    def round_rows(self, form: Format, rows: Float32, metric: InputMetric, effort: Any) -> Bytes | None:
+        """Do as `passes.rounding.round_rows` with its `Effort`, or return None for an unknown format."""
 
 
 _current: Accelerator | None = None

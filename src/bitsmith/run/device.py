@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 
 from bitsmith.errors import BitsmithError, printable
-from bitsmith.formats.accelerator import accelerated_by
+from bitsmith.formats.accelerator import Accelerator, accelerated_by
 
 DeviceName = Literal["cpu", "cuda", "auto"]
 CPU = torch.device("cpu")
@@ -63,16 +63,21 @@ def on_device(name: str) -> Iterator[torch.device]:
 @contextmanager
 def using(device: torch.device) -> Iterator[None]:
     """Let forwards, searches and error feedback of the process run on `device`."""
-    from bitsmith.run.torch_encode import TorchEncoder  # noqa: PLC0415 (knows devices itself)
-
     global _current  # noqa: PLW0603 (one device at a time, like the limit of BLAS threads)
     before, _current = _current, device
     try:
-        encoder = None if device.type == "cpu" else TorchEncoder(device)
-        with _without_tf32() if device.type == "cuda" else nullcontext(), accelerated_by(encoder):
+        with _without_tf32() if device.type == "cuda" else nullcontext(), accelerated_by(_encoder(device)):
             yield
     finally:
         _current = before
+
+
+def _encoder(device: torch.device) -> Accelerator | None:
+    if device.type == "cpu":
+        return None
+    from bitsmith.run.torch_encode import TorchEncoder  # noqa: PLC0415 (itself imports this module)
+
+    return TorchEncoder(device)
 
 
 @contextmanager

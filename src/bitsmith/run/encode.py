@@ -114,7 +114,7 @@ class TensorEncoder:
         """Yield what `coded` takes: the tensor's rows in order, read."""
         event("encode", tensor=row.hf_name, type=row.type, bytes=row.nbytes)
         copied = is_copied(tensor, row)
-        with _in_memory(tensor):
+        with in_memory(tensor):
             for start, stop in tensor.ref.slices(_slice_bytes()):
                 is_last = stop == tensor.ref.n_rows
                 if copied:
@@ -148,7 +148,7 @@ class TensorEncoder:
         The guard: should the rounder that the sample of rows chose do worse on held-out inputs than the
         weighted search over all rows, the tensor is encoded once more by that.
         """
-        with _in_memory(tensor):
+        with in_memory(tensor):
             return self._guided(tensor, row, write)
 
     def _guided(
@@ -318,7 +318,7 @@ def written(row: PlanRow, total: Sums, seconds: float, rounding: Rounding) -> Wr
     return Written(row.hf_name, row.gguf_name, row.type, row.nbytes, total.relative, seconds, rounding)
 
 
-def _in_memory(tensor: SourceTensor) -> AbstractContextManager[None]:
+def in_memory(tensor: SourceTensor) -> AbstractContextManager[None]:
     """Hold a tensor whose rows change their order, so that its bytes are read once, in theirs."""
     origin = tensor.origin
     reordered = any(isinstance(step, PermuteRows) for step in tensor.spec.all_steps)
@@ -398,7 +398,7 @@ def _read(ref: TensorRef, start: int, stop: int) -> Float32:
 def _refuse_non_finite(tensor: SourceTensor, path: Path) -> NoReturn:
     """Raise DamagedFileError with the first NaN or infinity: in the stored tensor, else as exported."""
     for ref, layout in ((tensor.origin, ""), (tensor.ref, f" of {tensor.gguf_name}")):
-        for start, stop in ref.slices(_slice_bytes()):
+        for start, stop in ref.slices(SLICE_BYTES):
             rows = _read(ref, start, stop)
             for first, *rest in np.argwhere(~np.isfinite(rows))[:1].tolist():
                 place = [start + first, *rest]
