@@ -9,8 +9,9 @@ from numba import njit
 
 from bitsmith.formats import decoders
 from bitsmith.formats.affine import fit_affine
-from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves, nearest_codes
+from bitsmith.formats.blocks import BlockFormat, Codes, Fields, halves
 from bitsmith.formats.format import Bytes, Float32
+from bitsmith.formats.sixteen import encode_legacy, turned
 from bitsmith.formats.starts import AFFINE_4, AFFINE_5, floats
 from bitsmith.formats.symmetric import EVEN, fit_symmetric
 from bitsmith.numerics.half import half_bits
@@ -41,9 +42,9 @@ class _Legacy(BlockFormat):
 
     def _encode_blocks(self, blocks: Float32, weights: Float32 | None, first: int, out: Bytes) -> None:
         starts, rounds = self.effort(weighted=weights is not None)
-        _encode(
-            blocks, weights, first, self.levels[0], np.float32(self.first_code),
-            np.float32(len(self.levels) - 1), starts, rounds, self.high_bits, out,
+        encode_legacy(
+            blocks, weights, turned(weights), first, self.levels[0], np.float32(self.first_code),
+            np.float32(len(self.levels) - 1), starts, rounds, len(self.levels).bit_length() - 1, out,
         )  # fmt: skip
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
@@ -147,33 +148,6 @@ class Q5_1(_LegacyAffine):
     levels = np.arange(32, dtype=np.float32)
     starts = AFFINE_5
     plain_starts = 2
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _encode(
-    blocks: Float32, weights: Float32 | None, first: int, zero: np.float32, low: np.float32, high: np.float32,
-    starts: Float32, rounds: int, high_bits: bool, out: Bytes,
-) -> None:  # fmt: skip
-    """Fit, round and pack in one call, a piece that the first-level cache holds at a time.
-
-    Levels begin at `zero`, codes lie in `low`…`high`; `starts` of two columns mean a format with a min.
-    """
-    piece = 256
-    d, m = np.zeros(piece, np.float32), np.zeros(piece, np.float32)
-    scales, mins = np.ones((piece, 1), np.int16), np.ones((piece, 1), np.int16)
-    codes = np.empty((piece, 32), np.uint8)
-    for at in range(0, blocks.shape[0], piece):
-        x, y = blocks[at : at + piece], out[at : at + piece]
-        n = x.shape[0]
-        if starts.ndim == 2:
-            fit_affine(x, weights, first + at, high, starts, rounds, d[:n], m[:n])
-        else:
-            fit_symmetric(x, weights, first + at, zero + low, zero + high, EVEN, starts, rounds, d[:n])
-        nearest_codes(x, d[:n], m[:n], scales[:n], mins[:n], -zero, low, high, codes[:n])
-        if high == 255:
-            _pack_bytes(d[:n], codes[:n], y)
-        else:
-            _pack_nibbles(d[:n], m[:n], starts.ndim == 2, high_bits, codes[:n], y)
 
 
 @njit(nogil=True, cache=True)

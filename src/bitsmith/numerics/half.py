@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
+
+from bitsmith.numerics.vectors import larger, magnitude, reread, smaller, spread, where
 
 HALF_MAX = np.float32(65504.0)
 """The largest finite float16."""
@@ -60,3 +64,17 @@ def half_value(bits: np.uint16) -> np.float32:
     finite = np.float32(value).view(np.int32)
     found = finite if magnitude < np.int32(0x7C00) else finite | np.int32(0x7F800000)
     return np.int32(found | ((word & np.int32(0x8000)) << np.int32(16))).view(np.float32)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def half_vector(values: Any) -> tuple[Any, Any]:
+    """Return 16 floats as `half_round` rounds them, and their `half_bits` (int32)."""
+    clipped = smaller(larger(values, spread(-HALF_MAX, 16)), spread(HALF_MAX, 16))
+    bits = reread(clipped, "int32")
+    size, sign = bits & np.int32(0x7FFFFFFF), bits & np.int32(-(2**31))
+    raised = size + ((size >> np.int32(13)) & np.int32(1)) + np.int32(0xFFF)
+    shifted = magnitude(clipped) + _SUBNORMAL_MAGIC
+    tiny = spread(_MIN_NORMAL_BITS, 16) > size
+    rounded = where(tiny, reread(shifted - _SUBNORMAL_MAGIC, "int32"), raised & np.int32(~0x1FFF))
+    short = where(tiny, reread(shifted, "int32") - _SUBNORMAL_MAGIC_BITS, (raised - _REBIAS) >> np.int32(13))
+    return reread(rounded | sign, "float32"), short | ((sign >> np.int32(16)) & np.int32(0x8000))

@@ -231,6 +231,27 @@ def _converted(builder: Any, old: Vector, new: Vector, value: Any) -> Any:
 
 
 @_compiled(prefer_literal=True)  # type: ignore[untyped-decorator]
+def reread(typing: Any, vector: Any, name: Any) -> Any:
+    """Return the bits of a vector's values read as the type of the same size called `name` (a literal)."""
+    found = Vector(getattr(types, name.literal_value), vector.lanes)
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], found.compiled)
+
+    return found(vector, name), emit
+
+
+@_compiled  # type: ignore[untyped-decorator]
+def mask_bits(typing: Any, mask: Any) -> Any:
+    """Return a mask of 32 lanes as a word, lane 0 its lowest bit."""
+
+    def emit(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], _WORD)
+
+    return types.uint32(mask), emit
+
+
+@_compiled(prefer_literal=True)  # type: ignore[untyped-decorator]
 def part(typing: Any, vector: Any, first: Any, lanes: Any) -> Any:
     """Return `lanes` lanes of a vector from lane `first` on (literals)."""
     found = Vector(vector.element, lanes.literal_value)
