@@ -52,12 +52,12 @@ def compress(job: Job, progress: Progress = silent) -> Written:
     options that the kind does not know, and for a recipe `sahc` whose last gates do not pass.
     """
     output = output_of(job)
-    with _device(job.device), at_most(job.threads):
+    with device_named(job.device), at_most(job.threads):
         return _written(job, output, destination(job, output), progress)
 
 
 @contextmanager
-def _device(name: str) -> Iterator[None]:
+def device_named(name: str) -> Iterator[None]:
     """Encode and forward on the device called `name`; torch is loaded for another than the processor."""
     if name == "cpu":
         yield

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,6 +77,19 @@ class Forecast:
             "seconds_interval": self.seconds_interval,
             "peak_memory_interval_bytes": self.memory_interval,
         }
+
+    def behind(self, other: Forecast) -> Forecast:
+        """Return the forecast of a run that does what `other` tells first, for its own scratch."""
+        return replace(
+            self,
+            seconds=self.seconds + other.seconds,
+            peak_memory_bytes=max(self.peak_memory_bytes, other.peak_memory_bytes),
+            scratch_bytes=self.scratch_bytes + other.output_bytes + other.scratch_bytes,
+            read_bytes=self.read_bytes + other.read_bytes,
+            written_bytes=self.written_bytes + other.written_bytes,
+            parts=(*other.parts, *self.parts),
+            calibrated_seconds=self.calibrated_seconds + other.calibrated_seconds,
+        )
 
     def refuse_too_large(self) -> None:
         """Raise OutputError where the disk, BitsmithError where memory has no room for the run."""

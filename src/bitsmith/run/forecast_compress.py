@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
-from bitsmith.numerics.threads import one_blas_thread
+from bitsmith.numerics.threads import at_most, one_blas_thread
 from bitsmith.run.cellm import CellmPlan
-from bitsmith.run.compress import Planned
+from bitsmith.run.compress import Planned, device_named
 from bitsmith.run.folder import FolderPlan
 from bitsmith.run.forecast import Forecast
 from bitsmith.run.forecast_gguf import forecast_gguf
@@ -20,13 +21,32 @@ from bitsmith.store.hub import local
 def forecast(job: Job, planned: Planned) -> Forecast | None:
     """Predict what `compress` takes for a job and its plan; None for factors and for recipes spi and sahc.
 
-    Those search as they go: how long is not known before.
+    Those search as they go: how long is not known before. Of a GGUF's options the notes say what the figures
+    leave out.
     """
-    job = replace(job, model=local(job.model))
-    if isinstance(planned, Plan):
-        return forecast_gguf(job.resolved(), planned)
+    with device_named(job.device), at_most(job.threads):
+        return _forecast(replace(job, model=local(job.model)), planned)
+
+
+def _forecast(job: Job, planned: Planned) -> Forecast | None:
     if isinstance(planned, CellmPlan):
         return forecast_cellm(job, planned)
     if isinstance(planned, FolderPlan):
         return forecast_folder(job, planned)
-    return None
+    if not isinstance(planned, Plan):
+        return None
+    found = forecast_gguf(job, planned)
+    if job.text is not None and job.statistics is None:
+        from bitsmith.run.forecast_forward import forecast_calibrate  # noqa: PLC0415 (loads torch)
+
+        found = found.behind(forecast_calibrate(job.model, job.text, job.destination.with_suffix(".stats")))
+    return replace(found, notes=(*found.notes, *_left_out(job, planned)))
+
+
+def _left_out(job: Job, planned: Plan) -> Iterator[str]:
+    if job.statistics is None and job.text is not None:
+        yield "rounding by the statistics of --text takes longer than the plain search that is told of"
+    if planned.transforms or job.searches:
+        yield "solving the transforms, and searching for them, comes on top"
+    if job.tune or job.recipe == "auto" or job.goal() is not None:
+        yield "candidates, their evaluation and tuning come on top"

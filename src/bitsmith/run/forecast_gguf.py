@@ -28,7 +28,6 @@ from bitsmith.run.forecast import (
 )
 from bitsmith.run.forecast_guided import guided_parts
 from bitsmith.run.job import Job
-from bitsmith.run.machine import usable_cores
 from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
 from bitsmith.run.partial import first_rows
 from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source
@@ -59,7 +58,7 @@ class Rehearsal:
     io: Io
 
     def beyond(self, less: Rehearsal) -> Rehearsal:
-        """Return what the weights beyond those of a smaller rehearsal took; this one where it is no larger."""
+        """Return what the weights beyond a smaller rehearsal's took; all where they are too few to tell."""
         weights, seconds = self.weights - less.weights, self.seconds - less.seconds
         if weights < less.weights or seconds <= 0:
             return self
@@ -210,7 +209,7 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
         if statistics is not None and guided:
             parts += guided_parts(statistics, rounder, guided, numba.get_num_threads(), budget)
         peak = peak_memory_bytes() or 0
-        rates = machine_rates(checkpoint.files, folder, usable_cores())
+        rates = machine_rates(checkpoint.files, folder, numba.get_num_threads())
         aside = _aside_part(checkpoint, source, rates)
         waits = _disk_part(checkpoint, rates, parts)
     start = Part("start", started + load, 1, "process", 1 / max(1e-3, started + load))

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numba
+
 from bitsmith.formats.integer import grid_named
 from bitsmith.run.cellm import CellmPlan, cellm_chunks
 from bitsmith.run.execute import peak_memory_bytes
@@ -24,7 +26,6 @@ from bitsmith.run.forecast import (
     total_seconds,
 )
 from bitsmith.run.job import Job
-from bitsmith.run.machine import usable_cores
 from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
 from bitsmith.run.partial import first_rows
 from bitsmith.store import open_checkpoint
@@ -76,7 +77,7 @@ def _forecast(job: Job, checkpoint: Checkpoint, kinds: Kinds, chunks: Chunks, fi
             weights = sum(ref.size for ref in refs)
             parts.append(Part(name, weights / rate, weights, "weights", rate))
     peak = peak_memory_bytes() or 0
-    rates = machine_rates(checkpoint.files, folder, usable_cores())
+    rates = machine_rates(checkpoint.files, folder, numba.get_num_threads())
     stored = sum(ref.nbytes for ref in checkpoint.values())
     missing = max(0, stored - cached_bytes(checkpoint.files))
     disk = rates.disk_read or float("inf")
