@@ -1,28 +1,24 @@
-"""Throughput of encoding against `ggml_quantize_chunk` with as many threads, in the same run, as JSON.
+"""Encoding and decoding every type against ggml in the same run: throughput, squared error, bandwidth.
 
-    python benchmarks/encode.py [--threads 2] [--repeats 9] [--types Q4_K,Q6_K] [--out FILE]
+    python benchmarks/encode.py [--threads 1] [--repeats 5] [--types Q4_K,Q6_K] [--out FILE]
 
-Ours and ggml's take turns on the same rows (Gaussian, 2048 wide); figures are the median and the range over
-the repeats, in million weights per second. ggml's rows are shared out evenly over threads. Both allocate the
-output.
+Ours and `ggml_quantize_chunk` take turns on the same rows (Gaussian, 2048 wide), without importance and with
+one (chi-square, as of squared activations); `error_ratio` is our importance-weighted squared error over
+ggml's. Decoding is to float32 in memory that is there already, ours and ggml's `dequantize_row_…` (one thread
+each), judged against the rate at which this machine fills memory. ggml's rows are shared out evenly over
+threads. Of some types the same encoding is also done by one thread and by all.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
-import time
-from collections.abc import Callable
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 
 import numba
 import numpy as np
+from measuring import OURS, Limit, Row, alternate, arguments, limits, rate_row, report
 
 from bitsmith.formats import FORMATS
 
@@ -32,100 +28,111 @@ import ggml_oracle
 
 N_IN = 2048
 SLOW = ("IQ4_NL", "IQ4_XS")  # in ggml
+PLAIN = ("F32", "F16", "BF16")
+SPREAD = ("Q4_K", "IQ4_XS", "Q6_K", "Q8_0")
+DECODED_ROWS = 8192
 
 
-def environment() -> dict[str, object]:
-    """Return what the figures depend on."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
-        ),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        check=False,
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
-    packages = ("bitsmith", "numba", "numpy", "gguf", "xllamacpp")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "commit": commit,
-        "versions": {name: version(name) for name in packages},
-        "load_average": os.getloadavg()[0],
-    }
+def rows_for(name: str) -> np.ndarray:
+    """Return rows that take ggml about as long for any type."""
+    count = 256 if name in SLOW else 1024 if name.endswith("_K") else 4096
+    drawn = np.random.default_rng(0).standard_normal((count, N_IN)) * 0.02
+    return drawn.astype(np.float32)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+def error(rows: np.ndarray, decoded: np.ndarray, importance: np.ndarray | None) -> float:
+    weights = 1.0 if importance is None else importance.astype(np.float64)
+    return float((weights * (rows.astype(np.float64) - decoded) ** 2).sum())
 
 
-def compare(name: str, importance: np.ndarray | None, threads: int, repeats: int) -> dict[str, object]:
-    rng = np.random.default_rng(0)
-    rows = (
-        rng.standard_normal((256 if name in SLOW else 1024 if name.endswith("_K") else 4096, N_IN)) * 0.02
-    ).astype(np.float32)
-    sides = {
-        "bitsmith": lambda: FORMATS[name].encode(rows, importance),
-        "ggml": lambda: ggml_oracle.quantize(name, rows, importance, threads=threads),
-    }
-    took: dict[str, list[float]] = {side: [] for side in sides}
-    for repeat in range(repeats + 1):
-        for side, work in sides.items():
-            once = seconds(work)
-            if repeat:  # the first is for compiling and caches
-                took[side].append(once)
-    speed = {side: [rows.size / s / 1e6 for s in all_s] for side, all_s in took.items()}
-    return {
-        "type": name,
-        "importance": importance is not None,
-        "mweights_per_s": {
-            side: {
-                "median": round(median(all_s), 1),
-                "min": round(min(all_s), 1),
-                "max": round(max(all_s), 1),
-            }
-            for side, all_s in speed.items()
+def encoded(name: str, importance: np.ndarray | None, threads: int, repeats: int) -> Row:
+    """Return throughput and error of encoding with or without importance."""
+    rows = rows_for(name)
+    turns = alternate(
+        {
+            OURS: lambda: FORMATS[name].encode(rows, importance),
+            "ggml": lambda: ggml_oracle.quantize(name, rows, importance, threads=threads),
         },
-        "ratio": round(median(speed["bitsmith"]) / median(speed["ggml"]), 2),
-        "ratio_of_best": round(max(speed["bitsmith"]) / max(speed["ggml"]), 2),
-    }
+        repeats,
+    )
+    facts = {}
+    if name not in PLAIN:
+        ours = FORMATS[name].decode(FORMATS[name].encode(rows, importance))
+        theirs = ggml_oracle.dequantize(name, ggml_oracle.quantize(name, rows, importance, threads=2))
+        facts["error_ratio"] = error(rows, ours, importance) / error(rows, theirs, importance)
+    how = "without importance" if importance is None else "with importance"
+    case = f"{name}, encode {how}" + (f", error {facts['error_ratio']:.3f} of ggml's" if facts else "")
+    return rate_row(case, turns, rows.size, "weights/s", **facts)
+
+
+def decoded(name: str, repeats: int, limit: Limit) -> Row:
+    """Return throughput of decoding by one thread, in bytes of float32."""
+    few = FORMATS[name].encode(rows_for(name)[:256])
+    blocks = np.tile(few, (DECODED_ROWS // len(few), 1))
+    out = np.empty((DECODED_ROWS, N_IN), np.float32)
+    sides = {OURS: lambda: FORMATS[name].decode(blocks, out)}
+    if name != "F32":  # ggml has nothing to do there
+        sides["ggml"] = lambda: ggml_oracle.dequantize(name, blocks, out)
+    turns = alternate(sides, repeats)
+    return rate_row(f"{name}, decode", turns, out.nbytes, "bytes/s", limit=limit, limit_amount=out.nbytes)
+
+
+def scaled(name: str, importance: np.ndarray, repeats: int) -> Row:
+    """Return what all threads encode beside what one does."""
+    rows = np.tile(rows_for(name), (4, 1))
+    every = numba.config.NUMBA_NUM_THREADS
+
+    def work(threads: int) -> None:
+        numba.set_num_threads(threads)
+        FORMATS[name].encode(rows, importance)
+
+    many = f"{every} threads"
+    turns = alternate({many: lambda: work(every), "1 thread": lambda: work(1)}, repeats)
+    return rate_row(
+        f"{name}, encode with importance by {many}",
+        turns,
+        rows.size,
+        "weights/s",
+        ours=many,
+        measure="threads",
+    )
+
+
+def all_rows(types: list[str], threads: int, repeats: int, limit: Limit) -> Iterator[Row]:
+    """Yield everything, type by type."""
+    importance = np.random.default_rng(1).chisquare(1, N_IN).astype(np.float32)
+    for name in types:
+        for weights in (None, importance):
+            numba.set_num_threads(threads)
+            yield encoded(name, weights, threads, repeats)
+        numba.set_num_threads(1)
+        yield decoded(name, repeats, limit)
+    for name in SPREAD:
+        if name in types and numba.config.NUMBA_NUM_THREADS > 1:
+            yield scaled(name, importance, repeats)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
-    parser.add_argument("--repeats", type=int, default=9)
+    """Run the comparison and print or write it."""
+    parser = arguments(__doc__)
+    parser.add_argument("--threads", type=int, default=1, help="of encoding, on both sides")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--types", default=",".join(FORMATS))
-    parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    numba.set_num_threads(chosen.threads)
-    importance = np.random.default_rng(1).chisquare(1, N_IN).astype(np.float32)
-    found = []
-    for name in chosen.types.split(","):
-        for weights in (None, importance):
-            found.append(compare(name, weights, chosen.threads, chosen.repeats))
-            print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    report = {
-        "benchmark": "encode",
-        "environment": environment(),
+    known = limits("memory_write", "memory_copy", threads=1)
+    rows = []
+    for row in all_rows(chosen.types.split(","), chosen.threads, chosen.repeats, known["memory_write"]):
+        rows.append(row)
+        ratio = {name: round(spread.median, 2) for name, spread in row.ratios.items()}
+        print(row.case, ratio, row.limit_fraction or "", file=sys.stderr, flush=True)
+    protocol = {
+        "statement": f"Gaussian rows of {N_IN} weights; encoding with {chosen.threads} thread(s) on each "
+        "side, decoding with one, in turns.",
         "threads": chosen.threads,
         "repeats": chosen.repeats,
-        "lowest_ratio": min(row["ratio"] for row in found),  # type: ignore[type-var]
-        "rows": found,
+        "cores": os.cpu_count(),
     }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if chosen.out:
-        chosen.out.write_text(text + "\n", encoding="utf-8")
+    report("encode", protocol, rows, known, out=chosen.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Importance-weighted squared error of encoding over that of `ggml_quantize_chunk`, as JSON.
+"""Importance-weighted squared error of encoding over that of `ggml_quantize_chunk`.
 
     python benchmarks/encode_error.py [--rows 512] [--types Q4_K,Q6_K] [--out FILE]
 
@@ -9,13 +9,11 @@ none, chi-square (squared Gaussian activations), and log-normal squared.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
-from encode import environment
+from measuring import OURS, Row, arguments, report, value_row
 from safetensors import safe_open
 
 from bitsmith.formats import FORMATS
@@ -63,37 +61,33 @@ def error(rows: np.ndarray, decoded: np.ndarray, importance: np.ndarray | None) 
     return float((weights * (rows.astype(np.float64) - decoded) ** 2).sum())
 
 
-def ratio(name: str, rows: np.ndarray, importance: np.ndarray | None) -> float:
+def compared(name: str, data: str, rows: np.ndarray, kind: str, importance: np.ndarray | None) -> Row:
+    """Return both sides' errors over the rows' own weighted squares."""
     ours = FORMATS[name].decode(FORMATS[name].encode(rows, importance))
     theirs = ggml_oracle.dequantize(name, ggml_oracle.quantize(name, rows, importance, threads=2))
-    return error(rows, ours, importance) / error(rows, theirs, importance)
+    whole = error(rows, np.zeros_like(rows), importance)
+    sides = {OURS: error(rows, ours, importance) / whole, "ggml": error(rows, theirs, importance) / whole}
+    return value_row(f"{name}, {data} rows, importance {kind.replace('_', '-')}", "relative error", sides)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Compare every type on all rows by all importances."""
+    parser = arguments(__doc__)
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--types", default=",".join(QUANTIZED))
-    parser.add_argument("--out", type=Path)
     chosen = parser.parse_args()
-    table = {
-        name: {
-            data: {kind: round(ratio(name, rows, weights), 4) for kind, weights in all_importance().items()}
-            for data, rows in all_rows(chosen.rows).items()
-        }
+    rows = [
+        compared(name, data, drawn, kind, weights)
         for name in chosen.types.split(",")
+        for data, drawn in all_rows(chosen.rows).items()
+        for kind, weights in all_importance().items()
+    ]
+    protocol = {
+        "statement": "Importance-weighted squared error of encoding over the rows' own weighted squares; "
+        "the same rows and importance on both sides.",
+        "rows of each kind": chosen.rows,
     }
-    highest = max(value for data in table.values() for kinds in data.values() for value in kinds.values())
-    report = {
-        "benchmark": "encode_error",
-        "environment": environment(),
-        "rows_per_data_set": chosen.rows,
-        "highest_ratio": highest,
-        "error_over_ggmls": table,
-    }
-    text = json.dumps(report, indent=1)
-    print(text)
-    if chosen.out:
-        chosen.out.write_text(text + "\n", encoding="utf-8")
+    report("encode_error", protocol, rows, out=chosen.out)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,16 @@
-"""Throughput and error of NF4 and int4 against bitsandbytes and compressed-tensors, in one run, as JSON.
+"""Throughput and error of NF4 and int4 against bitsandbytes and compressed-tensors, in one run.
 
     python benchmarks/pack.py [--threads 2] [--repeats 5] [--rows 2048] [--out FILE]
 
 Both sides take turns on the same matrix (Gaussian, 4096 wide) with as many threads; figures are the median
-and the range over the repeats, in million weights per second. `error` is the squared error over the squared
-weights, `ratio` ours over the peer's. bitsandbytes packs in C++ with a block's largest magnitude as its
-scale, compressed-tensors in torch with 2/15 of it; ours takes a scale as plain, and then searches.
+and the range over the repeats, in weights per second, and the squared error over the squared weights.
+bitsandbytes packs in C++ with a block's largest magnitude as its scale, compressed-tensors in torch with
+2/15 of it; ours takes a scale as plain, and then searches.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import bitsandbytes.functional as bnb
 import numba
@@ -26,7 +20,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32,
 from compressed_tensors.quantization import QuantizationArgs
 from compressed_tensors.quantization.lifecycle.forward import dequantize, quantize
 from compressed_tensors.quantization.utils import calculate_qparams
-from peer import environment
+from measuring import OURS, Row, Turns, alternate, arguments, rate_row, report, value_row
 
 from bitsmith.formats.integer import GridFormat
 from bitsmith.formats.nf4 import NF4, nest
@@ -67,52 +61,34 @@ def theirs_int4_rows(packed: Packed, shape: torch.Size) -> Rows:
     return dequantize(unpack_from_int32(packed[0], 4, shape), packed[1], packed[2], ARGS).numpy()
 
 
-def seconds_of(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
-
-
-def rates(actions: dict[str, Callable[[], object]], weights: int, repeats: int) -> dict[str, list[float]]:
-    """Return million weights per second: median, least, most; the actions take turns."""
-    for action in actions.values():
-        action()
-    times = [{name: seconds_of(action) for name, action in actions.items()} for _ in range(repeats)]
-    found = {name: sorted(weights / one[name] / 1e6 for one in times) for name in actions}
-    return {name: [round(v, 1) for v in (median(one), one[0], one[-1])] for name, one in found.items()}
-
-
 def error(rows: Rows, decoded: Rows) -> float:
     return float(np.square(rows - decoded, dtype=np.float64).sum() / np.square(rows, dtype=np.float64).sum())
 
 
-def report(
+def compared(
     name: str,
     rows: Rows,
     actions: dict[str, Callable[[], object]],
     decoded: dict[str, Rows],
     repeats: int,
-) -> dict[str, object]:
-    found = rates(actions, rows.size, repeats)
-    errors = {who: error(rows, values) for who, values in decoded.items()}
-    peer = list(actions)[-1]
-    return {
-        "format": name,
-        "peer": peer,
-        "million_weights_per_second": found,
-        "throughput_ratio": {who: round(found[who][0] / found[peer][0], 2) for who in actions if who != peer},
-        "relative_error": errors,
-        "error_ratio": {who: round(errors[who] / errors[peer], 4) for who in errors if who != peer},
-    }
+) -> Iterator[Row]:
+    """Yield throughput of each of our ways, then its error; the last action is the peer's."""
+    turns = alternate(actions, repeats)
+    *ours, peer = actions
+    for way in ours:
+        both = Turns({OURS: turns.rounds[way], peer: turns.rounds[peer]})
+        yield rate_row(f"{name}, {way}", both, rows.size, "weights/s")
+    for way in ours:
+        errors = {OURS: error(rows, decoded[way]), peer: error(rows, decoded[peer])}
+        yield value_row(f"{name}, {way}", "relative error", errors)
 
 
 def main() -> None:
     """Run the comparison and print or write its JSON."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = arguments(__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rows", type=int, default=2048)
-    parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     numba.set_num_threads(min(options.threads, numba.config.NUMBA_NUM_THREADS))
     torch.set_num_threads(options.threads)
@@ -121,7 +97,7 @@ def main() -> None:
     four, state = bnb.quantize_4bit(weights, blocksize=64, quant_type="nf4", compress_statistics=True)
     ints = theirs_int4(weights)
     results = [
-        report(
+        *compared(
             "NF4, 64 weights, double quantization",
             rows,
             {
@@ -138,7 +114,7 @@ def main() -> None:
             },
             options.repeats,
         ),
-        report(
+        *compared(
             f"int4, groups of {GROUP}, BF16 scales",
             rows,
             {
@@ -154,13 +130,13 @@ def main() -> None:
             options.repeats,
         ),
     ]
-    text = json.dumps(
-        {"environment": environment(), "threads": options.threads, "results": results}, indent=2
-    )
-    if options.out is None:
-        sys.stdout.write(text + "\n")
-    else:
-        options.out.write_text(text + "\n")
+    protocol = {
+        "statement": f"A Gaussian matrix of {options.rows} × {N_IN} float32 weights, packed whole, in turns; "
+        "ours by the plain scale and by searching it.",
+        "threads": options.threads,
+        "repeats": options.repeats,
+    }
+    report("pack", protocol, results, out=options.out)
 
 
 if __name__ == "__main__":

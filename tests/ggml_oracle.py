@@ -95,7 +95,7 @@ def accepts(name: str, blocks: np.ndarray) -> bool:
     return bool(library().ggml_validate_row_data(type_number(name), blocks.ctypes.data, blocks.nbytes))
 
 
-def dequantize(name: str, blocks: np.ndarray) -> np.ndarray:
+def dequantize(name: str, blocks: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
     """Decode bytes (`out row_bytes`) with ggml's own `dequantize_row_…` to float32 rows (`out in`)."""
     block_size, block_bytes = block_of(name)
     blocks = np.ascontiguousarray(blocks)
@@ -104,7 +104,8 @@ def dequantize(name: str, blocks: np.ndarray) -> np.ndarray:
     plain = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
     symbol = plain.get(name, f"dequantize_row_{name if name.endswith('_K') else name.lower()}")
     symbol = symbol.replace("row_Q", "row_q")
-    out = np.empty((len(blocks), blocks.shape[1] // block_bytes * block_size), np.float32)
+    if out is None:
+        out = np.empty((len(blocks), blocks.shape[1] // block_bytes * block_size), np.float32)
     decode = library()[symbol]
     decode.restype = None
     decode.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]
