@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tracemalloc
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from bitsmith.archs import architecture_of, claim
-from bitsmith.archs.published import SIZES, published_config
-from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.archs.published import SIZES, published_config, size_named
+from bitsmith.cli.main import app
+from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.lab.synth import synth, synth_tensors
+from bitsmith.numerics.planted import Planted, planted_rows
+from bitsmith.run.assay import assay
+from bitsmith.run.compress import compress
+from bitsmith.run.job import Job
 from bitsmith.store import open_checkpoint
 
 
@@ -102,3 +110,115 @@ def test_wrong_requests_are_refused(tiny_qwen3):
         published_config("3B")
     with pytest.raises(OutputError):
         synth(tiny_qwen3, "qwen3-tiny")
+
+
+def test_planted_spectra_are_found_again():
+    plan = Planted(768, 512, alpha=3.5, tail=0.3, rms=0.05, seed=3)
+    sigma = np.linalg.svd(planted_rows(plan, 0, 768).astype(np.float64), compute_uv=False)
+    np.testing.assert_allclose(sigma, plan.sigma(), rtol=1e-4)
+    assert np.sqrt(np.sum(sigma**2) / (768 * 512)) == pytest.approx(0.05, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(384, 256), (256, 384), (24, 80), (1, 7), (4352, 256)])
+def test_planted_rows_are_the_same_in_any_slices(shape):
+    uneven = {"row_spread": 0.2, "column_spread": 0.1, "outliers": 1}
+    plan = Planted(*shape, alpha=3.0, tail=0.5, rms=1.0, seed=9, **uneven)
+    whole = planted_rows(plan, 0, shape[0])
+    cuts = sorted({0, shape[0], *(min(shape[0], at) for at in (1, 15, 16, 17, 63, 130))})
+    pieces = [planted_rows(plan, first, last) for first, last in pairwise(cuts)]
+    assert np.array_equal(whole, np.concatenate(pieces))
+    assert len(np.unique(whole, axis=0)) == shape[0]
+
+
+def test_a_planted_checkpoint_says_what_an_assay_finds(tmp_path):
+    folder = synth(tmp_path / "planted", "tiny", vision=False, mtp=False, planted=True)
+    expected = json.loads((folder / "planted.json").read_text())["expected"]
+    name = "model.layers.3.self_attn.q_proj.weight"
+    [found] = assay(folder, match=re.escape(name), resamples=40).matrices
+    planned = expected[name]
+    assert found.power_law.alpha_low < planned["alpha"] < found.power_law.alpha_high
+    assert dict(found.spectrum.rank_for_error)[0.1] == pytest.approx(
+        planned["rank_for_error"]["0.1"], rel=0.03
+    )
+    with open_checkpoint(folder) as checkpoint:
+        first, second = (
+            np.square(checkpoint[f"model.layers.{n}.mlp.up_proj.weight"].read()).sum(axis=0) for n in (0, 1)
+        )
+    assert np.corrcoef(first, second)[0, 1] > 0.8  # channels of the residual stream, the same in every layer
+
+
+def test_a_virtual_checkpoint_reads_as_the_folder_it_stands_for(tmp_path):
+    real = synth(tmp_path / "real", "tiny", planted=True)
+    computed = synth(tmp_path / "computed", "tiny", planted=True, virtual=True)
+    assert {file.name for file in computed.iterdir()} == {file.name for file in real.iterdir()} - {
+        "model.safetensors"
+    }
+    with open_checkpoint(real) as stored, open_checkpoint(computed) as checkpoint:
+        assert checkpoint.source_digest == stored.source_digest
+        assert sorted(checkpoint) == sorted(stored)
+        for name in stored:
+            assert checkpoint[name].dtype == stored[name].dtype
+            assert np.array_equal(checkpoint[name].read(), stored[name].read()), name
+    ours, theirs = tmp_path / "computed.gguf", tmp_path / "real.gguf"
+    compress(Job(computed, ours, "Q4_0"))
+    compress(Job(real, theirs, "Q4_0"))
+    with open_checkpoint(ours) as one, open_checkpoint(theirs) as other:
+        assert all(np.array_equal(one[name].raw(), other[name].raw()) for name in other)
+
+
+def test_lost_shards_are_not_made_up_for(tmp_path):
+    folder = synth(tmp_path / "real", "qwen3-tiny", planted=True)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UnsupportedError, match=r"has no \.safetensors"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"shape": [1 << 30, 64]}, "expected sides of at most"),
+        ({"shape": [-1, 64]}, "expected positive lengths"),
+        ({"dtype": "I8"}, "expected a dtype of F32, F16, BF16"),
+        ({"planted": {"alpha": 3}}, "is planned by"),
+        ({"planted": {"alpha": float("nan")}}, "expected a number"),
+        ({"planted": {"alpha": 0.5}}, "alpha 0.5"),
+    ],
+)
+def test_a_plan_that_cannot_be_followed_is_named(tmp_path, change, said):
+    folder = synth(tmp_path / "computed", "qwen3-tiny", planted=True, virtual=True)
+    path = folder / "planted.json"
+    plan = json.loads(path.read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    entry = plan["tensors"][name]
+    whole = "planted" in change and said != "is planned by"
+    entry |= {"planted": entry["planted"] | change["planted"]} if whole else change
+    path.write_text(json.dumps(plan))
+    with pytest.raises(DamagedFileError, match=re.escape(said)) as refused:
+        open_checkpoint(folder)
+    assert refused.value.tensor == name and refused.value.path == path
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("qwen3.5-9b", "9B"), ("Qwen3.5-0.8B", "0.8B"), ("QWEN3-4b", "qwen3-4B"), ("27b", "27B")],
+)
+def test_models_are_known_by_name(name, size):
+    assert size_named(name) == size
+    assert published_config(name) == published_config(size)
+
+
+def test_the_command_takes_a_name_or_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    lines = (
+        "qwen3-tiny",
+        "QWEN3-tiny -o named",
+        "sized --size qwen3-tiny --random",
+        "qwen3-tiny -o v --virtual",
+    )
+    for line in lines:
+        assert CliRunner().invoke(app, ["lab", "synth", *line.split()]).exit_code == 0, line
+    same = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("qwen3-tiny", "named", "sized")]
+    assert same[0] == same[1] != same[2]
+    assert not (tmp_path / "v" / "model.safetensors").exists()
+    wrong = CliRunner().invoke(app, ["lab", "synth", "qwen3.5-10b", "-o", "x"])
+    assert wrong.exit_code == 1 and not (tmp_path / "x").exists()

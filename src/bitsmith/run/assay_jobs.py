@@ -128,7 +128,10 @@ def _targets(
 
 
 def _sampled(targets: Sequence[Target], count: int, skipped: list[Skipped]) -> list[Target]:
-    """Keep `count` matrices of each role, evenly spaced over the layers; vision and MTP are a role each."""
+    """Keep `count` matrices of each role, evenly spaced over the layers; vision and MTP are a role each.
+
+    What is not kept is added to `skipped`.
+    """
     groups: dict[str, list[Target]] = {}
     for target in targets:
         component = target.spec.component
@@ -173,6 +176,8 @@ def _jobs(
         )
         for target in targets
     ]
+    if request.sample is not None:
+        return matrices
     layers = [
         Job(f"layer {m.layer}", m.work, m.memory_bytes, partial(measure_mixer, m), MixerAssay)
         for m in mixers(targets, config)

@@ -52,7 +52,7 @@ Weights = NDArray[Any]
 Source = Weights | TensorRef
 
 HELD_BYTES = 512 << 20  # a matrix up to this size as float32 is read once, a larger one for every measure
-QUICK_ROWS = 1024
+QUICK_ROWS, QUICK_BYTES = 512, 256 << 20  # of errors; of a matrix too large to hold, as float32
 CURVE_POINTS = 200
 _AT_REST_BYTES = 400 << 20
 _TOGETHER = 64  # rows read at once of a matrix that is sampled
@@ -98,8 +98,8 @@ class Target:
     def sampled(self) -> Source:
         """Return the folded values; of a matrix too large to hold, groups of rows evenly spaced over it."""
         rows, columns = self.shape
-        kept = min(rows, HELD_BYTES // (4 * columns) // _TOGETHER * _TOGETHER)
-        if kept in (0, rows):
+        kept = min(rows, QUICK_BYTES // (4 * columns) // _TOGETHER * _TOGETHER)
+        if kept == 0 or 4 * self.ref.size <= HELD_BYTES:
             return self.source()
         starts = np.arange(kept // _TOGETHER) * (rows - _TOGETHER) // max(1, kept // _TOGETHER - 1)
         found = [self.ref.read(int(first), int(first) + _TOGETHER) for first in starts]
