@@ -1,63 +1,74 @@
-"""Time of one matrix's full analysis against `numpy.linalg.svd` and WeightWatcher, in the same run, as JSON.
+"""One matrix's spectrum and power law against numpy.linalg.svd and WeightWatcher, and a whole checkpoint's.
 
-    python benchmarks/assay.py [--rows 12288] [--columns 4096] [--repeats 3] [--out FILE]
+    python benchmarks/assay.py [--shapes 3584x1024,4096x2048] [--repeats 3] [--size qwen3.5-0.8b]
+        [--layers 4] [--out FILE]
 
-The matrix is float32 with an LLM-like spectrum: σ falls as in a published table of Qwen3.5-9B's gate of layer
-15 (4.65 … 0.95), planted by cosine transforms with random signs. Our analysis is σ, all statistics, the slope
-and the power law with its resamples. The sides take turns; figures are the median and the range. σ is also
-compared with a float64 SVD, run once. Peak memory is that of a process that loads the matrix, and of one that
-analyses it too. WeightWatcher is not a dependency: it is skipped where it is not installed. The projection
-for all matrices of Qwen3.5-9B scales our time at this size by what the Gram matrix and its reduction to a
-band cost; reading from disk is not in it.
+The matrices are float32 with planted spectra (`bitsmith.numerics.planted`): a power law above Marchenko and
+Pastur's, uneven rows and columns, outlier channels. Our analysis is σ, all statistics, the log-log slope and
+the power law with its resamples; numpy's is σ alone; WeightWatcher's is its `analyze`. All of them have one
+thread, and take turns. WeightWatcher is left out where it is not installed. The limit is what our way costs
+in operations, the Gram matrix and its reduction to a band, over the rate of float32 products on one thread
+(where float32 does not resolve the smallest σ it is done again in float64, at half that rate).
+
+The checkpoint has a published model's shapes with fewer layers (`--layers`) and no vision, computed on read.
+`bitsmith assay` measures every matrix of it, also int4, low rank and bounds, in one process and in one for
+each core, and a sample (`--sample 1`). numpy takes σ of the same matrices one after the other, with as many
+threads as there are cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
-import math
+import io
 import os
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-from scipy.fft import dct
+from measuring import (
+    OURS,
+    Limit,
+    Row,
+    alternate,
+    arguments,
+    child,
+    limits,
+    report,
+    seconds_row,
+    value_row,
+)
+from threadpoolctl import threadpool_limits
 
-from bitsmith.archs import ARCHITECTURES
-from bitsmith.archs.published import published_config
+from bitsmith.lab.synth import synth
+from bitsmith.numerics.planted import Planted, planted_rows
 from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.spectrum import Spectrum, describe, singular_values
 
-TABLE = {1: 4.65, 2: 4.05, 3: 3.65, 4: 3.55, 512: 2.03, 1024: 1.72, 2048: 1.18, 4096: 0.95}
-PEAKS = ("loading", "bitsmith", "numpy.linalg.svd")
+NUMPY, WATCHER = "numpy.linalg.svd", "weightwatcher"
+SVD_OF_ALL = """
+import sys
+from pathlib import Path
+import numpy as np
+from bitsmith.store import open_checkpoint
+with open_checkpoint(Path(sys.argv[1])) as checkpoint:
+    for ref in checkpoint.values():
+        if len(ref.shape) > 1:
+            np.linalg.svd(np.asarray(ref.read()).reshape(ref.shape[0], -1), compute_uv=False)
+"""
 
 
-def llm_like(rows: int, columns: int) -> np.ndarray:
-    """Return a dense matrix with the table's σ, its indices scaled to the short side."""
-    rng = np.random.default_rng(0)
-    short = min(rows, columns)
-    places = [i if i <= 4 else i * short / 4096 for i in TABLE]
-    weights = np.zeros((rows, columns), np.float32)
-    diagonal = np.arange(short)
-    weights[diagonal, diagonal] = np.interp(diagonal + 1, places, list(TABLE.values()))
-    for axis in (0, 1, 0, 1):  # orthogonal: a cosine transform after random signs
-        signs = rng.choice(np.array([-1, 1], np.float32), weights.shape[axis])
-        weights *= signs[:, np.newaxis] if axis == 0 else signs
-        weights = dct(weights, axis=axis, norm="ortho", overwrite_x=True)
-    return weights
+def matrix(rows: int, columns: int) -> np.ndarray:
+    """Return a matrix like those of the synthetic checkpoints."""
+    uneven = {"row_spread": 0.2, "column_spread": 0.15, "outliers": columns // 512, "outlier_factor": 3.0}
+    plan = Planted(rows, columns, alpha=3.5, tail=0.3, rms=columns**-0.5, seed=1, channels=2, **uneven)
+    return planted_rows(plan, 0, rows)
 
 
 def analyse(weights: np.ndarray) -> Spectrum:
-    """Do all that is said of one matrix."""
+    """Do all that is said of one matrix's spectrum."""
     spectrum = singular_values(weights)
     describe(spectrum)
     log_slope(spectrum.sigma)
@@ -65,139 +76,111 @@ def analyse(weights: np.ndarray) -> Spectrum:
     return spectrum
 
 
-def weightwatcher_analysis(weights: np.ndarray) -> Callable[[], object] | str:
-    """Return WeightWatcher's analysis of a model with this one matrix, or why it is not measured."""
+def watching(weights: np.ndarray) -> Callable[[], object] | None:
+    """Return WeightWatcher's analysis of a model with this one matrix; None where it is not installed."""
     try:
         import torch  # noqa: PLC0415
         import weightwatcher  # noqa: PLC0415
     except ImportError as error:
-        return f"unmeasured: not installed ({error})"
+        print(f"{WATCHER}: not installed ({error})", file=sys.stderr)
+        return None
+    torch.set_num_threads(1)
     layer = torch.nn.Linear(weights.shape[1], weights.shape[0], bias=False)
     layer.weight.data = torch.from_numpy(weights)
     watcher = weightwatcher.WeightWatcher(model=torch.nn.Sequential(layer))
 
     def work() -> object:
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(io.StringIO()):
             return watcher.analyze(max_evals=max(weights.shape))
 
     return work
 
 
-def timed(work: Callable[[], Any]) -> tuple[float, Any]:
-    started = time.perf_counter()
-    result = work()
-    return time.perf_counter() - started, result
-
-
-def cost(shape: tuple[int, int]) -> float:
-    """Return the multiplications of the Gram matrix and its reduction to a band."""
+def operations(shape: tuple[int, int]) -> float:
+    """Return the operations of the Gram matrix (one triangle) and its reduction to a band."""
     short, long = sorted(shape)
-    return short**2 * (long / 2 + 2 * short / 3)
+    return short**2 * (long + 4 * short / 3)
 
 
-def projection(took: float, shape: tuple[int, int]) -> dict[str, object]:
-    """Scale the measured time to every matrix of Qwen3.5-9B."""
-    config = published_config("9B")
-    shapes = [
-        (spec.shape[0], math.prod(spec.shape[1:]))
-        for spec in ARCHITECTURES[config["model_type"]](config).specs()
-        if len(spec.shape) > 1
-    ]
-    total = sum(took * cost(each) / cost(shape) for each in shapes)
-    return {"matrices": len(shapes), "minutes": total / 60, "kind": "projection, not measured"}
-
-
-def peak_bytes(file: Path, action: str) -> int:
-    """Return the peak resident memory of a process that loads the matrix and does `action`."""
-    command = [sys.executable, __file__, "--peak", action, "--matrix", str(file)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def print_peak(file: Path, action: str) -> None:
-    weights = np.load(file)
-    if action == "bitsmith":
-        analyse(weights)
-    elif action == "numpy.linalg.svd":
-        np.linalg.svd(weights, compute_uv=False)
-    status = Path("/proc/self/status").read_text()  # ru_maxrss would start from the parent's peak
-    print(1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")))
-
-
-def environment() -> dict[str, object]:
-    """Return what the figures depend on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    cpu = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.processor())
-    versions = {}
-    for name in ("bitsmith", "numpy", "scipy", "torch", "weightwatcher"):
-        with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "load_average": os.getloadavg()[0],
-    }
-
-
-def measure(rows: int, columns: int, repeats: int) -> dict[str, object]:
-    report: dict[str, object] = {"environment": environment(), "shape": [rows, columns]}
-    weights = llm_like(rows, columns)
+def one_matrix(shape: tuple[int, int], repeats: int, limit: Limit) -> list[Row]:
+    """Return seconds of one matrix's analysis, and how exact σ is."""
+    weights = matrix(*shape)
     sides: dict[str, Callable[[], object]] = {
-        "bitsmith": lambda: analyse(weights),
-        "numpy.linalg.svd": lambda: np.linalg.svd(weights, compute_uv=False),
+        OURS: lambda: analyse(weights),
+        NUMPY: lambda: np.linalg.svd(weights, compute_uv=False),
     }
-    watcher = weightwatcher_analysis(weights)
-    if isinstance(watcher, str):
-        report["weightwatcher"] = watcher
-    else:
-        sides["weightwatcher"] = watcher
-    analyse(weights[:512, :128])
-    took: dict[str, list[float]] = {name: [] for name in sides}
-    results: dict[str, Any] = {}
-    for _ in range(repeats):
-        for name, work in sides.items():
-            elapsed, results[name] = timed(work)
-            took[name].append(elapsed)
-            print(f"{name}: {elapsed:.2f} s, load {os.getloadavg()[0]:.1f}", file=sys.stderr, flush=True)
-    for name, values in took.items():
-        report[name] = {"seconds": median(values), "range": [min(values), max(values)]}
-        report[f"times_faster_than_{name}"] = median(values) / median(took["bitsmith"])
-    del report["times_faster_than_bitsmith"]
-    spectrum, single = results["bitsmith"], results["numpy.linalg.svd"]
+    watcher = watching(weights)
+    if watcher is not None:
+        sides[WATCHER] = watcher
+    case = f"spectrum of {shape[0]} × {shape[1]}"
+    with threadpool_limits(1):
+        turns = alternate(sides, repeats, warmups=0)
+        spectrum, single = analyse(weights), np.linalg.svd(weights, compute_uv=False)
     exact = np.linalg.svd(weights.astype(np.float64), compute_uv=False)
-    report["sigma"] = {
-        "method": spectrum.method,
-        "bound": spectrum.relative_error,
-        "against_float64": float(np.max(np.abs(spectrum.sigma / exact - 1))),
-        "numpy_float32_against_float64": float(np.max(np.abs(single / exact - 1))),
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "matrix.npy"
-        np.save(file, weights)
-        report["peak_bytes"] = {action: peak_bytes(file, action) for action in PEAKS}
-    report["qwen3_5_9b"] = projection(median(took["bitsmith"]), (rows, columns))
-    return report
+    errors = {OURS: _error(spectrum.sigma, exact), NUMPY: _error(single, exact)}
+    return [
+        seconds_row(case, turns, limit=limit, limit_amount=operations(shape), method=spectrum.method),
+        value_row(f"largest relative error of σ, {shape[0]} × {shape[1]}", "1", errors),
+    ]
+
+
+def _error(sigma: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.max(np.abs(sigma / exact - 1)))
+
+
+def whole_checkpoint(folder: Path, repeats: int) -> list[Row]:
+    """Return seconds and peak memory of `bitsmith assay` on a checkpoint, and numpy's for σ alone."""
+    peaks: dict[str, int] = {}
+
+    def run(name: str, *command: str) -> Callable[[], Any]:
+        def work() -> Any:
+            ran = child([sys.executable, *command])
+            peaks[name] = max(peaks.get(name, 0), ran.peak_bytes)
+            return ran
+
+        return work
+
+    ours = ("-c", "from bitsmith.cli.main import main; main()", "--quiet", "assay", str(folder), "--workers")
+    cores = str(len(os.sched_getaffinity(0)))
+    turns = alternate(
+        {
+            OURS: run(OURS, *ours, cores),
+            "bitsmith, one process": run("bitsmith, one process", *ours, "1"),
+            "bitsmith --sample 1": run("bitsmith --sample 1", *ours, cores, "--sample", "1"),
+            f"{NUMPY}, σ alone": run(f"{NUMPY}, σ alone", "-c", SVD_OF_ALL, str(folder)),
+        },
+        repeats,
+        warmups=0,
+    )
+    return [
+        seconds_row("every matrix of a checkpoint", turns, processes=int(cores)),
+        value_row("peak memory of all processes", "bytes", peaks),
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rows", type=int, default=12288)
-    parser.add_argument("--columns", type=int, default=4096)
+    """Measure what is asked for."""
+    parser = arguments(__doc__)
+    parser.add_argument("--shapes", default="3584x1024,4096x2048", help="of single matrices; '' for none")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--peak", choices=PEAKS, help="print the peak memory in bytes for --matrix FILE.npy")
-    parser.add_argument("--matrix", type=Path)
-    args = parser.parse_args()
-    if args.peak:
-        print_peak(args.matrix, args.peak)
-        return
-    text = json.dumps(measure(args.rows, args.columns, args.repeats), indent=1, allow_nan=False)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    parser.add_argument("--size", default="qwen3.5-0.8b", help="shapes of the checkpoint; '' for none")
+    parser.add_argument("--layers", type=int, default=4)
+    options = parser.parse_args()
+    known = limits("matrix", threads=1)
+    rows: list[Row] = []
+    for text in filter(None, options.shapes.split(",")):
+        height, width = map(int, text.split("x"))
+        rows += one_matrix((height, width), options.repeats, known["matrix"])
+    if options.size:
+        with tempfile.TemporaryDirectory() as made:
+            asked = {"layers": options.layers, "vision": False, "planted": True, "virtual": True}
+            folder = synth(Path(made) / "model", options.size, **asked)
+            rows += whole_checkpoint(folder, 1)
+    statement = (
+        f"float32 matrices with planted spectra, {options.repeats} rounds in turns, one thread each; then a "
+        f"checkpoint of {options.size}'s shapes with {options.layers} layers, once"
+    )
+    report("assay", {"statement": statement, "threads": 1}, rows, known, out=options.out)
 
 
 if __name__ == "__main__":

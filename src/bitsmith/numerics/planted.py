@@ -61,15 +61,11 @@ class Planted:
 
 def check_planted(planted: Planted) -> None:
     """Raise BitsmithError for a plan that cannot be followed."""
-    odd = (
-        max(_sides(n)[0] for n in (planted.rows, planted.columns))
-        if min(planted.rows, planted.columns)
-        else 0
-    )
-    if not 1 <= odd <= LARGEST_ODD:
+    sides = (planted.rows, planted.columns)
+    if not all(1 <= n <= LONGEST and _sides(n)[0] <= LARGEST_ODD for n in sides):
         raise BitsmithError(
-            f"{planted.rows} × {planted.columns}: expected sides whose part that is no power of two "
-            f"lies between 1 and {LARGEST_ODD}"
+            f"{planted.rows} × {planted.columns}: expected sides of at most {LONGEST}, whose part that is no "
+            f"power of two is at most {LARGEST_ODD}"
         )
     spreads = (planted.row_spread, planted.column_spread)
     if not (1 < planted.alpha < 100 and 0 < planted.tail <= 1 and 0 < planted.rms < 1e6):
