@@ -97,8 +97,8 @@ def forecast_assay(
         seconds = {job.name: costs.seconds(job) for job in work.jobs}
         used = usable_workers(work.jobs, workers)
         files, stored = work.checkpoint.files, sum(ref.nbytes for ref in work.checkpoint.values())
-        rates = machine_rates(files, folder, usable_cores())
         wall = _makespan(list(seconds.values()), used)
+        rates = machine_rates(files, folder, usable_cores(), work_seconds=wall)
         parts = [Part("start", started * (2 if used > 1 else 1), used, "processes", 1 / started)]
         if out is not None:
             parts.append(Part("digest of the source", stored / rates.sha256, stored, "bytes", rates.sha256))

@@ -163,7 +163,9 @@ def forecast_evaluate(
             parts += layer_parts(name, cost, rehearsal.kinds, tokens.size)
         parts.append(_both_heads(reference, other, tokens))
         files = (*reference.source.files, *other.source.files)
-        rates = machine_rates(files, Path(tempfile.gettempdir()), usable_cores())
+        rates = machine_rates(
+            files, Path(tempfile.gettempdir()), usable_cores(), work_seconds=total_seconds(tuple(parts))
+        )
         states = _state_bytes(reference, tokens)
         stored = sum(map(_text_bytes, (reference, other)))
     return Forecast(
@@ -255,7 +257,9 @@ def forecast_calibrate(
         cost = rehearsal.cost(budget.share(1) * 0.6)
         parts = layer_parts("layers", cost, rehearsal.kinds, tokens.size)
         parts.append(_saliency_head(rehearsal, opened, tokens))
-        rates = machine_rates(opened.source.files, folder, usable_cores())
+        rates = machine_rates(
+            opened.source.files, folder, usable_cores(), work_seconds=total_seconds(tuple(parts))
+        )
         full = not is_imatrix_name(out)
         room = room_for(opened, tokens, protocol, block=block, saliency=saliency, full=full)
         stored = _text_bytes(opened)

@@ -209,7 +209,9 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
         if statistics is not None and guided:
             parts += guided_parts(statistics, rounder, guided, numba.get_num_threads(), budget)
         peak = peak_memory_bytes() or 0
-        rates = machine_rates(checkpoint.files, folder, numba.get_num_threads())
+        rates = machine_rates(
+            checkpoint.files, folder, numba.get_num_threads(), work_seconds=total_seconds(tuple(parts))
+        )
         aside = _aside_part(checkpoint, source, rates)
         waits = _disk_part(checkpoint, rates, parts)
     start = Part("start", started + load, 1, "process", 1 / max(1e-3, started + load))

@@ -77,7 +77,9 @@ def _forecast(job: Job, checkpoint: Checkpoint, kinds: Kinds, chunks: Chunks, fi
             weights = sum(ref.size for ref in refs)
             parts.append(Part(name, weights / rate, weights, "weights", rate))
     peak = peak_memory_bytes() or 0
-    rates = machine_rates(checkpoint.files, folder, numba.get_num_threads())
+    rates = machine_rates(
+        checkpoint.files, folder, numba.get_num_threads(), work_seconds=total_seconds(tuple(parts))
+    )
     stored = sum(ref.nbytes for ref in checkpoint.values())
     missing = max(0, stored - cached_bytes(checkpoint.files))
     disk = rates.disk_read or float("inf")

@@ -40,12 +40,14 @@ class MachineRates:
     sha256: float
 
 
-def machine_rates(files: Sequence[Path], folder: Path, threads: int, *, seconds: float = 1.0) -> MachineRates:
-    """Measure for about `seconds`: reads of `files`, a write into `folder` of a file without a name.
+def machine_rates(
+    files: Sequence[Path], folder: Path, threads: int, *, work_seconds: float = 10.0
+) -> MachineRates:
+    """Measure reads of `files`, writes into `folder` of a file without a name, and what needs no disk.
 
-    Memory held stays under 64 MiB.
+    Takes a second, less for work of less than `work_seconds` = 10. Memory held stays under 64 MiB.
     """
-    share = seconds / 5
+    share = min(1.0, max(0.1, work_seconds / 10)) / 5
     return MachineRates(
         threads=threads,
         disk_read=disk_read_rate(files, share),
