@@ -116,8 +116,8 @@ class _Rows:
             self._feed(index, _Factors(*whole, put(panel.solved), subs))
         sweeps = self.effort.sweeps if self.group.width <= self.effort.sweep_columns else 0
         for _ in range(sweeps):
-            changed = [self._sweep(index) for index in range(len(panels))]
-            if not any(changed):
+            changed = torch.stack([self._sweep(index) for index in range(len(panels))])
+            if not changed.any():
                 break
         return self.fields, self.levels
 
@@ -190,7 +190,7 @@ class _Rows:
         new = trial.gather(0, place[:, None].expand(1, *levels.shape))[0]
         levels.copy_(torch.where(taken, new, levels))
 
-    def _improve(self, at: slice, gradient: Tensor, hessian: Tensor, subs: Sequence[Tensor]) -> bool:
+    def _improve(self, at: slice, gradient: Tensor, hessian: Tensor, subs: Sequence[Tensor]) -> Tensor:
         """Improve each sub-block, everything else in the row as it stands; tell whether anything changed."""
         base, errors, levels, fields = self.base[at], self.errors[at], self.levels[at], self._part(at)
         size, before = self.form.sub_size, self.errors[at].clone()
@@ -208,7 +208,7 @@ class _Rows:
                 _descend(
                     base[own], gradient[own], hessian[own, own], steps, self.grid, levels[own], errors[own]
                 )
-        return bool((before != errors).any())
+        return (before != errors).any()
 
     def _research(
         self, base: Tensor, gradient: Tensor, factors: Sequence[Tensor], fields: _Fields, sub: int,
@@ -243,7 +243,7 @@ class _Rows:
             target[columns] += errors[columns] - now
             errors[columns] = now
 
-    def _sweep(self, index: int) -> bool:
+    def _sweep(self, index: int) -> Tensor:
         at, size = self._columns(index), self.form.sub_size
         hessian = self.device.of(self.group, "hessian")
         subs = slice(at.start // size, at.stop // size)
