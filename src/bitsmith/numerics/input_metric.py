@@ -10,31 +10,33 @@ equals GPTQ of Frantar et al. 2022).
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
+from scipy.linalg import get_lapack_funcs
 
 from bitsmith.errors import BitsmithError
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
 
-PANEL = 16
-"""Columns of a packed matrix that lie together."""
-
 DAMPING = 0.01
+_potrf: Any = get_lapack_funcs("potrf", dtype=np.float64)
 _GROWTH = 10.0
 _ATTEMPTS = 12
 _LEAST_DAMPING = 1e-6
-_CORNER = 32
+_TILE = 512
 
 
 class SubFactors(NamedTuple):
     """Of every `size` columns by themselves: the feedback, its weights and the inverse of H.
 
-    `feedback` (`subs size size`) is `V_kj / V_jj` above the diagonal, `weights` (`subs size`) is `V_jj²`.
+    `feedback` (`subs size size`) is `V_kj / V_jj` at `j k` (below the diagonal), `weights` (`subs size`) is
+    `V_jj²`.
     """
 
     feedback: NDArray[Any]
@@ -42,63 +44,93 @@ class SubFactors(NamedTuple):
     inverse: NDArray[Any]
 
 
-def upper_factor(matrix: Float64) -> Float64 | None:
-    """Return upper triangular V with `matrix = V Vᵀ` (`in in`), or None if it is not positive definite."""
-    turned = np.asfortranarray(matrix[::-1, ::-1])
-    try:
-        lower: Float64 = linalg.cholesky(turned, lower=True, overwrite_a=True, check_finite=False)
-    except linalg.LinAlgError:
-        return None
-    return lower[::-1, ::-1] if np.isfinite(lower).all() else None
+class Panel(NamedTuple):
+    """Columns that are rounded together, what follows them taken as making up for their errors.
 
+    The metric of their own errors is then `metric` S = V Vᵀ of V's diagonal block `factor` (`size size`),
+    `turned` its transpose; `feedback` is `V_kj / V_jj` at `j k` (below the diagonal), `solved` the inverse of
+    `I + feedback`, and `subs` are the factors of every few columns of S by themselves.
+    """
 
-def packed(matrix: NDArray[Any], kind: Any) -> NDArray[Any]:
-    """Return a matrix (`n n`) with `PANEL` columns side by side (`n/PANEL n PANEL`)."""
-    n = len(matrix)
-    return np.ascontiguousarray(matrix.reshape(n, n // PANEL, PANEL).transpose(1, 0, 2), dtype=kind)
+    metric: NDArray[Any]
+    factor: NDArray[Any]
+    turned: NDArray[Any]
+    feedback: NDArray[Any]
+    solved: NDArray[Any]
+    subs: SubFactors
 
 
 class Group:
     """Columns that see each other: H over them (`width width`), normalised and damped, and its factors.
 
-    `hessian` is H and `feedback` is `V_kj / V_jj` above the diagonal, both packed
-    (`width/PANEL width PANEL`); `diagonal` is H's, `weights` is what a column's own error costs when the
-    later ones make up for it, `V_jj²`.
+    `feedback` is `V_kj / V_jj` at `j k`, below the diagonal (`width width`); `diagonal` is H's, `weights` is
+    what a column's own error costs when the later ones make up for it, `V_jj²`.
     """
 
-    def __init__(self, moment: Float64, factor: Float64, kind: Any) -> None:
-        self.width = len(moment)
-        self.diagonal: Float64 = np.diagonal(moment).copy()
-        self.hessian = packed(moment, kind)
-        corners = range(0, self.width, _CORNER)
-        self._corners = [moment[at : at + _CORNER, at : at + _CORNER].copy() for at in corners]
+    def __init__(self, moment: Callable[[], Float64], lower: Float64, diagonal: Float64, kind: Any) -> None:
+        self.width = len(lower)
+        self.diagonal = diagonal
+        self._moment = moment
         self._kind = kind
         self._subs: dict[int, SubFactors] = {}
-        self._lock = threading.Lock()
-        own = np.diagonal(factor).copy()
+        self._panels: dict[tuple[int, int], list[Panel]] = {}
+        self._lock = threading.RLock()
+        own = np.diagonal(lower)[::-1].copy()
         self.weights: Float64 = own**2
-        factor /= own
-        np.fill_diagonal(factor, 0.0)
-        self.feedback = packed(factor, kind)
+        self.feedback = np.empty(lower.shape, kind)
+        np.divide(lower.T[::-1, ::-1], own[:, None], out=self.feedback, casting="unsafe")
+        _keep_below(self.feedback)
+
+    @cached_property
+    def hessian(self) -> NDArray[Any]:
+        """H (`width width`)."""
+        return self._moment().astype(self._kind)
 
     def sub_factors(self, size: int) -> SubFactors:
-        """Return the factors of every `size` columns (16 or 32) by themselves."""
+        """Return the factors of every `size` columns (16 or 32) of H by themselves."""
         with self._lock:
             if size not in self._subs:
-                self._subs[size] = self._sub_factors(size)
+                cuts = [self.hessian[at : at + size, at : at + size] for at in range(0, self.width, size)]
+                self._subs[size] = _sub_factors(np.stack(cuts).astype(np.float64), self._kind)
             return self._subs[size]
 
-    def _sub_factors(self, size: int) -> SubFactors:
-        cuts = [
-            corner[at : at + size, at : at + size]
-            for corner in self._corners
-            for at in range(0, len(corner), size)
-        ]
-        subs = np.stack(cuts)
-        factor = np.linalg.cholesky(subs[:, ::-1, ::-1])[:, ::-1, ::-1]
-        own = np.diagonal(factor, axis1=1, axis2=2)
-        parts = np.triu(factor / own[:, None, :], 1), own**2, np.linalg.inv(subs)
-        return SubFactors(*(np.ascontiguousarray(part, dtype=self._kind) for part in parts))
+    def panels(self, size: int, sub_size: int) -> list[Panel]:
+        """Return the panels of `size` columns (the last may be narrower), their sub-blocks of `sub_size`."""
+        key = size, sub_size
+        with self._lock:
+            if key not in self._panels:
+                ends = [(at, min(at + size, self.width)) for at in range(0, self.width, size)]
+                self._panels[key] = [self._panel(*ends_at, sub_size) for ends_at in ends]
+            return self._panels[key]
+
+    def _panel(self, at: int, end: int, sub_size: int) -> Panel:
+        feedback = self.feedback[at:end, at:end].astype(np.float64)
+        unit = feedback + np.eye(end - at)
+        turned = unit * np.sqrt(self.weights[at:end, None])
+        metric = turned.T @ turned
+        cuts = range(0, end - at, sub_size)
+        subs = np.stack([metric[cut : cut + sub_size, cut : cut + sub_size] for cut in cuts])
+        solved = linalg.solve_triangular(unit, np.eye(end - at), lower=True, unit_diagonal=True)
+        parts = metric, turned.T, turned, feedback, solved
+        a, b, c, d, e = (np.ascontiguousarray(part, dtype=self._kind) for part in parts)
+        return Panel(a, b, c, d, e, _sub_factors(subs, self._kind))
+
+
+def _sub_factors(subs: Float64, kind: Any) -> SubFactors:
+    factor = np.linalg.cholesky(subs[:, ::-1, ::-1])[:, ::-1, ::-1]
+    own = np.diagonal(factor, axis1=1, axis2=2)
+    turned = np.swapaxes(np.triu(factor / own[:, None, :], 1), 1, 2)
+    return SubFactors(
+        *(np.ascontiguousarray(part, dtype=kind) for part in (turned, own**2, np.linalg.inv(subs)))
+    )
+
+
+def _keep_below(matrix: NDArray[Any]) -> None:
+    """Set a square matrix to zero on and above its diagonal."""
+    for at in range(0, len(matrix), _TILE):
+        end = at + _TILE
+        matrix[at:end, end:] = 0.0
+        matrix[at:end, at:end] = np.tril(matrix[at:end, at:end], -1)
 
 
 class InputMetric:
@@ -153,30 +185,50 @@ class InputMetric:
         return [self._group(self._blocks[a : min(a + together, count)]) for a in starts]
 
     def _group(self, blocks: NDArray[Any]) -> Group:
-        count, size = blocks.shape[:2]
-        joined = np.zeros((count * size, count * size))
-        for index, block in enumerate(blocks):
-            at = slice(index * size, (index + 1) * size)
-            exact = block.astype(np.float64)
-            joined[at, at] = (exact + exact.T) / 2
-        if self._unit > 0:
-            joined /= self._unit
-            diagonal = np.diagonal(joined).copy()
-            joined /= 1 + self.shrink
-        else:
-            joined[:], diagonal = 0.0, np.ones(len(joined))
-        return self._damped(joined, diagonal)
-
-    def _damped(self, joined: Float64, diagonal: Float64) -> Group:
+        diagonal = np.concatenate([np.diagonal(block) for block in blocks]).astype(np.float64)
+        diagonal = diagonal / self._unit if self._unit > 0 else np.ones(len(diagonal))
         damping = max(self.damping, _LEAST_DAMPING)
         for _ in range(_ATTEMPTS):
-            np.fill_diagonal(joined, diagonal + damping)
-            factor = upper_factor(joined)
-            if factor is not None:
+            damped = diagonal + damping
+            lower = self._lower(blocks, damped)
+            if lower is not None:
                 self.damping = max(self.damping, damping)
-                return Group(joined, factor, self.kind)
+                return Group(partial(self._joined, blocks, damped), lower, damped, self.kind)
             damping *= _GROWTH
         raise BitsmithError("second moment is not positive definite even with damping")
+
+    def _lower(self, blocks: NDArray[Any], diagonal: Float64) -> Float64 | None:
+        """Return the Cholesky factor of H with its columns turned round, or None if it has none.
+
+        What lies above the diagonal means nothing.
+        """
+        turned = np.zeros((len(diagonal), len(diagonal)))
+        self._join(blocks, diagonal, turned[::-1, ::-1])
+        lower, info = _potrf(turned.T, lower=1, clean=0, overwrite_a=1)
+        return lower if info == 0 and np.isfinite(np.diagonal(lower)).all() else None
+
+    def _joined(self, blocks: NDArray[Any], diagonal: Float64) -> Float64:
+        """Return H (`width width`)."""
+        joined = np.zeros((len(diagonal), len(diagonal)))
+        self._join(blocks, diagonal, joined)
+        return joined
+
+    def _join(self, blocks: NDArray[Any], diagonal: Float64, out: Float64) -> None:
+        size = blocks.shape[1]
+        for index, block in enumerate(blocks if self._unit > 0 else []):
+            at = index * size
+            factor = 0.5 / self._unit / (1 + self.shrink)
+            _add_symmetric(block, factor, out[at : at + size, at : at + size])
+        np.fill_diagonal(out, diagonal)
+
+
+def _add_symmetric(block: NDArray[Any], factor: float, out: Float64) -> None:
+    """Set `out` to `factor (block + blockᵀ)`, tile by tile so that both lie in the cache."""
+    cuts = [slice(at, at + _TILE) for at in range(0, len(block), _TILE)]
+    for row in cuts:
+        for column in cuts:
+            np.add(block[row, column], block[column, row].T, out=out[row, column], dtype=np.float64)
+            out[row, column] *= factor
 
 
 def corrected_target(

@@ -1,7 +1,8 @@
 """Compiled parts of the rounders: rows lie side by side in lanes, so a row's result depends on itself alone.
 
 A tile is `columns LANES`. Every sum runs down one lane in a fixed order, whatever other rows share the tile,
-however rows were cut, and on any number of threads. Arrays may be float32 or float64 throughout.
+however rows were cut, and on any number of threads. Arrays may be float32 or float64 throughout. A panel is
+columns that are rounded together: blocks of sub-blocks of columns.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from numpy.typing import NDArray
 
 from bitsmith.formats.format import Float32
 from bitsmith.numerics.half import half_round
+from bitsmith.numerics.lane_products import LANES, add_products, add_row
 
-LANES = 64
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
 TWO = np.float32(2.0)
@@ -23,371 +24,421 @@ HIGHEST = np.float32(1e30)
 LEAST_GAIN = np.float32(1e-6)
 """Share of a sub-block's cost; a change that gains less is rounding noise."""
 
+WANTED, LEVEL, DECODED, STEP, OFFSET, INVERSE, COST, BEST, BETTER, ROWS = range(10)
+"""Rows of the lanes that a sub-block's search works with; its errors and its levels follow."""
+
 Tile = NDArray[Any]
 Int = NDArray[np.int64]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def add_products(packed: Tile, column: int, row: int, values: Tile, first: int, last: int, out: Tile) -> None:
-    """Add `sum_k M[row + k, column + c] * values[k, lane]` over `k` in `first`…`last` to `out[c, lane]`.
-
-    `packed` is M with 16 columns side by side; all bounds are multiples of 16.
-    """
-    for panel in range(out.shape[0] // 16):
-        matrix, part = packed[column // 16 + panel], out[panel * 16 : panel * 16 + 16]
-        for k in range(first, last, 8):
-            m, v = matrix[row + k : row + k + 8], values[k : k + 8]
-            for c in range(16):
-                a, b, d, e, f, g, h, i = (
-                    m[0, c], m[1, c], m[2, c], m[3, c], m[4, c], m[5, c], m[6, c], m[7, c],
-                )  # fmt: skip
-                for lane in range(LANES):
-                    part[c, lane] += (
-                        (a * v[0, lane] + b * v[1, lane]) + (d * v[2, lane] + e * v[3, lane])
-                    ) + ((f * v[4, lane] + g * v[5, lane]) + (h * v[6, lane] + i * v[7, lane]))
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _set_steps(d: Tile, m: Tile, scales: Tile, mins: Tile, step: Tile, offset: Tile, inverse: Tile) -> None:
+def _set_steps(d: Tile, m: Tile, block: int, scale: Tile, least: Tile, work: Tile) -> None:
     for lane in range(LANES):
-        step[lane] = d[lane] * scales[lane]
-        offset[lane] = m[lane] * mins[lane]
-        inverse[lane] = ONE / step[lane] if step[lane] != 0 else ZERO
+        step = d[block, lane] * scale[lane]
+        work[STEP, lane] = step
+        work[OFFSET, lane] = m[block, lane] * least[lane]
+        work[INVERSE, lane] = ONE / step if step != 0 else ZERO
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _nearest(
-    values: Tile, step: Tile, offset: Tile, inverse: Tile, low: np.float32, high: np.float32, table: Float32,
-    places: NDArray[np.uint16], levels: Tile, decoded: Tile,
-) -> None:  # fmt: skip
-    """Fill `levels` with those nearest to `values` per lane, and what they decode to."""
+    low: np.float32, high: np.float32, table: Float32, places: NDArray[np.uint16], work: Tile
+) -> None:
+    """Set `LEVEL` to those nearest to `WANTED` per lane, and `DECODED` to what they decode to.
+
+    All are rows of one array, so that the loops need not ask whether they overlap.
+    """
     if table.size == 1:
         for lane in range(LANES):
-            place = (values[lane] + offset[lane]) * inverse[lane]
-            levels[lane] = np.rint(min(max(place, low), high))
-            decoded[lane] = step[lane] * levels[lane] - offset[lane]
+            place = (work[WANTED, lane] + work[OFFSET, lane]) * work[INVERSE, lane]
+            level = np.rint(min(max(place, low), high))
+            work[LEVEL, lane] = level
+            work[DECODED, lane] = work[STEP, lane] * level - work[OFFSET, lane]
         return
     middle = np.float32(table.size // 2)
     top = middle + middle - ONE
     for lane in range(LANES):
-        place = values[lane] * inverse[lane] * TWO + middle
+        place = work[WANTED, lane] * work[INVERSE, lane] * TWO + middle
         places[lane] = np.int32(min(max(place, ZERO), top))
     for lane in range(LANES):
-        levels[lane] = table[places[lane]]
-        decoded[lane] = step[lane] * levels[lane]
+        work[LEVEL, lane] = table[places[lane]]
+    for lane in range(LANES):
+        work[DECODED, lane] = work[STEP, lane] * work[LEVEL, lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _feed(
-    base: Tile, target: Tile, feedback: Tile, weights: Tile, step: Tile, offset: Tile, inverse: Tile,
-    low: np.float32, high: np.float32, table: Float32, places: NDArray[np.uint16], levels: Tile, errors: Tile,
-    cost: Tile,
+    base: Tile, target: Tile, at: int, feedback: Tile, weights: Tile, low: np.float32, high: np.float32,
+    table: Float32, places: NDArray[np.uint16], work: Tile,
 ) -> None:  # fmt: skip
     """Round `target` column by column, moving the later columns' targets by the errors against `base`.
 
-    `cost` becomes `sum_j weights_j (target_j - decoded_j)²` per lane.
+    The sub-block begins at row `at` of both. `COST` becomes `sum_j weights_j (target_j - decoded_j)²` per
+    lane; the errors follow from row `ROWS` of `work` on, and the levels after them.
     """
-    size = base.shape[0]
+    size = feedback.shape[0]
     for lane in range(LANES):
-        cost[lane] = ZERO
-    decoded = errors[size]
+        work[COST, lane] = ZERO
     for j in range(size):
-        _nearest(target[j], step, offset, inverse, low, high, table, places, levels[j], decoded)
-        weight = weights[j]
+        weight, error, level_at = weights[j], ROWS + j, ROWS + size + j
         for lane in range(LANES):
-            left = target[j, lane] - decoded[lane]
-            cost[lane] += weight * left * left
-            errors[j, lane] = base[j, lane] - decoded[lane]
-        for k in range(j + 1, size):
-            factor = feedback[j, k]
+            work[WANTED, lane] = target[at + j, lane]
+        add_row(feedback, j, -ROWS, work, ROWS, error, work, WANTED)
+        if table.size > 1:
+            _nearest(low, high, table, places, work)
             for lane in range(LANES):
-                target[k, lane] += factor * errors[j, lane]
+                left = work[WANTED, lane] - work[DECODED, lane]
+                work[COST, lane] += weight * left * left
+                work[level_at, lane] = work[LEVEL, lane]
+                work[error, lane] = base[at + j, lane] - work[DECODED, lane]
+            continue
+        for lane in range(LANES):
+            wanted, offset = work[WANTED, lane], work[OFFSET, lane]
+            level = np.rint(min(max((wanted + offset) * work[INVERSE, lane], low), high))
+            decoded = work[STEP, lane] * level - offset
+            left = wanted - decoded
+            work[COST, lane] += weight * left * left
+            work[level_at, lane] = level
+            work[error, lane] = base[at + j, lane] - decoded
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def _cost_of(
-    base: Tile, target: Tile, feedback: Tile, weights: Tile, step: Tile, offset: Tile, levels: Tile,
-    cost: Tile, error: Tile,
-) -> None:  # fmt: skip
-    """As `_feed` for levels that are given."""
-    size = base.shape[0]
+    aim: Tile, feedback: Tile, weights: Tile, levels: Tile, at: int, work: Tile, errors: Tile
+) -> None:
+    """As `_feed` for levels that are given (from row `at`); `aim` is both base and target."""
     for lane in range(LANES):
-        cost[lane] = ZERO
-    for j in range(size):
+        work[COST, lane] = ZERO
+    for j in range(aim.shape[0]):
+        for lane in range(LANES):
+            work[WANTED, lane] = aim[j, lane]
+        add_row(feedback, j, 0, errors, 0, j, work, WANTED)
         weight = weights[j]
         for lane in range(LANES):
-            decoded = step[lane] * levels[j, lane] - offset[lane]
-            left = target[j, lane] - decoded
-            cost[lane] += weight * left * left
-            error[lane] = base[j, lane] - decoded
-        for k in range(j + 1, size):
-            factor = feedback[j, k]
-            for lane in range(LANES):
-                target[k, lane] += factor * error[lane]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _copy(source: Tile, target: Tile) -> None:
-    for j in range(source.shape[0]):
+            work[DECODED, lane] = work[STEP, lane] * levels[at + j, lane] - work[OFFSET, lane]
         for lane in range(LANES):
-            target[j, lane] = source[j, lane]
+            left = work[WANTED, lane] - work[DECODED, lane]
+            work[COST, lane] += weight * left * left
+        for lane in range(LANES):
+            errors[j, lane] = aim[j, lane] - work[DECODED, lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def search_sub(
-    base: Tile, target: Tile, feedback: Tile, weights: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile,
-    moves: Int, limits: Int, ladder: Float32, low: np.float32, high: np.float32, table: Float32,
-    levels: Tile, best: Tile,
+def _search_sub(
+    base: Tile, target: Tile, at: int, feedback: Tile, weights: Tile, d: Tile, m: Tile, block: int,
+    scales: Tile, mins: Tile, moves: Int, limits: Int, ladder: Float32, low: np.float32, high: np.float32,
+    table: Float32, levels: Tile, work: Tile,
 ) -> None:  # fmt: skip
-    """Choose a sub-block's whole scale and min (`LANES`) and its levels (`size LANES`) by error feedback.
+    """Choose a sub-block's whole scale and min (`LANES`) and its `levels` (`size LANES`) by error feedback.
 
-    `moves` (`n 2`) are added to the scale and min and clipped to `limits` (scale low, high, min low, high);
-    with a `ladder` of scales, moves and limits are places on it. Lanes keep what they had unless the cost
-    falls below `best`, which then says the new cost.
+    It begins at row `at` of `base` and `target`. `moves` (`n 2`) are added to the scale and min and clipped
+    to `limits` (scale low, high, min low, high); with a `ladder` of scales, these are places on it.
+    Lanes keep what they had unless the cost falls below `BEST`, which then says the new cost.
     """
-    size, kind = base.shape[0], base.dtype
-    work, trial = np.empty((size, LANES), kind), np.empty((size, LANES), kind)
-    errors, places = np.empty((size + 1, LANES), kind), np.empty(LANES, np.uint16)
-    rows = np.empty((8, LANES), kind)
-    step, offset, inverse, cost = rows[0], rows[1], rows[2], rows[3]
-    centre, centre_m, scale, least = rows[4], rows[5], rows[6], rows[7]
+    size = levels.shape[0]
+    places = np.empty(LANES, np.uint16)
+    centre, scale = np.empty((2, LANES), base.dtype), np.empty((2, LANES), base.dtype)
     for lane in range(LANES):
-        centre[lane] = np.searchsorted(ladder, scales[lane]) if ladder.size else scales[lane]
-        centre_m[lane] = mins[lane]
+        centre[0, lane] = np.searchsorted(ladder, scales[lane]) if ladder.size else scales[lane]
+        centre[1, lane] = mins[lane]
     for move in range(moves.shape[0]):
-        for lane in range(LANES):
-            scale[lane] = min(
-                max(centre[lane] + np.float32(moves[move, 0]), np.float32(limits[0])), np.float32(limits[1])
-            )
-            if ladder.size:
-                scale[lane] = ladder[int(scale[lane])]
-            least[lane] = min(
-                max(centre_m[lane] + np.float32(moves[move, 1]), np.float32(limits[2])), np.float32(limits[3])
-            )
-        _set_steps(d, m, scale, least, step, offset, inverse)
-        _copy(target, work)
-        _feed(
-            base,
-            work,
-            feedback,
-            weights,
-            step,
-            offset,
-            inverse,
-            low,
-            high,
-            table,
-            places,
-            trial,
-            errors,
-            cost,
-        )
-        for lane in range(LANES):
-            if cost[lane] < best[lane] - LEAST_GAIN * abs(best[lane]):
-                best[lane] = cost[lane]
-                scales[lane] = scale[lane]
-                mins[lane] = least[lane]
-                for j in range(size):
-                    levels[j, lane] = trial[j, lane]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def compensate_block(base: Tile, target: Tile, feedback: Tile) -> None:
-    """Turn each column's target from what the columns before the block made of it into the weights to fit.
-
-    There every earlier column of the block takes its own target as it is: the block's optimum unquantized.
-    """
-    for j in range(base.shape[0]):
-        for k in range(j + 1, base.shape[0]):
-            factor = feedback[j, k]
+        for part in range(2):
+            by = np.float32(moves[move, part])
+            least, most = np.float32(limits[2 * part]), np.float32(limits[2 * part + 1])
             for lane in range(LANES):
-                target[k, lane] += factor * (base[j, lane] - target[j, lane])
+                scale[part, lane] = min(max(centre[part, lane] + by, least), most)
+        if ladder.size:
+            for lane in range(LANES):
+                scale[0, lane] = ladder[int(scale[0, lane])]
+        _set_steps(d, m, block, scale[0], scale[1], work)
+        _feed(base, target, at, feedback, weights, low, high, table, places, work)
+        found = False
+        for lane in range(LANES):
+            better = work[COST, lane] < work[BEST, lane] - LEAST_GAIN * abs(work[BEST, lane])
+            found |= better
+            work[BETTER, lane] = ONE if better else ZERO
+            work[BEST, lane] = work[COST, lane] if better else work[BEST, lane]
+        if not found:
+            continue
+        for lane in range(LANES):
+            scales[lane] = scale[0, lane] if work[BETTER, lane] else scales[lane]
+            mins[lane] = scale[1, lane] if work[BETTER, lane] else mins[lane]
+        for j in range(size):
+            for lane in range(LANES):
+                levels[j, lane] = work[ROWS + size + j, lane] if work[BETTER, lane] else levels[j, lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def feed_block(
+def _take_errors(base: Tile, levels: Tile, at: int, end: int, work: Tile, errors: Tile) -> None:
+    """Set the `errors` of columns `at` to `end` to those of their `levels` under `STEP` and `OFFSET`."""
+    for j in range(at, end):
+        for lane in range(LANES):
+            errors[j, lane] = base[j, lane] - (work[STEP, lane] * levels[j, lane] - work[OFFSET, lane])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def load_rows(rows: Float32, base: Tile) -> None:
+    """Fill `base` (`columns LANES`) with `rows` (`rows columns`) side by side; other lanes are zero."""
+    for first in range(0, rows.shape[1], 8):
+        for lane in range(rows.shape[0]):
+            for j in range(first, min(first + 8, rows.shape[1])):
+                base[j, lane] = rows[lane, j]
+        for j in range(first, min(first + 8, rows.shape[1])):
+            for lane in range(rows.shape[0], LANES):
+                base[j, lane] = ZERO
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def aim_panel(
+    base: Tile, feedback: Tile, at: int, errors: Tile, solved: Tile, target: Tile, moved: Float32
+) -> None:
+    """Move a panel's `target` by the `errors` of the columns before `at`, where it begins.
+
+    Fills `moved` (`rows size`) with the weights to fit its fields to: there every column of the panel takes
+    its own target as it is, the panel's optimum unquantized. `base` and `errors` are of all columns.
+    """
+    size = target.shape[0]
+    best, by = np.empty(target.shape, target.dtype), np.zeros(target.shape, target.dtype)
+    add_products(feedback, at, 0, errors, 0, at, by)
+    for j in range(size):
+        for lane in range(LANES):
+            target[j, lane] = base[at + j, lane] + by[j, lane]
+            best[j, lane] = base[at + j, lane]
+    if at:
+        add_products(solved, 0, 0, by, 0, size, best)
+    for lane in range(moved.shape[0]):
+        for j in range(size):
+            moved[lane, j] = best[j, lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def feed_panel(
     base: Tile, target: Tile, feedback: Tile, weights: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile,
     moves: Int, limits: Int, ladder: Float32, low: np.float32, high: np.float32, table: Float32,
     levels: Tile, errors: Tile,
 ) -> None:  # fmt: skip
-    """Error feedback through one block.
+    """Error feedback through one panel.
 
-    `base` (`size LANES`) are its weights, `target` what the errors before it made of them (overwritten),
-    `feedback` (`size size`) and `weights` (`size`) the factor's diagonal block; `d`, `m` (`LANES`), `scales`,
-    `mins` (`subs LANES`) its fields, whose whole numbers are searched by `moves`. Fills `levels`, `errors`.
+    `base` (`size LANES`) are its weights, `target` what the errors before it made of them (and, at the end,
+    those within), `feedback` (`size size`) and `weights` (`size`) the factor's diagonal block;
+    `d`, `m` (`blocks LANES`), `scales`, `mins` (`subs LANES`) its fields, whose whole numbers are searched by
+    `moves`. Fills `levels`, `errors`.
     """
     subs = scales.shape[0]
     size = base.shape[0] // subs
-    best, inner = np.empty(LANES, base.dtype), np.empty((size, size), base.dtype)
+    each = subs // d.shape[0]
+    work, inner = np.empty((ROWS + 2 * size, LANES), base.dtype), np.empty((size, size), base.dtype)
     for s in range(subs):
         at, end = s * size, (s + 1) * size
+        block = s // each
+        add_products(feedback, at, 0, errors, 0, at, target[at:end])
         inner[:] = feedback[at:end, at:end]
         for lane in range(LANES):
-            best[lane] = HIGHEST
-        search_sub(
-            base[at:end], target[at:end], inner, weights[at:end], d, m, scales[s], mins[s], moves, limits,
-            ladder, low, high, table, levels[at:end], best,
+            work[BEST, lane] = HIGHEST
+        _search_sub(
+            base, target, at, inner, weights[at:end], d, m, block, scales[s], mins[s], moves, limits, ladder,
+            low, high, table, levels[at:end], work,
         )  # fmt: skip
-        for j in range(at, end):
-            for lane in range(LANES):
-                step, offset = d[lane] * scales[s, lane], m[lane] * mins[s, lane]
-                errors[j, lane] = base[j, lane] - (step * levels[j, lane] - offset)
-        for k in range(end, base.shape[0]):
-            for j in range(at, end):
-                factor = feedback[j, k]
-                for lane in range(LANES):
-                    target[k, lane] += factor * errors[j, lane]
+        _set_steps(d, m, block, scales[s], mins[s], work)
+        _take_errors(base, levels, at, end, work, errors)
+        for j in range(at + 1, end):
+            add_row(feedback, j, 0, errors, at, j, target, j)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def research_block(
+def gradient_of(target: Tile, base: Tile, errors: Tile, factor: Tile, residual: Tile, out: Tile) -> None:
+    """Fill `out` with half the gradient of a panel's cost in its own errors (`size LANES`).
+
+    The residual is `V_jj (target_j - decoded_j)`, the gradient V times it.
+    """
+    size = base.shape[0]
+    for j in range(size):
+        own = factor[j, j]
+        for lane in range(LANES):
+            residual[j, lane] = own * (target[j, lane] - (base[j, lane] - errors[j, lane]))
+            out[j, lane] = ZERO
+    for j in range(0, size, 8):
+        add_products(factor, j, j, residual[j:], 0, size - j, out[j : j + 8])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def improve_panel(
     base: Tile, gradient: Tile, hessian: Tile, sub_feedback: Tile, sub_weights: Tile, sub_inverse: Tile,
     d: Tile, m: Tile, scales: Tile, mins: Tile, moves: Int, limits: Int, ladder: Float32, low: np.float32,
-    high: np.float32, table: Float32, levels: Tile, errors: Tile,
-) -> None:  # fmt: skip
-    """Choose each sub-block's whole numbers and levels anew, everything else in the row as it stands.
+    high: np.float32, table: Float32, levels: Tile, errors: Tile, research: bool, descent: bool,
+) -> bool:  # fmt: skip
+    """Improve each sub-block, everything else in the row as it stands; tell whether anything changed.
 
-    `gradient` (`size LANES`) is `(E H)` at the block, `hessian` (`size size`) H's diagonal block; the optimum
-    of a sub-block's error given the rest is `e - H_ss⁻¹ g`, and `sub_*` are the factors of each `H_ss`.
-    A lane changes only where the cost in H falls. `gradient` and `errors` are kept up to date.
+    `gradient` (`size LANES`) is `(E H)` at the panel, `hessian` (`size size`) H's diagonal block. With
+    `research` whole numbers and levels are chosen anew: the optimum of a sub-block's error given the rest is
+    `e - H_ss⁻¹ g`, and `sub_*` are the factors of each `H_ss`. With `descent` coordinate descent on the
+    levels follows. A lane changes only where the cost in H falls. `errors` are kept up to date.
     """
     subs = scales.shape[0]
     size, kind = base.shape[0] // subs, base.dtype
-    aim, work, moved = (
-        np.empty((size, LANES), kind),
-        np.empty((size, LANES), kind),
-        np.empty((size, LANES), kind),
-    )
-    best, step, offset = np.empty(LANES, kind), np.empty(LANES, kind), np.empty(LANES, kind)
-    error = np.empty(LANES, kind)
+    moved, work = np.empty(base.shape, kind), np.empty((ROWS + 2 * size, LANES), kind)
+    changed = False
     for s in range(subs):
         at, end = s * size, (s + 1) * size
-        for j in range(size):
-            for lane in range(LANES):
-                aim[j, lane] = base[at + j, lane] - errors[at + j, lane]
-            for k in range(size):
-                factor = sub_inverse[s, j, k]
-                for lane in range(LANES):
-                    aim[j, lane] += factor * gradient[at + k, lane]
-        for lane in range(LANES):
-            step[lane] = d[lane] * scales[s, lane]
-            offset[lane] = m[lane] * mins[s, lane]
-        _copy(aim, work)
-        _cost_of(aim, work, sub_feedback[s], sub_weights[s], step, offset, levels[at:end], best, error)
-        search_sub(
-            aim, aim, sub_feedback[s], sub_weights[s], d, m, scales[s], mins[s], moves, limits, ladder, low,
-            high, table, levels[at:end], best,
-        )  # fmt: skip
-        _move(base, hessian, d, m, scales, mins, levels, s, size, moved, errors, gradient)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def _move(
-    base: Tile, hessian: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile, levels: Tile, s: int, size: int,
-    moved: Tile, errors: Tile, gradient: Tile,
-) -> None:  # fmt: skip
-    """Bring sub-block `s`'s `errors` and the block's `gradient` up to date with its fields and levels."""
-    at, end = s * size, (s + 1) * size
-    any_moved = False
-    for j in range(at, end):
-        for lane in range(LANES):
-            step, offset = d[lane] * scales[s, lane], m[lane] * mins[s, lane]
-            now = base[j, lane] - (step * levels[j, lane] - offset)
-            moved[j - at, lane] = now - errors[j, lane]
-            any_moved |= moved[j - at, lane] != 0
-            errors[j, lane] = now
-    if not any_moved:
-        return
-    for k in range(base.shape[0]):
+        block = s // (subs // d.shape[0])
+        add_products(hessian, at, 0, moved, 0, at, gradient[at:end])
         for j in range(at, end):
-            factor = hessian[j, k]
             for lane in range(LANES):
-                gradient[k, lane] += factor * moved[j - at, lane]
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def descend_block(
-    base: Tile, gradient: Tile, hessian: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile, low: np.float32,
-    high: np.float32, table: Float32, levels: Tile, errors: Tile,
-) -> bool:  # fmt: skip
-    """Coordinate descent on the levels of a block, column by column; tell whether any changed."""
-    subs = scales.shape[0]
-    size, kind = base.shape[0] // subs, base.dtype
-    rows, places = np.empty((7, LANES), kind), np.empty(LANES, np.uint16)
-    step, offset, inverse, wanted = rows[0], rows[1], rows[2], rows[3]
-    level, decoded, moved = rows[4], rows[5], rows[6]
-    changed = False
-    for j in range(base.shape[0]):
-        if j % size == 0:
-            _set_steps(d, m, scales[j // size], mins[j // size], step, offset, inverse)
-        own = hessian[j, j]
-        for lane in range(LANES):
-            wanted[lane] = base[j, lane] - errors[j, lane] + gradient[j, lane] / own
-        _nearest(wanted, step, offset, inverse, low, high, table, places, level, decoded)
-        moving = False
-        for lane in range(LANES):
-            now = base[j, lane] - decoded[lane]
-            change = now - errors[j, lane]
-            gain = -change * (gradient[j, lane] + gradient[j, lane] + own * change)
-            keep = gain > LEAST_GAIN * own * step[lane] * step[lane] and level[lane] != levels[j, lane]
-            moved[lane] = change if keep else ZERO
-            levels[j, lane] = level[lane] if keep else levels[j, lane]
-            errors[j, lane] = now if keep else errors[j, lane]
-            moving |= keep
-        changed |= moving
-        if moving:
-            for k in range(base.shape[0]):
-                factor = hessian[j, k]
-                for lane in range(LANES):
-                    gradient[k, lane] += factor * moved[lane]
+                moved[j, lane] = errors[j, lane]
+        if research:
+            _research(
+                base, gradient, hessian, at, sub_feedback[s], sub_weights[s], sub_inverse[s], d, m, block,
+                scales[s], mins[s], moves, limits, ladder, low, high, table, levels, errors, work,
+            )  # fmt: skip
+        if descent:
+            _set_steps(d, m, block, scales[s], mins[s], work)
+            _descend(base, gradient, hessian, at, end, low, high, table, levels, errors, work)
+        for j in range(at, end):
+            for lane in range(LANES):
+                moved[j, lane] = errors[j, lane] - moved[j, lane]
+                changed |= moved[j, lane] != 0
     return changed
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def refit_block(
-    base: Tile, gradient: Tile, hessian: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile, levels: Tile,
+def _research(
+    base: Tile, gradient: Tile, hessian: Tile, at: int, feedback: Tile, weights: Tile, inverse: Tile,
+    d: Tile, m: Tile, block: int, scales: Tile, mins: Tile, moves: Int, limits: Int, ladder: Float32,
+    low: np.float32, high: np.float32, table: Float32, levels: Tile, errors: Tile, work: Tile,
+) -> None:  # fmt: skip
+    """Choose one sub-block's whole numbers and levels anew; keep its `errors`, `gradient` up to date."""
+    size, kind = feedback.shape[0], base.dtype
+    aim, change = np.empty((size, LANES), kind), np.empty((size, LANES), kind)
+    for j in range(size):
+        for lane in range(LANES):
+            aim[j, lane] = base[at + j, lane] - errors[at + j, lane]
+    add_products(inverse, 0, 0, gradient[at : at + size], 0, size, aim)
+    _set_steps(d, m, block, scales, mins, work)
+    _cost_of(aim, feedback, weights, levels, at, work, change)
+    for lane in range(LANES):
+        work[BEST, lane] = work[COST, lane]
+    _search_sub(
+        aim, aim, 0, feedback, weights, d, m, block, scales, mins, moves, limits, ladder, low, high, table,
+        levels[at : at + size], work,
+    )  # fmt: skip
+    _set_steps(d, m, block, scales, mins, work)
+    change[:] = errors[at : at + size]
+    _take_errors(base, levels, at, at + size, work, errors)
+    for j in range(size):
+        for lane in range(LANES):
+            change[j, lane] = errors[at + j, lane] - change[j, lane]
+    add_products(hessian, at, at, change, 0, size, gradient[at : at + size])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _descend(
+    base: Tile, gradient: Tile, hessian: Tile, at: int, end: int, low: np.float32, high: np.float32,
+    table: Float32, levels: Tile, errors: Tile, work: Tile,
+) -> None:  # fmt: skip
+    """Coordinate descent on the levels of one sub-block, column by column, under `STEP` and `OFFSET`."""
+    moved, places = np.empty((end - at, LANES), base.dtype), np.empty(LANES, np.uint16)
+    slope, now = np.empty((1, LANES), base.dtype), np.empty((1, LANES), base.dtype)
+    for j in range(at, end):
+        own = hessian[j, j]
+        inverse = ONE / own
+        for lane in range(LANES):
+            slope[0, lane] = gradient[j, lane]
+        add_row(hessian, j, at, moved, 0, j - at, slope, 0)
+        for lane in range(LANES):
+            work[WANTED, lane] = base[j, lane] - errors[j, lane] + slope[0, lane] * inverse
+        _nearest(low, high, table, places, work)
+        for lane in range(LANES):
+            now[0, lane] = base[j, lane] - work[DECODED, lane]
+        for lane in range(LANES):
+            change = now[0, lane] - errors[j, lane]
+            gain = -change * (slope[0, lane] + slope[0, lane] + own * change)
+            least = LEAST_GAIN * own * work[STEP, lane] * work[STEP, lane]
+            work[BETTER, lane] = ONE if gain > least else ZERO
+        for lane in range(LANES):
+            keep = work[BETTER, lane] != 0 and work[LEVEL, lane] != levels[j, lane]
+            moved[j - at, lane] = now[0, lane] - errors[j, lane] if keep else ZERO
+            errors[j, lane] = now[0, lane] if keep else errors[j, lane]
+            levels[j, lane] = work[LEVEL, lane] if keep else levels[j, lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def refit_panel(
+    base: Tile, target: Tile, turned: Tile, d: Tile, m: Tile, scales: Tile, mins: Tile, levels: Tile,
     errors: Tile,
 ) -> bool:  # fmt: skip
-    """Refit a block's float16 `d` and `m` in H, the rest of the row as it stands; tell whether any changed.
+    """Refit a panel's float16 `d` and `m` (`blocks LANES`), block by block; tell whether any changed.
 
-    With `a = scale * level` and `c = min` per column the error is `w - d a + m c`: two unknowns, solved by
+    With `a = scale * level` and `c = min` per column the error is `w - d a + m c`, its cost the square of the
+    residual `r = V_jj (target_j - decoded_j)`, which changes by `a V` and `c V`: two unknowns, solved by
     least squares, then `d` is rounded, `m` solved given that and rounded. Kept only where the cost falls.
+    `turned` is Vᵀ; `target` and `errors` are kept up to date.
     """
-    subs = scales.shape[0]
-    size, kind = base.shape[0] // subs, base.dtype
-    total = base.shape[0]
-    a, c = np.empty((total, LANES), kind), np.empty((total, LANES), kind)
-    ha, hc = np.zeros((total, LANES), kind), np.zeros((total, LANES), kind)
-    sums = np.zeros((5, LANES), kind)
-    for j in range(total):
-        for lane in range(LANES):
-            a[j, lane] = scales[j // size, lane] * levels[j, lane]
-            c[j, lane] = mins[j // size, lane]
-    for k in range(total):
-        for j in range(total):
-            factor = hessian[j, k]
-            for lane in range(LANES):
-                ha[k, lane] += factor * a[j, lane]
-                hc[k, lane] += factor * c[j, lane]
-    for j in range(total):
-        for lane in range(LANES):
-            sums[0, lane] += a[j, lane] * ha[j, lane]
-            sums[1, lane] += a[j, lane] * hc[j, lane]
-            sums[2, lane] += c[j, lane] * hc[j, lane]
-            sums[3, lane] += a[j, lane] * gradient[j, lane]
-            sums[4, lane] += c[j, lane] * gradient[j, lane]
+    subs, blocks = scales.shape[0], d.shape[0]
+    size, each, kind = base.shape[0] // subs, base.shape[0] // d.shape[0], base.dtype
+    a, c = np.empty((each, LANES), kind), np.empty((each, LANES), kind)
+    av, cv = np.empty(base.shape, kind), np.empty(base.shape, kind)
+    sums, new = np.empty((5, LANES), kind), np.empty((2, LANES), kind)
     changed = False
-    for lane in range(LANES):
-        changed |= _refit_lane(lane, sums, d, m, a, c, ha, hc, base, errors, gradient)
+    for block in range(blocks):
+        at, has_min = block * each, False
+        for j in range(each):
+            for lane in range(LANES):
+                a[j, lane] = scales[(at + j) // size, lane] * levels[at + j, lane]
+                c[j, lane] = mins[(at + j) // size, lane]
+                has_min |= c[j, lane] != 0
+        _sum_up(base, target, errors, turned, at, a, c, has_min, av, cv, sums)
+        for lane in range(LANES):
+            changed |= _refit_lane(lane, sums, d[block], m[block], new)
+        for j in range(at, base.shape[0]):
+            own = ONE / turned[j, j]
+            for lane in range(LANES):
+                target[j, lane] += own * (new[1, lane] * cv[j, lane] - new[0, lane] * av[j, lane])
+        for j in range(at, at + each):
+            for lane in range(LANES):
+                step, offset = (
+                    d[block, lane] * scales[j // size, lane],
+                    m[block, lane] * mins[j // size, lane],
+                )
+                now = base[j, lane] - (step * levels[j, lane] - offset)
+                target[j, lane] += errors[j, lane] - now
+                errors[j, lane] = now
     return changed
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _refit_lane(
-    lane: int, sums: Tile, d: Tile, m: Tile, a: Tile, c: Tile, ha: Tile, hc: Tile, base: Tile, errors: Tile,
-    gradient: Tile,
-) -> bool:  # fmt: skip
+def _sum_up(
+    base: Tile, target: Tile, errors: Tile, turned: Tile, at: int, a: Tile, c: Tile, has_min: bool, av: Tile,
+    cv: Tile, sums: Tile,
+) -> None:  # fmt: skip
+    """Fill `av`, `cv` with the residual's change by `d` and `m`, and `sums` with what solves for both."""
+    each, left = a.shape[0], np.empty((1, LANES), base.dtype)
+    sums[:] = ZERO
+    av[at:] = ZERO
+    cv[at:] = ZERO
+    for j in range(at, base.shape[0], 8):
+        last = min(each, j - at + 8)
+        add_products(turned, j, at, a, 0, last, av[j : j + 8])
+        if has_min:
+            add_products(turned, j, at, c, 0, last, cv[j : j + 8])
+    for j in range(at, base.shape[0]):
+        own = turned[j, j]
+        for lane in range(LANES):
+            left[0, lane] = own * (target[j, lane] - (base[j, lane] - errors[j, lane]))
+        for lane in range(LANES):
+            sums[0, lane] += av[j, lane] * av[j, lane]
+            sums[3, lane] += av[j, lane] * left[0, lane]
+        for lane in range(LANES if has_min else 0):
+            sums[1, lane] += av[j, lane] * cv[j, lane]
+            sums[2, lane] += cv[j, lane] * cv[j, lane]
+            sums[4, lane] += cv[j, lane] * left[0, lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _refit_lane(lane: int, sums: Tile, d: Tile, m: Tile, by_both: Tile) -> bool:
+    """Move a lane's `d` and `m` to what costs least, and fill `by_both` with how far."""
     aa, ac, cc, ag, cg = sums[0, lane], sums[1, lane], sums[2, lane], sums[3, lane], sums[4, lane]
+    by_both[0, lane] = ZERO
+    by_both[1, lane] = ZERO
     if not aa > 0:
         return False
     det = aa * cc - ac * ac
@@ -403,7 +454,20 @@ def _refit_lane(
         return False
     d[lane] = new_d
     m[lane] = new_m
-    for j in range(base.shape[0]):
-        errors[j, lane] = base[j, lane] - (new_d * a[j, lane] - new_m * c[j, lane])
-        gradient[j, lane] += by_m * hc[j, lane] - by * ha[j, lane]
+    by_both[0, lane] = by
+    by_both[1, lane] = by_m
     return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def codes_of(levels: Tile, book: Float32, codes: NDArray[np.uint8]) -> None:
+    """Fill `codes` (`rows columns`) with the places of `levels` (`columns LANES`) among those of `book`."""
+    found = np.empty(LANES, np.uint8)
+    for j in range(levels.shape[0]):
+        for lane in range(LANES):
+            found[lane] = 0
+        for level in book[:-1]:
+            for lane in range(LANES):
+                found[lane] += np.uint8(levels[j, lane] > level)
+        for lane in range(codes.shape[0]):
+            codes[lane, j] = found[lane]

@@ -18,8 +18,8 @@ from bitsmith.formats.blocks import BlockFormat, Codes, Fields
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.formats.integer import Coded, GridFormat
 from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.numerics.lane_products import LANES, add_products
 from bitsmith.passes.choice import Choice, SiteInputs, choose_by
-from bitsmith.passes.feedback import LANES, add_products
 from bitsmith.passes.rounding import EFFORT, Effort, round_rows
 
 _SUB = 32
@@ -108,12 +108,14 @@ class _Blocks(BlockFormat):
         if self.scaled:
             fields.d[:] = 1.0
             return
-        importance = None if weights is None else weights[first % len(weights)]
-        scales, zeros = replace(self.grid, group=None).fit(blocks, importance)
-        fields.d[:] = scales[:, 0]
-        if zeros is not None:
-            fields.m[:] = scales[:, 0]
-            fields.mins[:] = zeros
+        kinds = 1 if weights is None else len(weights)
+        for kind in range(kinds):
+            importance = None if weights is None else weights[(first + kind) % kinds]
+            scales, zeros = replace(self.grid, group=None).fit(blocks[kind::kinds], importance)
+            fields.d[kind::kinds] = scales[:, 0]
+            if zeros is not None:
+                fields.m[kind::kinds] = scales[:, 0]
+                fields.mins[kind::kinds] = zeros
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         out[:, : _HEAD - 1] = np.ascontiguousarray(fields.d, "<f4")[:, None].view(np.uint8)
@@ -140,7 +142,7 @@ def _in_rows(grid: GridFormat, rows: Float32, metric: InputMetric, effort: Effor
     weights = np.concatenate([group.weights for group in metric.groups(_SUB)])
     scales, zeros = grid.fit(rows, weights.astype(np.float32))
     best, cost = _rounded(grid, rows, scales, zeros, metric, effort)
-    for _ in range(_TURNS if effort.refit else 0):
+    for _ in range(_TURNS if effort.scales else 0):
         scales = _refitted(grid, rows, best, metric)
         again, now = _rounded(grid, rows, scales, zeros, metric, effort)
         better = now < cost

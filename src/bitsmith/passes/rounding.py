@@ -10,40 +10,55 @@ float16 factors in H. A sweep's step is kept only where the cost falls.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.errors import BitsmithError
+from bitsmith.formats.accelerator import accelerator
 from bitsmith.formats.blocks import BlockFormat, Fields
 from bitsmith.formats.format import Bytes, Float32, Format
-from bitsmith.numerics.input_metric import PANEL, Group, InputMetric
+from bitsmith.numerics.input_metric import Group, InputMetric, SubFactors
+from bitsmith.numerics.lane_products import LANES, add_products
 from bitsmith.numerics.threads import for_ranges
 from bitsmith.passes import feedback as kernels
-from bitsmith.passes.feedback import LANES, Tile
+from bitsmith.passes.feedback import Tile
 
-SWEEPS = 3
+SWEEPS = 0
+PANEL_COLUMNS = 256
+"""Columns rounded together."""
+
+_feed_panel: Any = kernels.feed_panel
+_improve_panel: Any = kernels.improve_panel
+_WAVE_ROWS = 4 * LANES  # rows whose fields are fitted at a time
 
 
 @dataclass(frozen=True)
 class Effort:
     """How hard `round_rows` tries: each part of the search by itself, for measuring what it brings.
 
-    `sweeps` follow the error feedback (they end early where nothing changes); in them `descent` moves single
-    codes, `refit` the float16 factors, and `scales` the whole scales and mins, in the feedback too.
-    `importance` weighs the columns where a block's fields are fitted: by `schur` complements, H's `diagonal`
-    or `none`. `FEEDBACK_ONLY` is GPTQ as in the literature.
+    `panel` columns (in whole blocks, at least one) are rounded together: their fields are fitted before the
+    first of them is rounded, and with `local` they are improved once before the feedback goes on. `sweeps`
+    follow the error feedback where columns that see each other are no more than `sweep_columns` (they end
+    early where nothing changes). Improving, `scales` searches whole scales and mins (the feedback does too),
+    `descent` moves single codes and `refit`, in panels only, the float16 factors. `importance` weighs the
+    columns where a block's fields are fitted: by `schur` complements, H's `diagonal` or `none`.
+    `FEEDBACK_ONLY` is GPTQ as in the literature.
     """
 
     sweeps: int = SWEEPS
     descent: bool = True
-    refit: bool = True
+    refit: bool = False
     scales: bool = True
     importance: str = "schur"
+    local: bool = True
+    panel: int = PANEL_COLUMNS
+    sweep_columns: int = 1 << 30
 
 
 EFFORT = Effort()
-FEEDBACK_ONLY = Effort(sweeps=0, scales=False)
+FEEDBACK_ONLY = Effort(sweeps=0, scales=False, local=False, panel=0)
 
 
 def round_rows(
@@ -65,163 +80,205 @@ def round_rows(
         return form.encode(rows)
     if rows.shape[-1] != metric.width:
         raise BitsmithError(f"rows have {rows.shape[-1]} weights, the second moment {metric.width}")
+    fast = accelerator()
+    found = None if fast is None or steps is not None else fast.round_rows(form, rows, metric, effort)
+    if found is not None:
+        return found
     out = np.empty((len(rows), row_bytes), np.uint8)
-    groups = metric.groups(form.block_size)
-    for group in groups:
-        group.sub_factors(form.sub_size)
+    size = max(1, effort.panel // form.block_size) * form.block_size
+    plans = [_Plan(form, group, effort, size) for group in metric.groups(form.block_size)]
 
     def work(first: int, last: int) -> None:
-        for at in range(first, last, LANES):
-            end = min(at + LANES, last)
-            given = None if steps is None else steps[at:end]
-            out[at:end] = _round_tile(form, rows[at:end], groups, effort, given)
+        for at in range(first, last, _WAVE_ROWS):
+            end = min(at + _WAVE_ROWS, last)
+            _round_wave(plans, rows[at:end], None if steps is None else steps[at:end], out[at:end])
 
-    for_ranges(len(rows), LANES, LANES, work)
+    for_ranges(len(rows), LANES, _WAVE_ROWS, work)
     return out
 
 
-def _round_tile(
-    form: BlockFormat, rows: Float32, groups: list[Group], effort: Effort, steps: Float32 | None
-) -> Bytes:
-    parts, at = [], 0
-    for group in groups:
-        tile = _Rows(form, rows[:, at : at + group.width], group, effort)
-        if steps is not None:
-            tile.given = steps[:, at // form.block_size : (at + group.width) // form.block_size]
-        tile.feed()
-        for _ in range(effort.sweeps):
-            if not tile.sweep():
-                break
-        parts.append(tile.packed())
-        at += group.width
-    return np.concatenate(parts, axis=1)
+class _Plan:
+    """What all rows share: a group of columns, its panels' factors and the format's limits."""
 
-
-def _offsets(steps: list[int], pairs: bool) -> NDArray[np.int64]:
-    mins = steps if pairs else [0]
-    found = [(s, m) for s in steps for m in mins]
-    return np.array(sorted(found, key=lambda move: abs(move[0]) + abs(move[1])), np.int64)
-
-
-class _Rows:
-    """At most `LANES` rows over one group of columns, their fields and codes (as levels)."""
-
-    given: Float32 | None = None  # each block's factor (`rows blocks`), where it is not to be fitted
-
-    def __init__(self, form: BlockFormat, rows: Float32, group: Group, effort: Effort) -> None:
-        self.form, self.group, self.effort = form, group, effort
-        self.count, self.width = rows.shape
-        self.blocks = self.width // form.block_size
-        kind = group.hessian.dtype
-        self.base = np.zeros((self.width, LANES), kind)
-        self.base[:, : self.count] = rows.T
-        self.errors = np.zeros_like(self.base)
-        self.levels = np.zeros_like(self.base)
-        self.d, self.m = np.zeros((self.blocks, LANES), kind), np.zeros((self.blocks, LANES), kind)
-        self.scales = np.ones((self.blocks, form.subs, LANES), kind)
-        self.mins = np.zeros_like(self.scales)
-        self.low = form.levels[form.first_code]
-        self.high = form.levels[-1]
-        self.limits = np.array([*form.scale_limits, *form.min_limits])
-        self.ladder = form.scale_values
-        whole = form.scale_limits[0] < form.scale_limits[1] and effort.scales
-        pairs = form.min_limits[0] < form.min_limits[1]
-        self.moves = (
-            _offsets([0, -1, 1] if pairs else [0, -1, 1, -2, 2], pairs) if whole else _offsets([0], False)
-        )
-        self.sub_factors = group.sub_factors(form.sub_size)
+    def __init__(self, form: BlockFormat, group: Group, effort: Effort, size: int) -> None:
+        self.form, self.group, self.effort, self.size = form, group, effort, size
+        self.panels = group.panels(size, form.sub_size)
+        self.kind = group.feedback.dtype
+        self.weights = np.asarray(group.weights, self.kind)
         importance = {
             "schur": group.weights, "diagonal": group.diagonal, "none": None,
         }[effort.importance]  # fmt: skip
         self.importance = None if importance is None else np.asarray(importance, np.float32)
+        self.limits = np.array([*form.scale_limits, *form.min_limits])
+        low, high = form.levels[form.first_code], form.levels[-1]
+        self.grid: Any = form.scale_values, low, high, form.level_table
+        self.moves = moves_of(form, effort)
+        self.refits = effort.refit and not len(form.scale_values)
+        self.sweeps = effort.sweeps if group.width <= effort.sweep_columns else 0
 
-    def _square(self, packed: Tile, block: int) -> Tile:
-        """Return the diagonal block `block` of a packed matrix (`size size`)."""
-        size = self.form.block_size
-        at, end = block * size, (block + 1) * size
-        part = packed[at // PANEL : end // PANEL, at:end]
-        return np.ascontiguousarray(part.transpose(1, 0, 2)).reshape(size, size)
 
-    def feed(self) -> None:
-        """Error feedback from the first block to the last."""
-        size = self.form.block_size
-        weights = np.asarray(self.group.weights, self.base.dtype)
-        for block in range(self.blocks):
-            at, end = block * size, (block + 1) * size
-            target = self.base[at:end].copy()
-            kernels.add_products(self.group.feedback, at, 0, self.errors, 0, at, target)
-            own = self._square(self.group.feedback, block)
-            if self.given is None:
-                self._fit(block, target, own)
-            else:
-                self.d[block, : self.count] = self.given[:, block]
-            kernels.feed_block(
-                self.base[at:end], target, own, weights[at:end],
-                self.d[block], self.m[block], self.scales[block], self.mins[block], self.moves, self.limits,
-                self.ladder, self.low, self.high, self.form.level_table, self.levels[at:end],
-                self.errors[at:end],
-            )  # fmt: skip
+def _round_wave(plans: list[_Plan], rows: Float32, steps: Float32 | None, out: Bytes) -> None:
+    column = at = 0
+    for plan in plans:
+        form, end = plan.form, column + plan.group.width
+        given = None if steps is None else steps[:, column // form.block_size : end // form.block_size]
+        tiles = [
+            _Tile(
+                plan,
+                rows[first : first + LANES, column:end],
+                None if given is None else given[first : first + LANES],
+            )
+            for first in range(0, len(rows), LANES)
+        ]
+        for index in range(len(plan.panels)):
+            _feed_wave(plan, tiles, index)
+        for tile in tiles:
+            for _ in range(plan.sweeps):
+                if not tile.sweep():
+                    break
+        width = form.row_bytes(plan.group.width)
+        for number, tile in enumerate(tiles):
+            out[number * LANES : number * LANES + tile.count, at : at + width] = tile.packed()
+        column, at = end, at + width
 
-    def _fit(self, block: int, target: Tile, feedback: Tile) -> None:
-        size = self.form.block_size
-        moved = target.copy()
-        if block:
-            kernels.compensate_block(self.base[block * size : (block + 1) * size], moved, feedback)
-        rows = np.ascontiguousarray(moved[:, : self.count].T, np.float32)
-        importance = None if self.importance is None else self.importance[block * size : (block + 1) * size]
-        fields = self.form.fit(rows, importance)
-        self.d[block, : self.count], self.m[block, : self.count] = fields.d, fields.m
-        self.scales[block, :, : self.count] = fields.scales.T
-        self.mins[block, :, : self.count] = fields.mins.T
+
+def _feed_wave(plan: _Plan, tiles: list[_Tile], index: int) -> None:
+    """Error feedback through one panel of all tiles, whose fields are fitted together."""
+    moved = [tile.aim(index) for tile in tiles]
+    if tiles[0].given is None:
+        form, at = plan.form, index * plan.size
+        blocks = np.concatenate(moved).reshape(-1, form.block_size)
+        importance = None if plan.importance is None else plan.importance[at : at + moved[0].shape[1]]
+        fields = form.fit_alone(blocks, importance)
+        first = 0
+        for tile, rows in zip(tiles, moved, strict=True):
+            last = first + rows.size // form.block_size
+            tile.take(index, fields.part(first, last))
+            first = last
+    for tile in tiles:
+        tile.feed(index)
+
+
+def moves_of(form: BlockFormat, effort: Effort) -> NDArray[np.int64]:
+    """Return what is added to a sub-block's whole scale and min in their search (`n 2`), nothing first."""
+    whole = form.scale_limits[0] < form.scale_limits[1] and effort.scales
+    pairs = form.min_limits[0] < form.min_limits[1]
+    steps = ([0, -1, 1] if pairs else [0, -1, 1, -2, 2]) if whole else [0]
+    found = [(s, m) for s in steps for m in (steps if pairs and whole else [0])]
+    return np.array(sorted(found, key=lambda move: abs(move[0]) + abs(move[1])), np.int64)
+
+
+class _Tile:
+    """At most `LANES` rows over one group of columns, their fields and codes (as levels).
+
+    With `given` (`rows blocks`) these are the blocks' factors.
+    """
+
+    def __init__(self, plan: _Plan, rows: Float32, given: Float32 | None) -> None:
+        self.plan, self.given = plan, given
+        self.count, width = rows.shape
+        form, kind = plan.form, plan.kind
+        blocks = width // form.block_size
+        self.base = np.empty((width, LANES), kind)
+        kernels.load_rows(np.ascontiguousarray(rows, np.float32), self.base)
+        self.errors, self.levels = np.zeros_like(self.base), np.zeros_like(self.base)
+        self.d, self.m = np.zeros((blocks, LANES), kind), np.zeros((blocks, LANES), kind)
+        self.scales = np.ones((blocks * form.subs, LANES), kind)
+        self.mins = np.zeros_like(self.scales)
+        if given is not None:
+            self.d[:, : self.count] = given.T
+        self.target = self.base[:0]
+
+    def _columns(self, index: int) -> slice:
+        return slice(index * self.plan.size, min((index + 1) * self.plan.size, len(self.base)))
+
+    def _fields(self, index: int) -> tuple[Tile, Tile, Tile, Tile]:
+        """Return a panel's `d`, `m`, `scales` and `mins` (views)."""
+        at, form = self._columns(index), self.plan.form
+        blocks = slice(at.start // form.block_size, at.stop // form.block_size)
+        subs = slice(at.start // form.sub_size, at.stop // form.sub_size)
+        return self.d[blocks], self.m[blocks], self.scales[subs], self.mins[subs]
+
+    def aim(self, index: int) -> Float32:
+        """Move a panel's target by the errors before it; return the weights to fit it to (`rows size`).
+
+        There every column of the panel takes its own target as it is: the panel's optimum unquantized.
+        """
+        at = self._columns(index)
+        self.target = self.base[at].copy()
+        moved = np.empty((self.count, len(self.target)), np.float32)
+        kernels.aim_panel(
+            self.base, self.plan.group.feedback, at.start, self.errors, self.plan.panels[index].solved,
+            self.target, moved,
+        )  # fmt: skip
+        return moved
+
+    def take(self, index: int, fields: Fields) -> None:
+        """Take a panel's fields as fitted, row by row."""
+        for mine, given in zip(self._fields(index), fields, strict=True):
+            mine[:, : self.count] = given.reshape(self.count, -1).T
+
+    def feed(self, index: int) -> None:
+        """Error feedback through a panel, and what improves it as long as the columns after it may follow."""
+        plan, at, panel = self.plan, self._columns(index), self.plan.panels[index]
+        base, target, levels, errors = self.base[at], self.target, self.levels[at], self.errors[at]
+        fields = self._fields(index)
+        _feed_panel(
+            base, target, panel.feedback, plan.weights[at], *fields, plan.moves, plan.limits, *plan.grid,
+            levels, errors,
+        )  # fmt: skip
+        if not plan.effort.local:
+            return
+        if plan.refits and self.given is None:
+            kernels.refit_panel(base, target, panel.turned, *fields, levels, errors)
+        residual, gradient = np.empty_like(base), np.empty_like(base)
+        kernels.gradient_of(target, base, errors, panel.factor, residual, gradient)
+        self._improve(index, gradient, panel.metric, panel.subs)
+
+    def _improve(self, index: int, gradient: Tile, metric: Tile, subs: SubFactors) -> bool:
+        plan, at = self.plan, self._columns(index)
+        effort, fields = plan.effort, self._fields(index)
+        return bool(
+            _improve_panel(
+                self.base[at], gradient, metric, *subs, *fields, plan.moves, plan.limits, *plan.grid,
+                self.levels[at], self.errors[at], effort.scales, effort.descent,
+            )
+        )  # fmt: skip
 
     def sweep(self) -> bool:
-        """Improve every block once, the rest of the row as it stands; tell whether anything changed."""
+        """Improve every panel once, the rest of the row as it stands; tell whether anything changed."""
         changed = False
-        for block in range(self.blocks):
-            changed |= self._improve(block)
+        for index in range(len(self.plan.panels)):
+            changed |= self._sweep(index)
         return changed
 
-    def _improve(self, block: int) -> bool:
-        size = self.form.block_size
-        at, end = block * size, (block + 1) * size
-        base, errors, levels = self.base[at:end], self.errors[at:end], self.levels[at:end]
-        fields = self.d[block], self.m[block], self.scales[block], self.mins[block]
-        grid = self.low, self.high, self.form.level_table
-        gradient = np.zeros_like(base)
-        kernels.add_products(self.group.hessian, at, 0, self.errors, 0, self.width, gradient)
-        hessian = self._square(self.group.hessian, block)
-        before = errors.copy()
-        if self.effort.scales:
-            subs = slice(block * self.form.subs, (block + 1) * self.form.subs)
-            own, weights, inverse = (part[subs] for part in self.sub_factors)
-            kernels.research_block(
-                base, gradient, hessian, own, weights, inverse, *fields, self.moves, self.limits,
-                self.ladder, *grid, levels, errors,
-            )  # fmt: skip
-        if self.effort.descent:
-            kernels.descend_block(base, gradient, hessian, *fields, *grid, levels, errors)
-        if self.effort.refit and self.given is None and not len(self.ladder):
-            kernels.refit_block(base, gradient, hessian, *fields, levels, errors)
-        return bool((before != errors).any())
+    def _sweep(self, index: int) -> bool:
+        at, group, form = self._columns(index), self.plan.group, self.plan.form
+        hessian = np.ascontiguousarray(group.hessian[at, at])
+        subs = slice(at.start // form.sub_size, at.stop // form.sub_size)
+        factors = SubFactors(*(part[subs] for part in group.sub_factors(form.sub_size)))
+        gradient = np.zeros_like(self.base[at])
+        add_products(group.hessian, at.start, 0, self.errors, 0, len(self.errors), gradient)
+        return self._improve(index, gradient, hessian, factors)
 
     def packed(self) -> Bytes:
         """Return the rows' bytes (`rows row_bytes`)."""
-        n, form = self.count, self.form
-        total = n * self.blocks
-        scales = _by_row(self.scales[..., :n]).reshape(total, form.subs)
+        n, form = self.count, self.plan.form
+        total = n * len(self.d)
+        scales = _by_row(self.scales[:, :n]).reshape(total, form.subs)
         fields = Fields(
             _by_row(self.d[:, :n]).reshape(total),
             _by_row(self.m[:, :n]).reshape(total),
-            scales if len(self.ladder) else scales.astype(np.int16),
-            _by_row(self.mins[..., :n]).astype(np.int16).reshape(total, form.subs),
+            scales if len(form.scale_values) else scales.astype(np.int16),
+            _by_row(self.mins[:, :n]).astype(np.int16).reshape(total, form.subs),
         )
-        levels = _by_row(self.levels[:, :n]).reshape(total, form.block_size)
-        codes = np.searchsorted(form.levels, levels).astype(np.uint8)
-        return form.pack(fields, codes).reshape(n, -1)
+        codes = np.empty((n, len(self.levels)), np.uint8)
+        kernels.codes_of(self.levels, form.levels, codes)
+        return form.pack(fields, codes.reshape(total, form.block_size)).reshape(n, -1)
 
 
 def _by_row(lanes: Tile) -> Float32:
-    return np.ascontiguousarray(np.moveaxis(lanes, -1, 0), np.float32)
+    return np.ascontiguousarray(lanes.T, np.float32)
 
 
 def output_error(errors: Float32, held: Float32) -> float:
