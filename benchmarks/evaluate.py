@@ -1,22 +1,23 @@
-"""Wall time, peak memory and tokens per second of `bitsmith evaluate` on the demo model, as JSON.
+"""Wall time, peak memory and tokens per second of `bitsmith evaluate` on the demo model.
 
-    python benchmarks/evaluate.py [--model FOLDER] [--type Q4_K_M] [--ctx 512] [--chunks 16]
+    python benchmarks/evaluate.py [--model FOLDER] [--type Q4_K_M] [--ctx 512] [--chunks 16] [--repeats 3]
+        [--out FILE]
 
 The model is evaluated against its own quantized GGUF in a process of its own. The wall time includes
-the imports, the peak is the kernel's `ru_maxrss`, tokens count every one forwarded through either model. The
-text is the lab's.
+the imports; tokens count every one forwarded through either model. The text is the lab's. Peers on the same
+model and text are in `forward.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from measuring import OURS, Row, Spread, arguments, child, report, value_row
 
 from bitsmith.lab.corpus import held_out_text
 from bitsmith.lab.models import DEMO_MODEL
@@ -35,47 +36,44 @@ print(json.dumps(record))
 """
 
 
-def measure(model: Path, type_name: str, ctx_tokens: int, chunks: int, folder: Path) -> dict[str, object]:
+def measure(options: argparse.Namespace, folder: Path) -> Iterator[Row]:
+    """Evaluate as often as asked; yield tokens per second, wall time and peak."""
     text, candidate = folder / "held_out.txt", folder / "candidate.gguf"
-    text.write_text(held_out_text(16 * ctx_tokens * chunks), encoding="utf-8")
-    compress(model, candidate, type_name)
-    started = time.monotonic()
-    command = [sys.executable, "-c", EVALUATE, *map(str, (model, candidate, text, ctx_tokens, chunks))]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
-        answer = child.stdout.read() if child.stdout else ""
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"evaluate failed with exit status {child.returncode}")
-    record = json.loads(answer)
-    tokens = 2 * record["protocol"]["chunks"] * ctx_tokens
-    return {
-        "model": model.name,
-        "type": type_name,
-        "ctx_tokens": ctx_tokens,
-        "chunks": record["protocol"]["chunks"],
-        "wall_seconds": round(time.monotonic() - started, 2),
-        "import_seconds": round(record["import_seconds"], 2),
-        "evaluate_seconds": round(record["seconds"], 2),
-        "tokens_per_second": round(tokens / record["seconds"], 1),
-        "peak_memory_bytes": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
-        "mean_kld_nats": record["measures"]["mean_kld"]["value"],
-        "cores": os.cpu_count(),
+    text.write_text(held_out_text(16 * options.ctx * options.chunks), encoding="utf-8")
+    compress(options.model, candidate, options.type)
+    command = [sys.executable, "-c", EVALUATE, options.model, candidate, text, options.ctx, options.chunks]
+    runs = [child([str(part) for part in command]) for _ in range(options.repeats)]
+    records = [json.loads(ran.output.splitlines()[-1]) for ran in runs]
+    tokens = 2 * records[0]["protocol"]["chunks"] * options.ctx
+    facts = {
+        "chunks": records[0]["protocol"]["chunks"],
+        "import_seconds": Spread.of(one["import_seconds"] for one in records).to_json(),
+        "mean_kld_nats": records[0]["measures"]["mean_kld"]["value"],
     }
+    case = f"evaluate {options.model.name} against its {options.type}"
+    rates = Spread.of(tokens / one["seconds"] for one in records)
+    yield value_row(case, "tokens/s", {OURS: rates}, better="higher", **facts)
+    yield value_row(f"{case}, wall time with imports", "s", {OURS: Spread.of(ran.seconds for ran in runs)})
+    yield value_row(f"{case}, peak memory", "bytes", {OURS: Spread.of(ran.peak_bytes for ran in runs)})
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = arguments(__doc__)
     options.add_argument("--model", type=Path, default=DEMO_MODEL)
     options.add_argument("--type", default="Q4_K_M")
     options.add_argument("--ctx", type=int, default=512)
     options.add_argument("--chunks", type=int, default=16)
+    options.add_argument("--repeats", type=int, default=3)
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(chosen.model, chosen.type, chosen.ctx, chosen.chunks, Path(folder))
-    print(json.dumps(found, indent=2))
+        rows = list(measure(chosen, Path(folder)))
+    protocol = {
+        "statement": "The bundled model against its own quantized GGUF, a process of its own each time.",
+        "ctx_tokens": chosen.ctx,
+        "chunks": chosen.chunks,
+        "repeats": chosen.repeats,
+    }
+    report("evaluate", protocol, rows, out=chosen.out)
 
 
 if __name__ == "__main__":

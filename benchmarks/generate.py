@@ -1,6 +1,7 @@
-"""Tokens per second of `bitsmith generate`'s forward and of transformers' `generate`, in one run, as JSON.
+"""Tokens per second of `bitsmith generate`'s forward and of transformers' `generate`, in one run.
 
     python benchmarks/generate.py [--model FOLDER] [--type BF16] [--tokens 128] [--runs 5] [--threads 1]
+        [--out FILE]
 
 Both read the same prompt and continue it greedily in float32: transformers from the folder, bitsmith from its
 GGUF of the given type. They take turns, and each figure is the median over the runs: seconds for prompt and
@@ -9,17 +10,12 @@ new tokens together, without loading. The new tokens are the same where the type
 
 from __future__ import annotations
 
-import argparse
-import json
 import logging
-import os
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from measuring import OURS, Row, alternate, arguments, rate_row, report
 from transformers import AutoModelForCausalLM
 
 from bitsmith.lab.models import DEMO_MODEL
@@ -33,13 +29,7 @@ from bitsmith.run.vocabulary import Vocabulary
 PROMPT = "def __init__(self, name, value):\n"
 
 
-def seconds_of(action: Callable[[], list[int]]) -> tuple[float, list[int]]:
-    started = time.monotonic()
-    tokens = action()
-    return time.monotonic() - started, tokens
-
-
-def measure(folder: Path, gguf: Path, n_tokens: int, runs: int) -> dict[str, object]:
+def measure(folder: Path, gguf: Path, n_tokens: int, runs: int) -> Row:
     with open_model(gguf) as model:
         vocabulary = Vocabulary(model)
         prompt = vocabulary.encode(PROMPT)
@@ -63,27 +53,21 @@ def measure(folder: Path, gguf: Path, n_tokens: int, runs: int) -> dict[str, obj
             )[0, len(prompt) :].tolist()
             return [token for token in found if token not in stops]
 
-        ours(), of_transformers()  # what is done once is not measured
-        pairs = [(seconds_of(ours), seconds_of(of_transformers)) for _ in range(runs)]
-    n_new = len(pairs[0][0][1])
-    rates = [(n_new / mine[0], len(other[1]) / other[0]) for mine, other in pairs]
-    return {
+        same = ours() == of_transformers()
+        n_new = len(ours())
+        turns = alternate({OURS: ours, "transformers": of_transformers}, runs)
+    facts = {
         "new_tokens": n_new,
         "prompt_tokens": len(prompt),
-        "same_tokens": all(mine[1] == other[1] for mine, other in pairs),
-        "bitsmith_tokens_per_second": round(statistics.median(one for one, _ in rates), 1),
-        "transformers_tokens_per_second": round(statistics.median(one for _, one in rates), 1),
-        "ratio_of_each_run": [round(one / other, 3) for one, other in rates],
-        "ratio": round(statistics.median(one / other for one, other in rates), 3),
+        "same_tokens": same,
         "weight_bytes": decoder.weight_bytes,
         "state_bytes": decoder.cache_bytes,
     }
+    return rate_row(f"{n_new} greedy tokens behind {len(prompt)}", turns, n_new, "tokens/s", **facts)
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    options = arguments(__doc__)
     options.add_argument("--model", type=Path, default=DEMO_MODEL)
     options.add_argument("--type", default="BF16")
     options.add_argument("--tokens", type=int, default=128)
@@ -95,10 +79,15 @@ def main() -> None:
         torch.set_num_threads(chosen.threads)
     with tempfile.TemporaryDirectory() as folder:
         gguf = compress(chosen.model, Path(folder) / "candidate.gguf", chosen.type).out
-        found = measure(chosen.model, gguf, chosen.tokens, chosen.runs)
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    about = {"model": chosen.model.name, "type": chosen.type, "threads": torch.get_num_threads()}
-    print(json.dumps(about | {"cores": os.cpu_count(), "load_average": load} | found, indent=2))
+        row = measure(chosen.model, gguf, chosen.tokens, chosen.runs)
+    protocol = {
+        "statement": "The same prompt continued greedily in float32, by turns, without loading; "
+        f"bitsmith from a {chosen.type} GGUF, transformers from the folder.",
+        "model": chosen.model.name,
+        "threads": torch.get_num_threads(),
+        "repeats": chosen.runs,
+    }
+    report("generate", protocol, [row], out=chosen.out)
 
 
 if __name__ == "__main__":
