@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.squares import add_squares
+from bitsmith.numerics.threads import ahead, in_order
 from bitsmith.passes.transform import Applied, Transform, Vectors, model_of
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import SLICE_BYTES
@@ -15,6 +17,8 @@ from bitsmith.run.plan import SourceTensor, open_source
 from bitsmith.run.transforms import resolved
 from bitsmith.store import open_checkpoint, open_gguf
 from bitsmith.store.checkpoint import Checkpoint, Rows, TensorRef
+
+_UNIT = 1 << 15  # weights whose squares are summed at a time
 
 
 def relative_error(source: TensorRef, stored: TensorRef) -> float:
@@ -27,14 +31,30 @@ def relative_error(source: TensorRef, stored: TensorRef) -> float:
         raise BitsmithError(
             f"has the shape {list(stored.shape)}, its source {list(source.shape)}", tensor=stored.name
         )
+
+    def compared(piece: tuple[int, int, Rows]) -> tuple[float, float]:
+        start, stop, weights = piece
+        return _squares(weights, stored.read(start, stop).astype(np.float32, copy=False))
+
     error = energy = 0.0
-    for start, stop in source.slices(SLICE_BYTES):
-        weights = source.read(start, stop).astype(np.float32, copy=False)
-        decoded = stored.read(start, stop).astype(np.float32, copy=False)
-        if not np.array_equal(weights, decoded, equal_nan=True):
-            error += _squares(decoded - weights)
-        energy += _squares(weights)
+    for own, all_ in in_order(compared, ahead(_slices(source), 2)):
+        error, energy = error + own, energy + all_
     return error / energy if energy else error
+
+
+def _slices(ref: TensorRef) -> Iterator[tuple[int, int, Rows]]:
+    for start, stop in ref.slices(SLICE_BYTES):
+        yield start, stop, ref.read(start, stop).astype(np.float32, copy=False)
+
+
+def _squares(weights: Rows, decoded: Rows) -> tuple[float, float]:
+    """Return `sum (w - decoded)²`, 0 if they are equal where they are not finite too, and `sum w²`."""
+    sums = np.zeros((max(1, -(-weights.size // _UNIT)), 2))
+    own, other = (np.ascontiguousarray(values).reshape(-1) for values in (weights, decoded))
+    add_squares(own, other, _UNIT, sums)
+    error, energy = sums.sum(axis=0).tolist()
+    is_same = not np.isfinite(error) and np.array_equal(weights, decoded, equal_nan=True)
+    return 0.0 if is_same else error, energy
 
 
 def gguf_sources(
@@ -67,8 +87,3 @@ def gguf_errors(
                 raise BitsmithError(f"is not made of a tensor of {model}", path=artifact, tensor=name)
             errors[name] = relative_error(sources[name].ref, ref)
     return errors
-
-
-def _squares(values: Rows) -> float:
-    flat = np.ascontiguousarray(values).reshape(-1)
-    return float(np.einsum("i,i->", flat, flat, dtype=np.float64))

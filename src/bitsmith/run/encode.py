@@ -22,7 +22,7 @@ from bitsmith.log import event
 from bitsmith.numerics.finite import first_non_finite
 from bitsmith.numerics.input_metric import InputMetric
 from bitsmith.numerics.threads import ahead, in_order
-from bitsmith.passes.choice import Choice, choose
+from bitsmith.passes.choice import CHOICE_ROWS, Choice, SiteInputs, choose, narrowed
 from bitsmith.passes.correction import Correction, paired_error
 from bitsmith.passes.rounding import output_error, round_rows
 from bitsmith.passes.trial import sample_runs
@@ -46,12 +46,17 @@ HELD_BYTES = 1 << 28
 _NONE = np.empty((0, 0), np.float32)
 
 
+MEASURED_ROWS = 1024
+"""Rows of a matrix whose outputs are compared on held-out inputs; of more, slices spread evenly."""
+
+
 @dataclass(frozen=True)
 class Rounding:
     """How a tensor's codes were found, and what that does to its outputs on held-out text.
 
     `held_errors` are `sum |E x|² / sum |W x|²` over the held-out inputs x of the tensor's site, for the
-    rounder that was kept and for the plain weighted search it had to beat; empty where nothing was held out.
+    rounder that was kept and for the plain weighted search it had to beat, over all rows of a matrix or slices
+    of them with about `MEASURED_ROWS` in all; empty where nothing was held out.
     `tried` has the same on the sample of rows that the choice was made by. `damping` and `shrink` are the
     metric's (`InputMetric`). Behind compressed layers x̂ enters instead of x: `held_errors` are then those of
     `W x - Q x̂`, `correction` says how far the weights were moved to make up for it (`Correction`), and
@@ -96,8 +101,8 @@ class TensorEncoder:
         self._rounder = rounder
         self._path = path
         self._site: tuple[str, tuple[Step, ...]] = "", ()
-        self._moment: Float32 | None = None
-        self._metrics: dict[tuple[float, float], InputMetric] = {}
+        self._tried_moment: Float32 | None = None
+        self._metrics: dict[tuple[float, float, tuple[int, ...]], InputMetric] = {}
         self._correction: Correction | None = None
 
     def is_guided(self, tensor: SourceTensor, row: PlanRow) -> bool:
@@ -146,7 +151,7 @@ class TensorEncoder:
         """Write the tensor's blocks slice by slice through `write`, which may be called again to start over.
 
         The guard: should the rounder that the sample of rows chose do worse on held-out inputs than the
-        weighted search over all rows, the tensor is encoded once more by that.
+        weighted search, over the rows that are measured, the tensor is encoded once more by that.
         """
         with in_memory(tensor):
             return self._guided(tensor, row, write)
@@ -160,7 +165,10 @@ class TensorEncoder:
         sample = self._sample(tensor, row)
         strength = self._strength(sample, inputs)
         sample = self._target(sample, strength)
-        choice = choose(form, sample, inputs, self._rounder, metric_for=self._metric)
+        known = self._known(inputs)
+        choice = choose(
+            form, sample[:, : len(known.importance)], known, self._rounder, metric_for=self._trial
+        )
         total, plain = self._attempt(tensor, row, inputs, choice, strength, write)
         errors = _errors(choice.rounder, total, plain) if _measures(inputs) else {}
         if plain is not None and errors[choice.rounder] > errors["weighted"]:
@@ -183,17 +191,21 @@ class TensorEncoder:
         """Encode as chosen; return its errors and, to compare, those of the weighted search."""
         form = format_named(row.type)
         if choice.rounder == "gptq" and choice.damping is not None:
-            self._metric(choice.damping, choice.shrink)  # made once, before threads ask for it
+            self._metric(choice.damping, choice.shrink, inputs.moment)  # made once, before threads ask for it
         compares = _measures(inputs) and choice.rounder != "weighted"
         total, plain = Sums(), Sums()
 
-        def attempt(rows: Float32) -> tuple[Bytes, Sums, Sums]:
+        def attempt(piece: tuple[Float32, bool]) -> tuple[Bytes, Sums, Sums]:
+            rows, is_measured = piece
             weights = self._finite(tensor, rows)
             encoded = self._encoded(form, self._target(weights, strength), inputs, choice)
-            other = Sums()
-            if compares:
-                other = _sums(form, weights, form.encode(weights, inputs.importance), inputs)
-            return encoded, _sums(form, weights, encoded, inputs), other
+            own, other = _sums(form, weights, encoded, inputs if is_measured else None), Sums()
+            if compares and is_measured:
+                searched = form.encode(weights, inputs.importance)
+                other = Sums(
+                    held_error=_held_error(form, weights, searched, inputs), held_energy=own.held_energy
+                )
+            return encoded, own, other
 
         def blocks() -> Iterator[Bytes]:
             nonlocal total, plain
@@ -206,7 +218,7 @@ class TensorEncoder:
 
     def _encoded(self, form: Format, weights: Float32, inputs: SiteStatistics, choice: Choice) -> Bytes:
         if choice.rounder == "gptq" and choice.damping is not None:
-            return round_rows(form, weights, self._metric(choice.damping, choice.shrink))
+            return round_rows(form, weights, self._metric(choice.damping, choice.shrink, inputs.moment))
         return form.encode(weights, inputs.importance if choice.rounder == "weighted" else None)
 
     def _strength(self, sample: Float32, inputs: SiteStatistics) -> float:
@@ -224,28 +236,41 @@ class TensorEncoder:
             raise BitsmithError("has no statistics", path=self._path, tensor=tensor.hf_name)
         site = inputs.site, tensor.spec.column_steps
         if site != self._site:
-            self._site, self._metrics, self._correction = site, {}, None
+            self._site, self._metrics, self._correction, self._tried_moment = site, {}, None, None
             if inputs.cross is not None and inputs.moment is not None and self._rounder != "weighted":
                 self._correction = Correction(inputs.cross, inputs.moment)
-        self._moment = inputs.moment
         return inputs
 
-    def _metric(self, damping: float, shrink: float) -> InputMetric:
-        if self._moment is None:
+    def _known(self, inputs: SiteStatistics) -> SiteInputs:
+        """Return what is known of the columns that the choice is made by."""
+        known = narrowed(inputs)
+        if self._tried_moment is None:
+            self._tried_moment = known.moment
+        return known
+
+    def _trial(self, damping: float, shrink: float) -> InputMetric:
+        """Return the metric of the columns that the choice is made by."""
+        return self._metric(damping, shrink, self._tried_moment)
+
+    def _metric(self, damping: float, shrink: float, moment: Float32 | None) -> InputMetric:
+        if moment is None:
             raise BitsmithError("error feedback needs second moments", path=self._path)
-        key = damping, shrink
+        key = damping, shrink, moment.shape
         if key not in self._metrics:
-            self._metrics[key] = InputMetric(self._moment, damping, shrink=shrink)
+            self._metrics[key] = InputMetric(moment, damping, shrink=shrink)
         return self._metrics[key]
 
     def _sample(self, tensor: SourceTensor, row: PlanRow) -> Float32:
-        """Return runs of rows spread evenly over the tensor, `SAMPLE_ROWS` at most."""
-        runs = [self._rows(tensor, row, *run) for run in sample_runs(tensor.ref.n_rows)]
+        """Return runs of rows spread evenly over the tensor, `CHOICE_ROWS` at most."""
+        runs = [self._rows(tensor, row, *run) for run in sample_runs(tensor.ref.n_rows, CHOICE_ROWS)]
         return self._finite(tensor, np.concatenate(runs))
 
-    def _slices(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Float32]:
+    def _slices(self, tensor: SourceTensor, row: PlanRow) -> Iterator[tuple[Float32, bool]]:
+        """Yield the rows, and whether their outputs are measured: slices spread evenly over the tensor."""
+        share, due = min(1.0, MEASURED_ROWS / max(1, tensor.ref.n_rows)), 1.0
         for start, stop in tensor.ref.slices(_slice_bytes()):
-            yield self._rows(tensor, row, start, stop)
+            yield self._rows(tensor, row, start, stop), due >= 1
+            due += share - (due >= 1)
 
     def _rows(self, tensor: SourceTensor, row: PlanRow, start: int, stop: int) -> Float32:
         width = row.shape[-1] if len(row.shape) > 1 else stop - start
@@ -343,15 +368,17 @@ def _sums(form: Format, weights: Float32, blocks: Bytes, inputs: SiteStatistics 
     if inputs is None or inputs.held is None or not len(inputs.held):
         return Sums(*form.squared_error(weights, blocks))
     error, energy = form.squared_error(weights, blocks)
+    original = inputs.held if inputs.held_original is None else inputs.held_original
+    return Sums(error, energy, _held_error(form, weights, blocks, inputs), output_error(weights, original))
+
+
+def _held_error(form: Format, weights: Float32, blocks: Bytes, inputs: SiteStatistics) -> float:
+    if inputs.held is None:
+        return 0.0
     coded = form.decode(blocks)
     if inputs.held_original is None:
-        held = output_error(coded - weights, inputs.held), output_error(weights, inputs.held)
-    else:
-        held = (
-            paired_error(weights, coded, inputs.held_original, inputs.held),
-            output_error(weights, inputs.held_original),
-        )
-    return Sums(error, energy, *held)
+        return output_error(coded - weights, inputs.held)
+    return paired_error(weights, coded, inputs.held_original, inputs.held)
 
 
 def check_rounder(rounder: str, statistics: Statistics | None, path: Path | None) -> Rounder:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,8 @@ from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.log import event
 from bitsmith.progress import Progress, silent
 from bitsmith.run.decoded import gguf_sources, relative_error
+from bitsmith.run.encode import in_memory
+from bitsmith.run.plan import SourceTensor
 from bitsmith.run.record import MODELS
 from bitsmith.run.transforms import read_sidecar
 from bitsmith.store import open_checkpoint
@@ -178,10 +180,28 @@ class _Findings:
         )
 
     def compare(self, stack: ExitStack, source: Path | None, progress: Progress) -> None:
-        """Open both models and compare every tensor."""
-        model = self._opened(stack, source)
+        """Open both models and compare every tensor; the model's digest is taken from what that reads."""
+        facts = self._record.sources.get(MODEL)
+        if facts is None:
+            raise DamagedFileError("names no model that the output was made of", path=record_of(self._out))
+        model = self._opened(stack, source, facts)
         if model is None:
             return
+        model.hash_reads()
+        faults = list(self._faults)
+        try:
+            self._compare(stack, model, progress)
+        except BitsmithError:
+            if model.source_digest == facts.sha256:
+                raise
+        if model.source_digest != facts.sha256:  # what was found is about another model
+            self._faults, self._tensors = faults, []
+            digests = f"digest {model.source_digest[:16]}…, recorded {facts.sha256[:16]}…"
+            other = "is not the model that this was made of, or has changed since"
+            self._skipped = f"tensors are not compared: {printable(self._source)} {other} ({digests})"
+
+    def _compare(self, stack: ExitStack, model: Checkpoint, progress: Progress) -> None:
+        """Compare every tensor with its source."""
         stored = stack.enter_context(open_checkpoint(self._out))
         sources = _sources(model, stored)
         recorded = {one.name: one for one in self._record.tensors}
@@ -197,11 +217,8 @@ class _Findings:
                 self._check(one, sources.get(name), stored[name])
         progress("verify", len(recorded), len(recorded))
 
-    def _opened(self, stack: ExitStack, source: Path | None) -> Checkpoint | None:
-        """Return the model that the output was made of, None where it cannot be had or is another by now."""
-        facts = self._record.sources.get(MODEL)
-        if facts is None:
-            raise DamagedFileError("names no model that the output was made of", path=record_of(self._out))
+    def _opened(self, stack: ExitStack, source: Path | None, facts: RecordedSource) -> Checkpoint | None:
+        """Return the model that the output was made of, None where it cannot be had."""
         try:
             path = _place(facts, self._out) if source is None else local(source)
             model = stack.enter_context(open_checkpoint(path))
@@ -209,12 +226,6 @@ class _Findings:
             self._skipped = f"tensors are not compared: {error}; pass --source MODEL, or --digests-only"
             return None
         self._source = str(path)
-        if model.source_digest != facts.sha256:
-            self._skipped = (
-                f"tensors are not compared: {printable(str(path))} is not the model that this was made of, "
-                f"or has changed since (digest {model.source_digest[:16]}…, recorded {facts.sha256[:16]}…)"
-            )
-            return None
         return model
 
     def _check(self, recorded: RecordedTensor, source: _Source | None, ref: TensorRef) -> None:
@@ -230,7 +241,8 @@ class _Findings:
             if source is None:
                 self.add(self._out, f"is made of no tensor of {self._source}", ref.name)
             else:
-                error = relative_error(source.ref, ref)
+                with source.held():
+                    error = relative_error(source.ref, ref)
                 agrees = _close(error, recorded.relative_error, COMPUTED if source.is_computed else SAME)
                 if not agrees:
                     said = (
@@ -246,6 +258,11 @@ class _Source(NamedTuple):
 
     ref: TensorRef
     is_computed: bool
+    tensor: SourceTensor | None = None
+
+    def held(self) -> AbstractContextManager[None]:
+        """Hold in memory what would else be read more than once, as compress does."""
+        return nullcontext() if self.tensor is None else in_memory(self.tensor)
 
 
 def _sources(model: Checkpoint, stored: Checkpoint) -> dict[str, _Source]:
@@ -255,7 +272,7 @@ def _sources(model: Checkpoint, stored: Checkpoint) -> dict[str, _Source]:
         return {name: _Source(ref, factored) for name, ref in model.items()}
     found = read_sidecar(stored)
     return {
-        name: _Source(tensor.ref, bool(tensor.spec.transforms))
+        name: _Source(tensor.ref, bool(tensor.spec.transforms), tensor)
         for name, tensor in gguf_sources(model, found).items()
     }
 
