@@ -32,7 +32,6 @@ SCRIPTS = sorted(
     if 'if __name__ == "__main__"' in file.read_text(encoding="utf-8")
 )
 NO_RESULT = {"peer", "texts", "performance"}
-NO_RESULT |= {"assay", "evaluate", "generate"}  # not yet
 RESULTS = sorted((BENCHMARKS / "results").glob("*.json"))
 TURNS = Turns({OURS: [1.0, 2.0, 4.0], "peer": [3.0, 4.0, 6.0]})
 DISK = Limit("disk_read", Spread(100.0, 90.0, 110.0, 3), "bytes/s", "read")
