@@ -47,14 +47,14 @@ def number(value: float) -> str:
     size = abs(value)
     if size >= 100:
         return f"{value:,.0f}"
-    if size < 1e-3:
-        return f"{value:.2e}"
-    return f"{value:.{2 if size >= 1 else 3}f}" if size < 10 else f"{value:.1f}"
+    if size < 1:
+        return f"{value:.3g}"
+    return f"{value:.{2 if size < 10 else 1}f}"
 
 
 def scaled(unit: str, reference: float) -> tuple[float, str]:
     """Return the factor and name of the unit in which `reference` is shown."""
-    if unit in ("s", "ratio", "bpw", "nats") or "%" in unit:
+    if not (unit.startswith("bytes") or unit.endswith("/s")):
         return 1.0, unit
     for factor, prefix in PREFIXES:
         if abs(reference) >= factor:
@@ -70,7 +70,7 @@ def cell(spread: Mapping[str, Any], unit: str = "") -> str:
         return "unmeasured"
     factor, name = scaled(unit, spread["median"])
     text = number(spread["median"] / factor)
-    if spread["low"] is not None and spread["n"] > 1:
+    if spread["low"] is not None and spread["high"] is not None:
         text += f" ({number(spread['low'] / factor)} … {number(spread['high'] / factor)})"
     return f"{text} {name}".strip() if name != "ratio" else text
 
@@ -103,13 +103,14 @@ def flat(rows: Sequence[Json]) -> Iterator[str]:
     """Yield a table with a line for each row and a column for each side."""
     sides = list(dict.fromkeys(side for row in rows for side in row["sides"]))
     sides.sort(key=lambda side: side != OURS)
-    head = ["", *sides, "times better", "of the limit"]
+    head = ["", *sides, "times better", "of the limit", "beside"]
     lines = [
         [
             row["case"],
             *(cell(row["sides"][side], row["unit"]) if side in row["sides"] else "" for side in sides),
             ratios(row),
             limited(row),
+            str(row["facts"].get("beside", "")),
         ]
         for row in rows
     ]
@@ -136,7 +137,8 @@ def pivoted(rows: Sequence[Json]) -> Iterator[str]:
                     for m in measures
                 ]
                 first = next(iter(found.values()))
-                lines.append([step, side, *cells, ratios(first) if side == OURS else "", limited(first)])
+                told = [ratios(first), limited(first)] if side == OURS else ["", ""]
+                lines.append([step, side, *cells, *told])
         head = ["step", "by", *measures, f"times better in {measures[0]}", "of the limit"]
         yield from table(head, lines)
 
@@ -146,7 +148,7 @@ def about(result: Json) -> Iterator[str]:
     machine, protocol = result["machine"], result["protocol"]
     memory = machine["memory_bytes"] / 2**30
     others = "unmeasured" if result["others_cpu_share"] is None else f"{result['others_cpu_share']:.0%}"
-    yield f"`{result['command']}`, commit {result['commit']}, {result['finished'][:10]}, {machine['cpu']}, "
+    yield f"`{result['command']}`, commit {result['commit']}, {result['finished'][:10]}, {machine['cpu']},"
     yield f"{machine['usable_cores']} cores, {memory:.0f} GiB; others {others}."
     yield ""
     yield protocol["statement"]
