@@ -110,7 +110,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> Json:
         if made and args.folder is None:
             shutil.rmtree(model)
     protocol = {
-        "statement": "Each command predicted by its own --dry-run, then run, in turns on synthetic checkpoints "
+        "statement": "Each command predicted by its --dry-run, then run, in turns, on synthetic checkpoints "
         f"of {', '.join(args.sizes)}; caches as they were.",
         "type": args.type,
         "matrices assayed": args.match or "all",
