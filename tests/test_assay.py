@@ -21,10 +21,12 @@ from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from safetensors.numpy import save_file
 
+from bitsmith.archs import TensorSpec
 from bitsmith.archs.generic import role_of
 from bitsmith.archs.published import published_config
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
+from bitsmith.numerics.planted import Planted
 from bitsmith.run import measure
 from bitsmith.run.assay import JOURNAL_NAME, RESULT_NAME, assay
 from bitsmith.run.assay_result import Assay, MatrixAssay
@@ -32,6 +34,7 @@ from bitsmith.run.claims import CLAIMS, SHAPE, SIGMA, published_shares, seed_che
 from bitsmith.run.execute import compress
 from bitsmith.store import open_checkpoint
 from bitsmith.store.journal import Journal, result_folder
+from bitsmith.store.virtual import VirtualTensor
 
 Arrays = Mapping[str, NDArray[Any]]
 RNG = np.random.default_rng(7)
@@ -263,6 +266,49 @@ def test_a_run_that_stopped_goes_on_and_ends_the_same(mixed: Path, found: Assay,
     assert _without_times(resumed) == _without_times(found)
 
 
+def test_the_number_of_processes_changes_nothing(mixed: Path, found: Assay) -> None:
+    assert _without_times(assay(mixed, workers=3)) == _without_times(found)
+
+
+@pytest.mark.slow
+def test_a_value_that_is_not_finite_is_named_from_another_process(tmp_path: Path) -> None:
+    bad = noise(256, 256)
+    bad[7, 9] = np.inf
+    model = save(tmp_path / "model", {"layers.0.a.weight": noise(256, 128), "layers.0.b.weight": bad})
+    with pytest.raises(BitsmithError, match="inf at row 7, column 9") as refused:
+        assay(model, workers=2)
+    assert (refused.value.tensor, refused.value.path) == ("layers.0.b.weight", model)
+
+
+def test_a_sample_measures_one_matrix_of_each_role(tiny_qwen3_5: Path) -> None:
+    result = assay(tiny_qwen3_5, sample=1, workers=1, match="layers|lm_head")
+    text = [matrix.role for matrix in result.matrices if not matrix.role.startswith("mtp.")]
+    assert len(text) == len(set(text)) and {"ffn.up", "attn.q", "delta.in_qkv", "head"} <= set(text)
+    assert sum(matrix.role.startswith("mtp.") for matrix in result.matrices) == 1
+    assert result.mixers == () and all(matrix.tensor_train is None for matrix in result.matrices)
+    assert result.protocol.sample == 1
+    left_out = [tensor.name for tensor in result.skipped if tensor.why == "is not in the sample"]
+    assert len([name for name in left_out if "up_proj" in name]) == 4  # of four layers and MTP's
+    parts = {component.key: component for component in result.components}
+    assert parts["C1"].assayed == 3
+
+
+def test_a_sample_of_a_large_matrix_agrees_with_the_whole() -> None:
+    plan = Planted(1792, 1600, alpha=3.0, tail=0.3, rms=0.02, seed=5)
+    tensor = VirtualTensor("w", (1792, 1600), "BF16", plan)
+    spec = TensorSpec("w", tensor.shape, "ffn.up", ("", ""), None)
+    quick = measure.measure(measure.Target(spec, tensor), 0, 0, quick=True)
+    sigma = plan.sigma()
+    assert quick.spectrum is not None and quick.spectrum.method == "gram32"
+    for index, value in quick.spectrum.sigma_at:
+        assert abs(value - sigma[index - 1]) <= quick.spectrum.sigma_bound * sigma[0] + 4e-3 * value
+    truncated = np.sqrt(np.cumsum(np.square(sigma[::-1]))[::-1] / np.sum(np.square(sigma)))
+    measured = [rival for rival in quick.rivals if rival.rank and rival.method == "F16 factors"]
+    assert measured
+    for rival in measured:
+        assert rival.error == pytest.approx(truncated[rival.rank], rel=0.05)
+
+
 def _without_times(result: Assay) -> Any:
     def strip(value: Any) -> Any:
         if isinstance(value, dict):
@@ -410,6 +456,35 @@ def test_the_command_writes_json_and_page(mixed: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["assay.html", "assay.json"]
     table = CliRunner().invoke(app, ["assay", "--seed-table"])
     assert table.exit_code == 0 and "fails: gate_proj reaches error 0.10 at rank 3,794" in table.output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_processes_end_with_the_one_that_started_them(demo_model: Path, tmp_path: Path, how: int) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "bitsmith.cli.main", "assay", str(demo_model), "-o", str(out)]
+    process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    journal = out / JOURNAL_NAME
+    deadline = time.monotonic() + 120
+    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    started = [int(number) for number in children.read_text().split()]
+    assert len(started) == 2
+    process.send_signal(how)
+    process.wait(60)
+    while any(_runs(number) for number in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert assay(demo_model, out, workers=1).verdict.kind == "int4_wins"
+
+
+def _runs(number: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text()
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.slow

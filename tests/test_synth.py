@@ -18,6 +18,7 @@ from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, DamagedFileError, OutputError, UnsupportedError
 from bitsmith.lab.synth import synth, synth_tensors
 from bitsmith.numerics.planted import Planted, planted_rows
+from bitsmith.progress import silent
 from bitsmith.run.assay import assay
 from bitsmith.run.compress import compress
 from bitsmith.run.job import Job
@@ -222,3 +223,29 @@ def test_the_command_takes_a_name_or_a_folder(tmp_path, monkeypatch):
     assert not (tmp_path / "v" / "model.safetensors").exists()
     wrong = CliRunner().invoke(app, ["lab", "synth", "qwen3.5-10b", "-o", "x"])
     assert wrong.exit_code == 1 and not (tmp_path / "x").exists()
+
+
+def test_a_killed_run_goes_on_with_the_shard_it_was_at(tmp_path):
+    def write(name, progress=silent, **options):
+        more = {"vision": False, "shard_bytes": 2_000_000, "planted": True, "progress": progress}
+        return synth(tmp_path / name, "tiny", **more | options)
+
+    def stop_late(_, done, total):
+        if done > 0.6 * total:
+            raise KeyboardInterrupt
+
+    whole = write("whole")
+    with pytest.raises(KeyboardInterrupt):
+        write("part", stop_late)
+    assert not (tmp_path / "part").exists()
+    made = tmp_path / ".part.shards" / "files"
+    first = made / sorted(file.name for file in made.iterdir())[0]
+    was = first.stat().st_mtime_ns
+    with pytest.raises(OutputError, match="run with other seed"):
+        write("part", seed=5)
+    again = write("part")
+    assert {file.name: file.read_bytes() for file in again.iterdir()} == {
+        file.name: file.read_bytes() for file in whole.iterdir()
+    }
+    assert (again / first.name).stat().st_mtime_ns == was
+    assert not (tmp_path / ".part.shards").exists()

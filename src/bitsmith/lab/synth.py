@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitsmith import __version__
 from bitsmith.archs import ARCHITECTURES, TensorSpec
 from bitsmith.archs.published import published_config
 from bitsmith.lab.models import DEMO_MODEL
@@ -19,7 +20,12 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.record import seal
 from bitsmith.store.atomic import Content, atomic_folder
 from bitsmith.store.checkpoint import TensorRef
-from bitsmith.store.safetensors_writer import SHARD_BYTES, TensorData, write_safetensors
+from bitsmith.store.safetensors_writer import (
+    SHARD_BYTES,
+    TensorData,
+    write_safetensors,
+    write_shard_by_shard,
+)
 from bitsmith.store.virtual import PLAN_NAME, PLAN_SCHEMA, Normal, VirtualTensor
 
 _SLICE_BYTES = 16 << 20
@@ -140,8 +146,9 @@ def synth(
     """Write a Hugging Face folder of a size of `SIZES` with the demo model's tokenizer; see `synth_tensors`.
 
     Streamed: memory stays at slices of a tensor. What is planted is written down in `planted.json`; a
-    `virtual` folder holds nothing else of the weights, and every command computes them as it reads. Raises
-    BitsmithError for an unknown size, OutputError if `out` exists or the disk is too small.
+    `virtual` folder holds nothing else of the weights, and every command computes them as it reads. Shards
+    that a killed run finished are kept for the next. Raises BitsmithError for an unknown size, OutputError if
+    `out` exists or the disk is too small.
     """
     config = published_config(size, mtp=mtp, vision=vision, tied=tied, layers=layers, dtype=dtype)
     tensors = _tensors(config, seed, dtype, planted)
@@ -160,9 +167,18 @@ def synth(
                 (part / name).write_bytes(data)
         return out
     listed = _data(tensors, progress)
-    write_safetensors(
-        out, listed, config, shard_bytes=shard_bytes, files=files, overwrite=overwrite, finish=finish
-    )
+    options: dict[str, Any] = {
+        "shard_bytes": shard_bytes,
+        "files": files,
+        "overwrite": overwrite,
+        "finish": finish,
+    }
+    if sum(tensor.nbytes for tensor in listed) <= shard_bytes:
+        write_safetensors(out, listed, config, **options)
+    else:
+        plan = {"size": size, "seed": seed, "dtype": dtype, "planted": planted, "shard": shard_bytes}
+        key = {"bitsmith version": __version__, "config": config, **plan}
+        write_shard_by_shard(out, listed, config, key, **options)
     return out
 
 

@@ -59,13 +59,13 @@ class _Worker:
 
     def __init__(self, request: Request) -> None:
         command = [sys.executable, "-m", "bitsmith.run.assay_worker"]
-        # a session of its own: Ctrl-C reaches the parent alone, which ends the others
+        # a group of its own: Ctrl-C reaches the parent alone, which ends the others
         self.process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603 (this interpreter)
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, **dict.fromkeys(THREADS, "1")},
-            start_new_session=True,
+            process_group=0,
         )
         self.commands = cast(IO[bytes], self.process.stdin)
         self.answers = cast(IO[bytes], self.process.stdout)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bitsmith.errors import BitsmithError
-from bitsmith.store.atomic import Chunk, Finish, atomic_folder, write_chunk
+from bitsmith.errors import BitsmithError, OutputError
+from bitsmith.store.atomic import (
+    Chunk,
+    Finish,
+    atomic_folder,
+    refuse_full,
+    refuse_taken,
+    sync_folder,
+    sync_path,
+    write_chunk,
+)
+from bitsmith.store.journal import Journal, Key, remove_work
 from bitsmith.store.safetensors import (
     INDEX_NAME,
     ITEM_BYTES,
@@ -57,27 +68,93 @@ def write_safetensors(
     folder before it appears. Raises OutputError as `atomic_folder` does, BitsmithError for a tensor given
     twice, of an unknown dtype or whose chunks do not add up to its size.
     """
-    listed = [TensorData(*tensor) for tensor in tensors]
-    _refuse_unsound(listed)
-    shards = _sharded(listed, shard_bytes)
-    names = _shard_names(len(shards))
-    headers = [_header(shard, metadata or _METADATA) for shard in shards]
-    texts = _side_files(config, files or {}, dict(zip(names, shards, strict=True)))
-    last = INDEX_NAME if INDEX_NAME in texts else SINGLE_NAME
-    nbytes = sum(map(len, [*headers, *texts.values()])) + sum(tensor.nbytes for tensor in listed)
+    layout = _Layout(tensors, config, shard_bytes, metadata or _METADATA, files or {})
     with atomic_folder(
         folder,
-        last=last,
+        last=layout.last,
         stale=_is_model_file,
         overwrite=overwrite,
-        expect_bytes=nbytes,
+        expect_bytes=layout.nbytes,
         sources=sources,
         finish=finish,
     ) as part:
-        for name, header, shard in zip(names, headers, shards, strict=True):
+        for name, header, shard in layout.shards:
             _write_shard(part / name, header, shard, folder / name)
-        for name in sorted(texts, key=lambda name: (name == last, name)):
-            (part / name).write_bytes(texts[name])
+        layout.write_texts(part)
+
+
+def write_shard_by_shard(
+    folder: Path,
+    tensors: Iterable[TensorData],
+    config: Mapping[str, Any],
+    key: Key,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    files: Mapping[str, bytes] | None = None,
+    overwrite: bool = False,
+    finish: Finish | None = None,
+) -> None:
+    """Write a checkpoint folder as `write_safetensors` does, and go on with the shards that are not finished.
+
+    Finished ones are kept beside `folder`, valid for one `key`: what the tensors' values depend on. Raises as
+    `write_safetensors` and `Journal` do.
+    """
+    layout = _Layout(tensors, config, shard_bytes, _METADATA, files or {})
+    refuse_taken(folder, overwrite, (), folder=True)
+    work = folder.with_name(f".{folder.name}.shards")
+    made = work / "files"
+    with _made(made), Journal(work / "journal", key, overwrite=overwrite) as journal:
+        kept = {name for name in journal.entries if (made / name).exists()}
+        done = sum((made / name).stat().st_size for name in kept)
+        refuse_full(folder, layout.nbytes - done)
+        for name, header, shard in layout.shards:
+            if name not in kept:
+                _write_shard(made / name, header, shard, folder / name)
+                sync_path(made / name)
+                sync_folder(made)
+                journal.add(name, len(header))
+        layout.write_texts(made)
+        move_checkpoint(made, folder, overwrite=overwrite, finish=finish)
+        journal.remove()
+    remove_work(work)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a folder; what the system refuses, also meanwhile, is said to be of the output."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", path=folder) from error
+
+
+class _Layout:
+    """What goes into which file of a checkpoint: shards with their headers, and small files."""
+
+    def __init__(
+        self,
+        tensors: Iterable[TensorData],
+        config: Mapping[str, Any] | None,
+        shard_bytes: int,
+        metadata: Mapping[str, str],
+        files: Mapping[str, bytes],
+    ) -> None:
+        listed = [TensorData(*tensor) for tensor in tensors]
+        _refuse_unsound(listed)
+        shards = _sharded(listed, shard_bytes)
+        names = _shard_names(len(shards))
+        headers = [_header(shard, metadata) for shard in shards]
+        self.shards = list(zip(names, headers, shards, strict=True))
+        self._texts = _side_files(config, files, dict(zip(names, shards, strict=True)))
+        self.last = INDEX_NAME if INDEX_NAME in self._texts else SINGLE_NAME
+        small = sum(map(len, [*headers, *self._texts.values()]))
+        self.nbytes = small + sum(tensor.nbytes for tensor in listed)
+
+    def write_texts(self, folder: Path) -> None:
+        """Write the small files, the index last."""
+        for name in sorted(self._texts, key=lambda name: (name == self.last, name)):
+            (folder / name).write_bytes(self._texts[name])
 
 
 def move_checkpoint(
