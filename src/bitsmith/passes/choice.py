@@ -20,7 +20,13 @@ NOISE_GROWTH = 5.0
 """How much noise a matrix's inputs carry, in units of the relative error its own outputs get (`shrink`)."""
 
 SAMPLE_ROWS = 256
-"""Rows of a tensor that `choose` decides by."""
+"""Rows of a tensor that a trial looks at."""
+
+CHOICE_ROWS = 128
+"""Rows of a tensor that a rounder is chosen by."""
+
+CHOICE_COLUMNS = 2048
+"""Columns of a tensor that a rounder is chosen by, at most: factors cost their cube."""
 
 
 class SiteInputs(Protocol):
@@ -86,6 +92,34 @@ def choose(
         metric_for=metric_for,
         dampings=dampings,
     )
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Inputs of some columns (`SiteInputs`)."""
+
+    importance: Float32
+    moment: Float32 | None
+    held: Float32 | None
+
+
+def narrowed(inputs: SiteInputs, columns: int = CHOICE_COLUMNS) -> SiteInputs:
+    """Return what is known of the first `columns` alone; of a moment in blocks, of whole ones.
+
+    Of a block larger than that its first `columns` stay. All do where they would not be whole blocks of 256.
+    """
+    moment = inputs.moment
+    if moment is None or len(inputs.importance) <= columns:
+        return inputs
+    size = moment.shape[-1]
+    if moment.ndim == 3 and size <= columns:
+        moment, columns = moment[: columns // size], columns // size * size
+    else:
+        moment = (moment if moment.ndim == 2 else moment[0])[:columns, :columns]
+    if columns % 256:
+        return inputs
+    held = None if inputs.held is None else np.ascontiguousarray(inputs.held[:, :columns])
+    return _Known(inputs.importance[:columns], moment, held)
 
 
 def choose_by(

@@ -55,8 +55,8 @@ class Rounding:
     """How a tensor's codes were found, and what that does to its outputs on held-out text.
 
     `held_errors` are `sum |E x|² / sum |W x|²` over the held-out inputs x of the tensor's site, for the
-    rounder that was kept and for the plain weighted search it had to beat, over all rows of a matrix or slices
-    of them with about `MEASURED_ROWS` in all; empty where nothing was held out.
+    rounder that was kept and for the plain weighted search it had to beat, over all rows of a matrix or
+    slices with about `MEASURED_ROWS` in all; empty where nothing was held out.
     `tried` has the same on the sample of rows that the choice was made by. `damping` and `shrink` are the
     metric's (`InputMetric`). Behind compressed layers x̂ enters instead of x: `held_errors` are then those of
     `W x - Q x̂`, `correction` says how far the weights were moved to make up for it (`Correction`), and
