@@ -155,7 +155,8 @@ def check_synced(changes: Sequence[tuple[str, str]]) -> None:
         if what != "rename" or target.name.startswith("."):
             continue
         part = str(target.with_name(f".{target.name}.part"))
-        own = [index for index in range(place) if f"{changes[index][1]}/".startswith(f"{part}/")]
+        places = f"{part}/", f"{part}s/file/"  # a GGUF is written in the folder of its journal
+        own = [index for index in range(place) if f"{changes[index][1]}/".startswith(places)]
         for index in own:
             if changes[index][0] == "write":
                 assert ("fsync", changes[index][1]) in changes[index:place], (path, changes[index])

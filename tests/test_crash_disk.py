@@ -67,7 +67,7 @@ def test_a_disk_too_small_is_told_before_and_when_it_is_full(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_disk_with_room_for_the_file_alone_takes_it(tmp_path: Path) -> None:
-    """Finished tensors are kept for a next run only where there is room for them twice."""
+    """What is kept for a next run takes no more room than the file itself."""
     model = synth(tmp_path / "model", "0.8B", layers=1, vision=False, mtp=False)
     nbytes = compress(model, tmp_path / "out.gguf", "Q4_0").file_bytes
     place = tmp_path / "disk"
