@@ -30,7 +30,7 @@ N_IN = 2048
 SLOW = ("IQ4_NL", "IQ4_XS")  # in ggml
 PLAIN = ("F32", "F16", "BF16")
 SPREAD = ("Q4_K", "IQ4_XS", "Q6_K", "Q8_0")
-DECODED_ROWS = 8192
+DECODED_ROWS = 32_768
 
 
 def rows_for(name: str) -> np.ndarray:

@@ -30,9 +30,10 @@ Rendered by `make performance` from `benchmarks/results/*.json`, which `make ben
 hand. Each benchmark runs bitsmith and the peer on the same input in the same run, in turns where runs are
 short enough to repeat. A cell is the median (lowest … highest) of the runs; a single run has no range.
 *Times better* is the peer's figure over ours (ours over the peer's where more is better), turn by turn:
-above 1 we are ahead. *Of the limit* is how near ours comes to what this machine can do at most, by rates
-measured in the same run: bytes over the disk's or the memory's rate, operations over that of float32 matrix
-products. *Others* is the share of all processor time that other programs took: a loaded machine shows there.
+above 1 we are ahead. *Of the limit* is how near ours comes to what this machine can do at most, by the
+highest rate measured in the same run: bytes over the disk's or the memory's rate, operations over that of
+float32 matrix products. *Others* is the share of all processor time that other programs took: a loaded
+machine shows there.
 """
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 WORDED = ("statement",)

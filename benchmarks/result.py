@@ -43,7 +43,7 @@ Json = dict[str, Any]
 class Row:
     """One measured quantity: each side's, and how many times better ours is than each peer's.
 
-    `limit_fraction` is the share of a limit that ours reaches (1 would be as fast as the machine can).
+    `limit_fraction` is the share of a limit's highest rate that ours reaches (1: as fast as the machine can).
     """
 
     case: str
@@ -127,7 +127,7 @@ def _limited(
 ) -> tuple[str | None, float | None]:
     if limit is None or amount is None or not seconds:
         return None, None
-    return limit.name, amount / limit.rate.median / seconds
+    return limit.name, amount / (limit.rate.high or limit.rate.median) / seconds
 
 
 def commit() -> str:

@@ -70,7 +70,7 @@ def test_ratios_are_of_each_turn() -> None:
     row = rate_row("a", TURNS, 8.0, "weights/s", limit=DISK, limit_amount=100.0)
     assert row.sides[OURS] == Spread(4.0, 2.0, 8.0, 3)
     assert row.ratios == {"peer": Spread(2.0, 1.5, 3.0, 3)}
-    assert (row.limit, row.limit_fraction) == ("disk_read", 0.5)
+    assert (row.limit, row.limit_fraction) == ("disk_read", 100.0 / 110.0 / 2.0)
 
 
 @pytest.mark.parametrize(("better", "ratio"), [("lower", 2.0), ("higher", 0.5)])
