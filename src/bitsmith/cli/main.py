@@ -206,6 +206,10 @@ def evaluate(
         int | None, typer.Option("--chunks", min=1, help="Chunks at most; default all.")
     ] = None,
     device: Device = "cpu",
+    products: Annotated[
+        Literal["float32", "bfloat16"],
+        typer.Option("--products", help="Matrix products: bfloat16 on CPUs that have AVX-512 BF16 or AMX."),
+    ] = "float32",
     dry_run: DryRun = False,
     json_out: JsonOut = None,
 ) -> None:
@@ -220,7 +224,14 @@ def evaluate(
         return
     with progress_bars() as progress:
         evaluation = run(
-            ref, candidate, text, ctx_tokens=ctx, chunks=chunks, progress=progress, device=device
+            ref,
+            candidate,
+            text,
+            ctx_tokens=ctx,
+            chunks=chunks,
+            progress=progress,
+            device=device,
+            products=products,
         )
     print_evaluation(evaluation)
     write_json(json_out, evaluation.to_json())

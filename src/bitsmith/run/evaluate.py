@@ -22,6 +22,7 @@ from bitsmith.progress import Progress, silent
 from bitsmith.run.device import current_device, described, on_device
 from bitsmith.run.evaluation import INTERVAL, RESAMPLES, Artifact, Evaluation, Measure, Protocol
 from bitsmith.run.forward import TextModel, check_heads, compare, final_hidden_states
+from bitsmith.run.products import current_products, matrix_products
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import Checkpoint
 from bitsmith.store.hub import local
@@ -50,6 +51,7 @@ def evaluate(
     seed: int = 0,
     progress: Progress = silent,
     device: str = "cpu",
+    products: str = "float32",
 ) -> Evaluation:
     """Measure `candidate` against `ref`, each whatever `open_checkpoint` opens, on a UTF-8 text.
 
@@ -58,11 +60,12 @@ def evaluate(
     caps how many are used. Intervals are 95 % percentile intervals of a seeded paired bootstrap over chunks.
     A candidate without a tokenizer, such as a .cellm alone, is held against the reference's vocabulary by its
     size; a warning says so. `device` is one of `run.device`: a GPU's measures differ in the last digits.
+    `products` is one of `run.products`: BF16 rounds what enters both models' products, which adds to KLD.
 
     Raises BitsmithError for a text that is not UTF-8 or shorter than one chunk, for vocabularies that differ,
     and for logits that are not finite.
     """
-    with on_device(device):
+    with on_device(device), matrix_products(products):
         return evaluate_all(ref, [candidate], text, ctx_tokens, chunks, seed, progress)[0]
 
 
@@ -214,6 +217,7 @@ def text_chunks(
         resamples=RESAMPLES,
         seed=seed,
         device=described(current_device()),
+        products=current_products(),
     )
 
 

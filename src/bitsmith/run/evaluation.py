@@ -36,7 +36,7 @@ class Artifact:
 class Protocol:
     """How it was measured; `chunks` is what was scored, `chunks_available` what the text has.
 
-    `device` is where the forwards ran, in float32.
+    `device` is where the forwards ran, in float32, `products` the precision of their matrix products.
     """
 
     name: str
@@ -50,6 +50,7 @@ class Protocol:
     resamples: int
     seed: int
     device: str = "cpu"
+    products: str = "float32"
 
 
 @dataclass(frozen=True)
