@@ -47,6 +47,7 @@ format: $(STAMP)
 # `make bench BENCH="compress encode" BENCH_compress="--sizes 2B"` runs others, with other options; LLAMA_BIN is a folder
 # of llama.cpp's tools (else built once, 15 minutes more). Then docs/performance.md is rendered from the results.
 BENCH ?= limits encode encode_error pack feedback compress assay forward evaluate generate forecast study
+BENCH_study ?= --tasks 4 --repeats 3
 export LLAMA_BIN
 bench: $(STAMP)
 	$(foreach name,$(BENCH),$(BIN)/python benchmarks/$(name).py $(BENCH_$(name)) --out benchmarks/results/$(name).json &&) true

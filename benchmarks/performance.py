@@ -204,7 +204,8 @@ def overview(results: Sequence[Json]) -> Iterator[str]:
             middle = f"{number(median(ratio for ratio, _ in found))}×"
             link = f"[{result['name']}](#{result['name']})"
             lines.append([link, peer, unit, str(len(found)), ends[0], middle, ends[1]])
-    yield from table(["benchmark", "peer", "figure", "rows", "lowest", "median", "highest"], lines)
+    if lines:
+        yield from table(["benchmark", "peer", "figure", "rows", "lowest", "median", "highest"], lines)
 
 
 def _kind(row: Json) -> str:

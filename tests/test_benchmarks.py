@@ -65,6 +65,13 @@ def test_every_script_reports_in_the_one_form(file: Path) -> None:
     assert file.stem in NO_RESULT or "report" in imported
 
 
+def test_make_bench_names_scripts() -> None:
+    (line,) = (
+        line for line in (BENCHMARKS.parent / "Makefile").read_text().splitlines() if "BENCH ?=" in line
+    )
+    assert set(line.split()[2:]) <= {file.stem for file in SCRIPTS} - NO_RESULT
+
+
 def test_ratios_are_of_each_turn() -> None:
     assert TURNS.times_faster("peer") == Spread(2.0, 1.5, 3.0, 3)
     row = rate_row("a", TURNS, 8.0, "weights/s", limit=DISK, limit_amount=100.0)
