@@ -29,7 +29,15 @@ from bitsmith.run.forecast import (
 )
 from bitsmith.run.machine import usable_cores
 from bitsmith.run.machine_rates import machine_rates
-from bitsmith.run.measure import TRAIN_ROLES, Mixer, Target, measure, measure_mixer
+from bitsmith.run.measure import (
+    HELD_BYTES,
+    QUICK_BYTES,
+    TRAIN_ROLES,
+    Mixer,
+    Target,
+    measure,
+    measure_mixer,
+)
 from bitsmith.store.checkpoint import ComputedTensor, TensorRef
 
 _SIZES = (
@@ -145,10 +153,17 @@ class _Costs:
         if isinstance(one, Mixer):
             fixed, column = self._mixers[one.kind]
             return fixed + column * _hidden(one)
-        found = self._law.seconds(one.shape)
+        found = self._law.seconds(self._shape(one))
         if one.role in TRAIN_ROLES:
             found += self._train * one.ref.size
         return found * (self._guided if one.name in self._moments else 1.0)
+
+    def _shape(self, target: Target) -> tuple[int, int]:
+        """Return the rows and columns that are looked at."""
+        rows, columns = target.shape
+        if self._request.sample is not None and 4 * target.ref.size > HELD_BYTES:
+            rows = min(rows, QUICK_BYTES // (4 * columns))
+        return rows, columns
 
     def _sampled(self, target: Target, budget: Budget) -> dict[tuple[int, int], float]:
         """Measure cut matrices of growing size while the next one fits."""
