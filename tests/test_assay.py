@@ -293,6 +293,7 @@ def test_a_sample_measures_one_matrix_of_each_role(tiny_qwen3_5: Path) -> None:
     assert parts["C1"].assayed == 3
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_large_matrix_agrees_with_the_whole() -> None:
     plan = Planted(1792, 1600, alpha=3.0, tail=0.3, rms=0.02, seed=5)
     tensor = VirtualTensor("w", (1792, 1600), "BF16", plan)
@@ -470,7 +471,7 @@ def test_processes_end_with_the_one_that_started_them(demo_model: Path, tmp_path
     while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    started = [int(number) for number in children.read_text().split()]
+    started = [number for number in map(int, children.read_text().split()) if _measures(number)]
     assert len(started) == 2
     process.send_signal(how)
     process.wait(60)
@@ -478,6 +479,10 @@ def test_processes_end_with_the_one_that_started_them(demo_model: Path, tmp_path
         assert time.monotonic() < deadline
         time.sleep(0.05)
     assert assay(demo_model, out, workers=1).verdict.kind == "int4_wins"
+
+
+def _measures(number: int) -> bool:
+    return b"assay_worker" in Path(f"/proc/{number}/cmdline").read_bytes()
 
 
 def _runs(number: int) -> bool:
