@@ -34,6 +34,7 @@ _VOCABULARY = 1024
 _HEAD_ROWS = 8192
 _HEAD_STATES = 256
 _LEAST_TOKENS = 16
+_CLEAR_SECONDS = 0.12
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,12 @@ class Rehearsal:
         self.kinds = layer_kinds(model)
         self._few = _tokens(2, min(_LEAST_TOKENS, ctx_tokens))
 
-    def cost(self, seconds: float) -> ForwardCost:
-        """Measure for about `seconds`: the first kind of layer once and doubled, the others once."""
+    def cost(self) -> ForwardCost:
+        """Measure the first kind of layer once and doubled, the others once."""
         first, *others = sorted(set(self.kinds), key=self.kinds.index)
         begun = self.seconds([first], self._few)
         few = self.seconds([first], self._few)
-        more = self._more(first, seconds / (4 * (1 + len(others))))
+        more = self._more(first, few)
         once = self._line([first], more)
         twice = self._line([first, first], more)
         own = twice.less(once)
@@ -94,18 +95,19 @@ class Rehearsal:
         self._run(model, tokens)
         return time.perf_counter() - began
 
-    def _more(self, kind: str, seconds: float) -> Tokens:
-        """Return as many tokens as one layer takes in `seconds`: one context a core at the most."""
+    def _more(self, kind: str, few: float) -> Tokens:
+        """Return tokens whose layer takes clearly longer than `few`: two contexts a core at the most."""
         tokens, most = self._few, usable_cores()
-        while self.seconds([kind], tokens) < seconds / 2:
+        while True:
             chunks, width = tokens.shape
             if width < self._ctx:
                 tokens = _tokens(max(2, most), min(self._ctx, 2 * width))
             elif chunks < 2 * most:
                 tokens = _tokens(2 * chunks, width)
             else:
-                break
-        return tokens
+                return tokens
+            if self.seconds([kind], tokens) > few + _CLEAR_SECONDS:
+                return tokens
 
     def _line(self, kinds: Sequence[str], more: Tokens) -> Line:
         few = self.seconds(kinds, self._few)
@@ -156,9 +158,9 @@ def forecast_evaluate(
         check_vocabulary(reference, other)
         started, budget = seconds_of_process(), Budget()
         parts, start = list[Part](), started
-        for number, (name, model) in enumerate((("reference", reference), ("candidate", other))):
+        for name, model in (("reference", reference), ("candidate", other)):
             rehearsal = Rehearsal(model, _forward, ctx_tokens)
-            cost = rehearsal.cost(budget.share(3 - number) * 0.8)
+            cost = rehearsal.cost()
             start += cost.start
             parts += layer_parts(name, cost, rehearsal.kinds, tokens.size)
         parts.append(_both_heads(reference, other, tokens))
@@ -254,7 +256,7 @@ def forecast_calibrate(
             )
 
         rehearsal = Rehearsal(opened, run, ctx_tokens)
-        cost = rehearsal.cost(budget.share(1) * 0.6)
+        cost = rehearsal.cost()
         parts = layer_parts("layers", cost, rehearsal.kinds, tokens.size)
         parts.append(_saliency_head(rehearsal, opened, tokens))
         rates = machine_rates(

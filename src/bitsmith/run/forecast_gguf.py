@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numba
 
 from bitsmith.archs.export import renamed
+from bitsmith.passes.transform import transform_of
 from bitsmith.run.encode import TensorEncoder, check_rounder
 from bitsmith.run.execute import carry_out, peak_memory_bytes, statistics_of
 from bitsmith.run.forecast import (
@@ -196,7 +197,8 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
     budget, started, before = Budget(), seconds_of_process(), io_so_far()
     folder = folder_of(job.destination)
     with open_checkpoint(job.model) as checkpoint, scratch(folder) as work:
-        source = open_source(checkpoint, allow_requantize=True)
+        transforms = [transform_of(name) for name in todo.transforms]
+        source = open_source(checkpoint, transforms, allow_requantize=True)
         statistics = None if job.statistics is None else statistics_of(source, job.statistics)
         rounder = check_rounder(job.rounder, statistics, job.statistics)
         encoder = TensorEncoder(statistics, rounder, checkpoint.path)

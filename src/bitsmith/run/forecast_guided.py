@@ -19,7 +19,6 @@ from bitsmith.store.statistics import Statistics
 
 _WIDTHS = (512, 1024)
 _ROWS = 256, 1024
-_LEAST_COLUMNS = 256
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,9 @@ def guided_law(
         if width in rows or (rows and time.perf_counter() - began > seconds / 4):
             break
         if not rows:
-            _encode(_encoder(statistics, rounder, width, tensor), tensor, row, (few, _LEAST_COLUMNS))
+            _encode(
+                _encoder(statistics, rounder, width, tensor), tensor, row, (few, width)
+            )  # loads its kernels
         encoder = _encoder(statistics, rounder, width, tensor)
         first, again = (_encode(encoder, tensor, row, (few, width)) for _ in range(2))
         whole = _encode(encoder, tensor, row, (more, width)) if more > few else again
