@@ -158,3 +158,20 @@ def test_what_is_read_in_any_order_gives_the_same_digest(tiny_qwen3: Path) -> No
         read = checkpoint.digests_of_read()
         assert set(read) == set(checkpoint) and not checkpoint.digests_of_read()
         assert checkpoint.source_digest == expected
+
+
+def test_a_source_is_hashed_once_in_a_process_until_it_changes(
+    demo_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_checkpoint(demo_model) as checkpoint:
+        first, nbytes = checkpoint.source_digest, sum(ref.nbytes for ref in checkpoint.values())
+    reads = Reads(monkeypatch)
+    with open_checkpoint(demo_model) as checkpoint:
+        assert checkpoint.source_digest == first
+    assert reads.nbytes < nbytes / 100
+    changed = shutil.copytree(demo_model, tmp_path / "changed")
+    with_one_less(changed, "model.norm.weight")
+    reads.nbytes = 0
+    with open_checkpoint(changed) as checkpoint:
+        assert checkpoint.source_digest != first
+    assert reads.nbytes > nbytes

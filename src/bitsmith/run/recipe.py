@@ -47,7 +47,13 @@ from bitsmith.store.statistics import Statistics
 
 PLAN_SUFFIX = ".plan.yaml"
 _LEARNED = "statistics"
-_NO_OPTION = ("model", "out", "overwrite", "plan_out")  # what changes no byte of the output, or is in the key
+_NO_OPTION = (
+    "model",
+    "out",
+    "overwrite",
+    "plan_out",
+    "threads",
+)  # what changes no byte of the output, or is in the key
 
 
 @one_blas_thread()

@@ -12,11 +12,17 @@ import numpy as np
 
 from bitsmith.store.checkpoint import SLICE_BYTES, Bytes, TensorRef
 
+Stamp = tuple[int, ...]
+
+
+_known: dict[Stamp, str] = {}  # of this process's tensors: many candidates are made of one source
+
 
 class HashedTensor(TensorRef):
     """A tensor of stored bytes whose SHA-256 can be taken while its rows are read.
 
-    What is read in the order of the bytes counts, from any thread, once; `sha256` reads the rest.
+    What is read in the order of the bytes counts, from any thread, once; `sha256` reads the rest. The same
+    bytes, opened again by this process, are known.
     """
 
     _content: _Content | None = None
@@ -24,16 +30,23 @@ class HashedTensor(TensorRef):
 
     def sha256(self) -> str:
         """Return the SHA-256 (hex) of the stored bytes; those that were hashed already are not read again."""
+        stamp = self.stamp()
+        if stamp is not None and stamp in _known:
+            return _known[stamp]
         if self._content is None:
-            self._content = _Content()
+            self._content = _Content(stamp)
         return self._content.finish(self)
 
     def hash_reads(self, read: dict[str, TensorRef]) -> bool:
         """Hash what is read from here on, and put the tensor into `read` whenever it is."""
         if self._content is None:
-            self._content = _Content()
+            self._content = _Content(self.stamp())
         self._content.read = read
         return True
+
+    def stamp(self) -> Stamp | None:
+        """Return what tells the bytes from any others without reading them, None where nothing does."""
+        return None
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -64,25 +77,31 @@ class HashedTensor(TensorRef):
 
 
 class _Content:
-    """A tensor's SHA-256 as far as it is known: of the first `at` bytes."""
+    """A tensor's SHA-256 as far as it is taken: of the first `at` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamp: Stamp | None) -> None:
         self.read: dict[str, TensorRef] | None = None
+        self._stamp = stamp
         self._sha, self._at, self._lock = hashlib.sha256(), 0, threading.Lock()
 
     def take(self, tensor: HashedTensor, first: int, data: Bytes) -> None:
         if self.read is None:
             return
         self.read[tensor.name] = tensor
+        if self._stamp in _known:
+            return
         with self._lock:
             if first <= self._at < first + data.nbytes:
-                self._sha.update(data[self._at - first :].data)
-                self._at = first + data.nbytes
+                self._add(tensor, data[self._at - first :])
 
     def finish(self, tensor: HashedTensor) -> str:
         with self._lock:
             while self._at < tensor.nbytes:
-                data = tensor.stored(self._at, min(tensor.nbytes, self._at + SLICE_BYTES))
-                self._sha.update(data.data)
-                self._at += data.nbytes
+                self._add(tensor, tensor.stored(self._at, min(tensor.nbytes, self._at + SLICE_BYTES)))
             return self._sha.hexdigest()
+
+    def _add(self, tensor: HashedTensor, data: Bytes) -> None:
+        self._sha.update(data.data)
+        self._at += data.nbytes
+        if self._at == tensor.nbytes and self._stamp is not None and tensor.stamp() == self._stamp:
+            _known[self._stamp] = self._sha.hexdigest()

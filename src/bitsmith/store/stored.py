@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -37,6 +38,9 @@ INTEGERS = frozenset(PLAIN.keys() - FLOATS)
 Decoder = Callable[[Bytes], Rows]  # stored bytes, flat -> elements, flat
 
 
+_SETTLED_NS = 2_000_000_000
+
+
 class SourceFile:
     """A regular file, open for reading by position from when it was checked, so it is not swapped later.
 
@@ -55,6 +59,18 @@ class SourceFile:
             self.close()
             raise DamagedFileError("is not a regular file", path=path)
         self.size_bytes = status.st_size
+
+    def stamp(self) -> tuple[int, ...] | None:
+        """Return what changes with the bytes: inode, size, times of change; None where that was just now.
+
+        Bytes that are changed within the clock's grain of another change have the same times.
+        """
+        if not self.close.alive:
+            return None
+        found = os.fstat(self._descriptor)
+        if time.time_ns() - found.st_ctime_ns < _SETTLED_NS:
+            return None
+        return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
     def read(self, offset: int, length: int) -> Bytes:
         """Return `length` bytes at `offset`.
@@ -140,6 +156,11 @@ class StoredTensor(HashedTensor):
             )
         first, last = (self._nbytes * row // max(1, self.n_rows) for row in (start, stop))
         return self._hashed(first, self.stored(first, last))
+
+    def stamp(self) -> tuple[int, ...] | None:
+        """Return the file's stamp and the place in it."""
+        stamp = self.file.stamp()
+        return None if stamp is None else (*stamp, self.offset, self._nbytes)
 
     def _load(self, first: int, last: int) -> Bytes:
         reading(self.name, self.file.path, self._nbytes)
