@@ -36,6 +36,7 @@ TRANSFORMERS, LLAMA = "transformers", "llama.cpp"
 OURS_EVALUATE = """
 import json, sys, time
 from pathlib import Path
+import transformers.models.qwen3_5.modeling_qwen3_5  # else imported within the seconds
 from bitsmith.run.evaluate import evaluate
 folder, gguf, text = map(Path, sys.argv[1:4])
 ctx, chunks = map(int, sys.argv[4:6])
@@ -47,6 +48,7 @@ print(json.dumps({"seconds": time.monotonic() - started, "ppl": found.ppl_ref.va
 OURS_CALIBRATE = """
 import json, sys, time
 from pathlib import Path
+import transformers.models.qwen3_5.modeling_qwen3_5
 from bitsmith.run.calibrate import calibrate
 model, out, text = map(Path, sys.argv[1:4])
 ctx, chunks = map(int, sys.argv[4:6])
@@ -102,13 +104,16 @@ class Sides:
         return self._kept(name, ran, answer)
 
     def tool(self, name: str, tool: str, *more: str | Path) -> Ran:
-        """Run one of llama.cpp's tools; its seconds are those of the passes, without loading."""
+        """Run one of llama.cpp's tools; its seconds are those from when its log says it begins to the end.
+
+        Its last lines can be missing (llama.cpp#22142), so that the log's end tells nothing.
+        """
         options = ["-c", self.ctx, "-b", self.ctx, "--chunks", self.chunks, "-t", self.peer.threads]
         command = [self.peer.folder / tool, "-m", self.gguf, "-f", self.text, *options, "--no-repack", *more]
         ran = child([str(part) for part in command])
-        began, ended = (_stamp(ran.output, at) for at in ("over", "Final estimate"))
+        answer = {"seconds": ran.seconds - _stamp(ran.output, r"over \d+ chunks")}
         found = re.search(r"Final estimate: PPL = ([\d.]+)", ran.output)
-        return self._kept(name, ran, {"seconds": ended - began, "ppl": float(found[1]) if found else 0.0})
+        return self._kept(name, ran, answer | ({"ppl": float(found[1])} if found else {}))
 
     def _kept(self, name: str, ran: Ran, answer: dict[str, float]) -> Ran:
         self.peaks.setdefault(name, []).append(ran.peak_bytes)
@@ -172,7 +177,7 @@ class Sides:
 
 
 def _stamp(output: str, words: str) -> float:
-    """Return the seconds that llama.cpp's log gives the last line with `words`: minutes, s, ms, µs."""
+    """Return the seconds since its start that llama.cpp's log gives a line: minutes, s, ms, µs."""
     found = re.findall(rf"^(\d+)\.(\d+)\.(\d+)\.(\d+) .*{words}", output, re.MULTILINE)
     if not found:
         raise SystemExit(f"llama.cpp printed no line with {words!r}:\n{output[-2000:]}")
