@@ -467,14 +467,18 @@ def test_processes_end_with_the_one_that_started_them(demo_model: Path, tmp_path
     process = subprocess.Popen([*command, "--workers", "2"], stdout=subprocess.DEVNULL)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
     journal = out / JOURNAL_NAME
-    deadline = time.monotonic() + 120
-    while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    started = [number for number in map(int, children.read_text().split()) if _measures(number)]
-    assert len(started) == 2
-    process.send_signal(how)
-    process.wait(60)
+    deadline = time.monotonic() + 280
+    try:
+        while not journal.exists() or journal.read_bytes().count(b"\n") < 2:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        started = [number for number in map(int, children.read_text().split()) if _measures(number)]
+        assert len(started) == 2
+        process.send_signal(how)
+        process.wait(60)
+    finally:
+        process.kill()
+        process.wait()
     while any(_runs(number) for number in started):
         assert time.monotonic() < deadline
         time.sleep(0.05)
