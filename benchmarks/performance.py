@@ -37,6 +37,7 @@ machine shows there.
 """
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 WORDED = ("statement",)
+MANY = 80
 
 Json = dict[str, Any]
 
@@ -184,9 +185,17 @@ def section(result: Json) -> Iterator[str]:
     if steps:
         yield from pivoted(steps)
         yield ""
-    if other:
-        yield from flat(other)
-        yield ""
+    if len(other) > MANY:
+        yield from (
+            f"<details><summary>all {len(other)} rows</summary>",
+            "",
+            *flat(other),
+            "",
+            "</details>",
+            "",
+        )
+    elif other:
+        yield from (*flat(other), "")
 
 
 def overview(results: Sequence[Json]) -> Iterator[str]:
