@@ -462,11 +462,13 @@ def _refit_lane(lane: int, sums: Tile, d: Tile, m: Tile, by_both: Tile) -> bool:
 @njit(nogil=True, cache=True, error_model="numpy")
 def codes_of(levels: Tile, book: Float32, codes: NDArray[np.uint8]) -> None:
     """Fill `codes` (`rows columns`) with the places of `levels` (`columns LANES`) among those of `book`."""
-    found = np.empty(LANES, np.uint8)
+    found, even = np.empty(LANES, np.uint8), True
+    for code in range(book.size):
+        even &= book[code] - book[0] == code
     for j in range(levels.shape[0]):
         for lane in range(LANES):
-            found[lane] = 0
-        for level in book[:-1]:
+            found[lane] = np.uint8(np.int32(levels[j, lane] - book[0])) if even else 0
+        for level in book[: 0 if even else book.size - 1]:
             for lane in range(LANES):
                 found[lane] += np.uint8(levels[j, lane] > level)
         for lane in range(codes.shape[0]):
