@@ -137,7 +137,7 @@ def test_no_sweep_raises_the_cost_of_any_row(name: str, effort: dict[str, bool])
         assert before.sum() < start
 
 
-@pytest.mark.parametrize("name", BLOCKED)
+@pytest.mark.parametrize("name", ["IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "Q4_K"])
 def test_what_improves_a_panel_lowers_the_cost(name: str) -> None:
     form = FORMATS[name]
     assert isinstance(form, BlockFormat)
@@ -152,8 +152,7 @@ def test_what_improves_a_panel_lowers_the_cost(name: str) -> None:
     assert cost(scales=False, descent=False) == alone
     assert cost(descent=False) < 0.99 * fed
     assert cost(scales=False) < 0.99 * alone
-    if not len(form.scale_values):
-        assert cost(scales=False, descent=False, refit=True) < alone
+    assert cost(scales=False, descent=False, refit=True) < 1.01 * alone  # the least of each panel, not of all
 
 
 def test_block_diagonal_moments_equal_zeros_elsewhere() -> None:
