@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -167,7 +167,6 @@ class Budget:
         return max(0.0, self.seconds - self.spent) / max(1.0, parts)
 
 
-def total_seconds(parts: Mapping[str, Part] | tuple[Part, ...]) -> float:
+def total_seconds(parts: Iterable[Part]) -> float:
     """Return the sum over parts."""
-    found = parts.values() if isinstance(parts, Mapping) else parts
-    return sum(part.seconds for part in found)
+    return sum(part.seconds for part in parts)

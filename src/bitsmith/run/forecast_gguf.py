@@ -27,7 +27,7 @@ from bitsmith.run.forecast import (
     seconds_of_process,
     total_seconds,
 )
-from bitsmith.run.forecast_guided import guided_parts
+from bitsmith.run.forecast_guided import WIDEST_REHEARSED, guided_parts
 from bitsmith.run.job import Job
 from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
 from bitsmith.run.partial import first_rows
@@ -40,6 +40,7 @@ _SMALL_WEIGHTS = 1 << 16
 _FIRST_WEIGHTS = 1 << 20
 _ROWS_TOGETHER = 64
 _GROWTH, _GROWTH_STEP = 16, 1.5
+_WIDE = f"metrics of more than {WIDEST_REHEARSED} columns take memory beyond the peak that is told"
 
 
 class Kind(NamedTuple):
@@ -229,6 +230,7 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
         parts=(start, *parts, aside, waits),
         rates=rates,
         calibrated_seconds=budget.spent,
+        notes=(_WIDE,) if any(row.shape[-1] > WIDEST_REHEARSED for _, row in guided) else (),
         folder=folder,
     )
 

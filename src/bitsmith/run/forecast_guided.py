@@ -18,6 +18,8 @@ from bitsmith.store.site_statistics import SiteSpec, SiteStatistics
 from bitsmith.store.statistics import Statistics
 
 _WIDTHS = (512, 1024)
+WIDEST_REHEARSED = _WIDTHS[-1]
+"""Columns of the widest metric that is made for a forecast."""
 _ROWS = 256, 1024
 
 
