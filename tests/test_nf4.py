@@ -251,3 +251,9 @@ def test_same_codes_for_any_number_of_threads(form: FourBit, inputs: Inputs) -> 
         assert coded() == alone
     finally:
         numba.set_num_threads(before)
+
+
+def test_scales_whose_inverse_nearly_overflows_are_searched() -> None:
+    weights = np.zeros(64, np.float32)
+    weights[1:] = np.float32(1e-38)
+    assert np.isfinite(NF4.fit(weights)).all()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -21,6 +21,16 @@ from bitsmith.errors import BitsmithError, printable
 from bitsmith.formats.format import Bytes, Float32
 from bitsmith.numerics.half import HALF_MAX, half_round
 from bitsmith.numerics.threads import for_ranges
+from bitsmith.numerics.vectors import (
+    converted,
+    downwards,
+    larger,
+    load,
+    smaller,
+    spread,
+    store,
+    total,
+)  # fmt: skip
 
 Codes = NDArray[np.uint8]
 Float64 = NDArray[np.float64]
@@ -131,6 +141,7 @@ class GridFormat:
 
     def nearest(self, rows: Float32, scales: Float32, zeros: Codes | None = None) -> Codes:
         """Return the codes (`out in`) nearest to `rows` on the grid of given scales and zero points."""
+        rows = np.ascontiguousarray(rows, np.float32)
         codes = np.empty(rows.shape, np.uint8)
         width, top = self.width(rows.shape[1]), np.float32(self.top)
         lows = np.full(scales.shape, self.levels[0]) if zeros is None else -zeros.astype(np.float32)
@@ -151,12 +162,17 @@ class GridFormat:
 
     def dequantize(self, coded: Coded) -> Float32:
         """Return the rows (`out in`) that codes and scales stand for."""
-        columns = coded.codes.shape[1]
-        width = self.width(columns)
-        levels = self.levels[coded.codes]
-        if coded.zeros is not None:
-            levels = levels - np.repeat(coded.zeros.astype(np.float32), width, axis=1)[:, :columns]
-        rows: Float32 = levels * np.repeat(coded.scales, width, axis=1)[:, :columns]
+        codes, zeros = np.ascontiguousarray(coded.codes), coded.zeros
+        scales = np.ascontiguousarray(coded.scales, np.float32)
+        zero = np.zeros(scales.shape, np.float32) if zeros is None else zeros.astype(np.float32)
+        rows, width = np.empty(codes.shape, np.float32), self.width(codes.shape[1])
+        grid = self.levels[0], self.levels[1] - self.levels[0]
+
+        def work(first: int, last: int) -> None:
+            part = slice(first, last)
+            _decode_rows(codes[part], width, scales[part], zero[part], *grid, rows[part])
+
+        _for_rows(rows, work)
         return rows
 
 
@@ -173,17 +189,16 @@ def grid_named(name: str) -> GridFormat:
 def pack_codes(codes: Codes, bits: int, pad: int = 0) -> Bytes:
     """Return codes (`out in`) as bytes (`out row_bytes`), the first in the lowest bits; `pad` ends a row."""
     out, columns = codes.shape
-    each = 8 // bits
-    padded = np.pad(codes, ((0, 0), (0, -columns % each)), constant_values=pad).reshape(out, -1, each)
-    shifted = padded << np.arange(0, 8, bits, dtype=np.uint8)
-    packed: Bytes = np.bitwise_or.reduce(shifted, axis=2)
+    packed = np.empty((out, -(-columns * bits // 8)), np.uint8)
+    codes = np.ascontiguousarray(codes)
+    _for_rows(codes, lambda a, b: _pack_rows(codes[a:b], bits, pad, packed[a:b]))
     return packed
 
 
 def unpack_codes(packed: Bytes, bits: int, columns: int) -> Codes:
     """Return the codes (`out in`) that `pack_codes` packed."""
-    shifted = packed[:, :, None] >> np.arange(0, 8, bits, dtype=np.uint8)
-    codes: Codes = (shifted & np.uint8(2**bits - 1)).reshape(len(packed), -1)[:, :columns]
+    codes, packed = np.empty((len(packed), columns), np.uint8), np.ascontiguousarray(packed)
+    _for_rows(codes, lambda a, b: _unpack_rows(packed[a:b], bits, codes[a:b]))
     return codes
 
 
@@ -203,7 +218,7 @@ GRIDS = _registry()
 """Every grid by its name: `int4_g128`; `a` is asymmetric, `cellm-` as the cellm converter encodes."""
 
 
-def _for_rows(rows: Float32, work: Callable[[int, int], None]) -> None:
+def _for_rows(rows: Float32 | Codes, work: Callable[[int, int], None]) -> None:
     columns = max(1, rows.shape[1])
     for_ranges(len(rows), max(1, _LEAST_WEIGHTS // columns), max(1, _MOST_WEIGHTS // columns), work)
 
@@ -291,15 +306,73 @@ def _code(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def _nearest(x: Any, inverse: Any, low: Any, step: np.float32, top: np.float32) -> Any:
+    """Return the codes nearest to 16 weights, `_code`'s: the inverse of `step` (1 or 2) is exact."""
+    place = downwards((x * inverse - low) * (np.float32(1.0) / step) + np.float32(0.5))
+    return smaller(larger(place, spread(np.float32(0.0), 16)), spread(top, 16))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def _code_rows(
     rows: Float32, width: int, scales: Float32, lows: Float32, step: np.float32, top: np.float32, codes: Codes
 ) -> None:
     for r in range(rows.shape[0]):
         for g in range(scales.shape[1]):
-            scale = scales[r, g]
+            scale, low = scales[r, g], lows[r, g]
             inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-            for j in range(g * width, min((g + 1) * width, rows.shape[1])):
-                codes[r, j] = np.uint8(_code(rows[r, j], inverse, lows[r, g], step, top))
+            x, c = rows[r, g * width : (g + 1) * width], codes[r, g * width : (g + 1) * width]
+            whole = x.size // 16 * 16
+            for j in range(0, whole, 16):
+                found = _nearest(load(x, j, 16), inverse, spread(low, 16), step, top)
+                store(c, j, converted(converted(found, "int32"), "uint8"))
+            for j in range(whole, x.size):
+                c[j] = np.uint8(_code(x[j], inverse, low, step, top))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _decode_rows(
+    codes: Codes,
+    width: int,
+    scales: Float32,
+    zeros: Float32,
+    low: np.float32,
+    step: np.float32,
+    rows: Float32,
+) -> None:
+    for r in range(codes.shape[0]):
+        for g in range(scales.shape[1]):
+            scale, zero = scales[r, g], zeros[r, g]
+            c, y = codes[r, g * width : (g + 1) * width], rows[r, g * width : (g + 1) * width]
+            whole = c.size // 16 * 16
+            for j in range(0, whole, 16):
+                store(y, j, (converted(load(c, j, 16), "float32") * step + low - zero) * scale)
+            for j in range(whole, c.size):
+                y[j] = (np.float32(c[j]) * step + low - zero) * scale
+
+
+@njit(nogil=True, cache=True)
+def _pack_rows(codes: Codes, bits: int, pad: int, packed: Bytes) -> None:
+    each, columns = 8 // bits, codes.shape[1]
+    for r in range(codes.shape[0]):
+        for k in range(columns // each):
+            byte = np.uint8(0)
+            for j in range(each):
+                byte |= np.uint8(codes[r, each * k + j] << np.uint8(bits * j))
+            packed[r, k] = byte
+        for k in range(columns // each, packed.shape[1]):
+            byte = np.uint8(0)
+            for j in range(each):
+                code = codes[r, each * k + j] if each * k + j < columns else np.uint8(pad)
+                byte |= np.uint8(code << np.uint8(bits * j))
+            packed[r, k] = byte
+
+
+@njit(nogil=True, cache=True)
+def _unpack_rows(packed: Bytes, bits: int, codes: Codes) -> None:
+    each, mask = 8 // bits, np.uint8((1 << bits) - 1)
+    for r in range(codes.shape[0]):
+        for j in range(codes.shape[1]):
+            codes[r, j] = (packed[r, j // each] >> np.uint8(j % each * bits)) & mask
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -307,15 +380,36 @@ def _try(
     x: Float32, h: Float64, scales: Float32, lows: Float32, inverses: Float32, step: np.float32,
     top: np.float32, errors: Float64,
 ) -> None:  # fmt: skip
-    """Set `errors` to the weighted squared error under each candidate; the candidates lie side by side."""
+    """Set `errors` to the weighted squared error under each candidate; the candidates lie 16 side by side."""
     for c in range(scales.size):
-        errors[c] = 0.0
         inverses[c] = np.float32(1.0) / scales[c] if scales[c] != 0 else np.float32(0.0)
-    for j in range(x.size):
-        for c in range(scales.size):
-            code = _code(x[j], inverses[c], lows[c], step, top)
-            left = np.float64(x[j] - scales[c] * (lows[c] + step * code))
-            errors[c] += h[j] * left * left
+    for c in range(0, scales.size, 16):
+        scale, low, inverse = load(scales, c, 16), load(lows, c, 16), load(inverses, c, 16)
+        found = spread(np.float64(0.0), 16)
+        for j in range(x.size):
+            value = spread(x[j], 16)
+            code = _nearest(value, inverse, low, step, top)
+            left = converted(value - scale * (low + code * step), "float64")
+            found = found + spread(h[j], 16) * left * left
+        store(errors, c, found)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _error(
+    x: Float32, h: Float64, scale: np.float32, low: np.float32, step: np.float32, top: np.float32
+) -> float:
+    """Return the weighted squared error under one scale."""
+    inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
+    whole, found, lows = x.size // 16 * 16, spread(np.float64(0.0), 16), spread(low, 16)
+    for j in range(0, whole, 16):
+        value = load(x, j, 16)
+        left = converted(value - (lows + _nearest(value, inverse, lows, step, top) * step) * scale, "float64")
+        found = found + load(h, j, 16) * left * left
+    error = total(found)
+    for j in range(whole, x.size):
+        rest = np.float64(x[j] - scale * (low + step * _code(x[j], inverse, low, step, top)))
+        error += h[j] * rest * rest
+    return float(error)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -324,12 +418,36 @@ def _refit(
 ) -> np.float32:
     """Return the least-squares scale for the codes that `scale` gives, `scale` itself where there is none."""
     inverse = np.float32(1.0) / scale if scale != 0 else np.float32(0.0)
-    across, along = 0.0, 0.0
-    for j in range(x.size):
-        level = np.float64(low + step * _code(x[j], inverse, low, step, top))
-        across += h[j] * level * np.float64(x[j])
-        along += h[j] * level * level
+    whole, lows = x.size // 16 * 16, spread(low, 16)
+    products, squares = spread(np.float64(0.0), 16), spread(np.float64(0.0), 16)
+    for j in range(0, whole, 16):
+        value = load(x, j, 16)
+        level = converted(lows + _nearest(value, inverse, lows, step, top) * step, "float64")
+        heavy = load(h, j, 16) * level
+        products, squares = products + heavy * converted(value, "float64"), squares + heavy * level
+    across, along = total(products), total(squares)
+    for j in range(whole, x.size):
+        last = np.float64(low + step * _code(x[j], inverse, low, step, top))
+        across += h[j] * last * np.float64(x[j])
+        along += h[j] * last * last
     return np.float32(across / along) if along > 0 and across > 0 else scale
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _extremes(x: Float32) -> tuple[np.float32, np.float32]:
+    """Return the least and the largest of the weights and 0."""
+    least, most, whole = np.float32(0.0), np.float32(0.0), x.size // 16 * 16
+    lows, highs = spread(least, 16), spread(least, 16)
+    for j in range(0, whole, 16):
+        lows, highs = smaller(lows, load(x, j, 16)), larger(highs, load(x, j, 16))
+    ends = np.empty((2, 16), np.float32)
+    store(ends, 0, lows)
+    store(ends, 16, highs)
+    for lane in range(16):
+        least, most = min(least, ends[0, lane]), max(most, ends[1, lane])
+    for j in range(whole, x.size):
+        least, most = min(least, x[j]), max(most, x[j])
+    return least, most
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -337,9 +455,7 @@ def _candidates(
     x: Float32, low: np.float32, step: np.float32, top: np.float32, symmetric: bool, factors: Float32,
     offsets: NDArray[np.int64], bfloat: bool, scales: Float32, lows: Float32,
 ) -> None:  # fmt: skip
-    least, most = np.float32(0.0), np.float32(0.0)
-    for j in range(x.size):
-        least, most = min(least, x[j]), max(most, x[j])
+    least, most = _extremes(x)
     span = max(-least, most) / (low + step * top) if symmetric else (most - least) / top
     zero = np.rint(-least / span) if span > 0 else np.float32(0.0)
     for o in range(offsets.size):
@@ -357,22 +473,28 @@ def _fit_rows(
 ) -> None:  # fmt: skip
     """Fill `found` and `zeros` (`out groups`) with the best of the candidates, refitted while that helps."""
     count = factors.size * offsets.size
-    scales, lows = np.empty(count, np.float32), np.empty(count, np.float32)
-    inverses, errors = np.empty(count, np.float32), np.empty(count, np.float64)
+    room = -(-count // 16) * 16
+    scales, lows = np.zeros(room, np.float32), np.zeros(room, np.float32)
+    inverses, errors = np.zeros(room, np.float32), np.zeros(room, np.float64)
     for r in range(rows.shape[0]):
         for g in range(found.shape[1]):
             at, end = g * width, min((g + 1) * width, rows.shape[1])
             x, h = rows[r, at:end], weights[at:end]
             _candidates(x, low, step, top, symmetric, factors, offsets, bfloat, scales, lows)
-            _try(x, h, scales, lows, inverses, step, top, errors)
-            best = np.argmin(errors)
-            least, scales[0], lows[0] = errors[best], scales[best], lows[best]
-            found[r, g], zeros[r, g] = scales[0], np.uint8(max(-lows[0], np.float32(0.0)))
+            best, least = 0, 0.0
+            if count > 1:
+                _try(x, h, scales, lows, inverses, step, top, errors)
+                best = int(np.argmin(errors[:count]))
+                least = errors[best]
+            elif rounds > 0:
+                least = _error(x, h, scales[0], lows[0], step, top)
+            scale, base = scales[best], lows[best]
+            found[r, g], zeros[r, g] = scale, np.uint8(max(-base, np.float32(0.0)))
             for _ in range(rounds):
-                scales[0] = _stored(_refit(x, h, found[r, g], lows[0], step, top), bfloat)
-                if scales[0] == found[r, g]:
+                scale = _stored(_refit(x, h, found[r, g], base, step, top), bfloat)
+                if scale == found[r, g]:
                     break
-                _try(x, h, scales[:1], lows[:1], inverses[:1], step, top, errors[:1])
-                if not errors[0] < least:
+                error = _error(x, h, scale, base, step, top)
+                if not error < least:
                     break
-                least, found[r, g] = errors[0], scales[0]
+                least, found[r, g] = error, scale

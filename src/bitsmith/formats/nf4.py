@@ -329,9 +329,11 @@ def _load(columns: Float64, first: int, weights: Float64) -> None:
 def _levels(x: Float32, scale: np.float32, table: Float32, places: Int32, levels: Float32) -> None:
     """Fill `levels` with those of the table's nearest places."""
     half, top = np.float32(table.size // 2), np.float32(table.size - 1)
-    inverse = _inverse(scale) * half
-    for j in range(x.size):
-        places[j] = np.int32(min(max(x[j] * inverse + half, np.float32(0.0)), top))
+    inverse = _inverse(scale)
+    for j in range(
+        x.size
+    ):  # the product with the inverse first: the inverse of a tiny scale times half overflows
+        places[j] = np.int32(min(max(x[j] * inverse * half + half, np.float32(0.0)), top))
     for j in range(x.size):
         levels[j] = table[places[j]]
 
