@@ -116,7 +116,7 @@ class _Watch:
             if len(pids) == 1:
                 self.peak = max(self.peak, _status_bytes(self.pid, "VmHWM"))
             else:
-                self.peak = max(self.peak, sum(map(_shared_out_bytes, pids)))
+                self.peak = max(self.peak, _shared_out_bytes(pids))
 
 
 def _tree(pid: int) -> Iterator[int]:
@@ -134,11 +134,18 @@ def _status_bytes(pid: int, name: str) -> int:
     return 0
 
 
-def _shared_out_bytes(pid: int) -> int:
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
-    return 0
+def _rollup(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return ""
+
+
+def _shared_out_bytes(pids: Sequence[int]) -> int:
+    """Return the sum of proportional shares; a child that has not begun its program yet is its parent twice."""
+    lines = [
+        line for text in set(map(_rollup, pids)) for line in text.splitlines() if line.startswith("Pss:")
+    ]
+    return 1024 * sum(int(line.split()[1]) for line in lines)
 
 
 def _io(pid: int) -> tuple[int | None, int | None, int | None, int | None]:
