@@ -141,7 +141,7 @@ def _rollup(pid: int) -> str:
 
 
 def _shared_out_bytes(pids: Sequence[int]) -> int:
-    """Return the sum of proportional shares; a child that has not begun its program yet is its parent twice."""
+    """Return the sum of proportional shares; a child that has not begun its program is its parent."""
     lines = [
         line for text in set(map(_rollup, pids)) for line in text.splitlines() if line.startswith("Pss:")
     ]
