@@ -17,7 +17,6 @@ from bitsmith.cli.main import main
 from bitsmith.log import LOGGER, fields_of
 from bitsmith.run import gguf_job
 
-
 IN_FLIGHT_BYTES = 32 << 20  # more than the tensors before, which are still being encoded, give back
 
 

@@ -63,4 +63,4 @@ def silu(x: np.float32) -> np.float32:
     power = power * r + _ONE
     power = power * r + _ONE
     exponent = np.int32(np.float32(k + _INTEGER_32).view(np.int32) << np.int32(23))
-    return x / (_ONE + power * exponent.view(np.float32))
+    return np.float32(x / (_ONE + power * exponent.view(np.float32)))

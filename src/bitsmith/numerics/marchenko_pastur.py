@@ -30,7 +30,7 @@ class MarchenkoPastur:
 
     def quantile(self, share: Vector) -> Vector:
         """Return the values below which these shares of the law lie."""
-        return np.interp(share, self._share, self._points)
+        return np.asarray(np.interp(share, self._share, self._points), np.float64)
 
     def distance(self, values: Vector) -> float:
         """Return the Kolmogorov-Smirnov distance of a sample."""

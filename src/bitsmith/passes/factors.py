@@ -140,8 +140,9 @@ class Factors:
         self._into_left: Float32 | None = None
         if tall:
             weighed = metric.applied(vectors)
-            plain = metric.root is None
-            right = used[:, None] * vectors.T if plain else (weighed.T @ inner) / used[:, None]
+            right = used[:, None] * vectors.T
+            if metric.root is not None and inner is not None:
+                right = (weighed.T @ inner) / used[:, None]
             self._into_left = (weighed / used * balance).astype(np.float32)
         else:
             right = vectors.T @ inner

@@ -215,7 +215,8 @@ class _Tile:
 
     def take(self, index: int, fields: Fields) -> None:
         """Take a panel's fields as fitted, row by row."""
-        for mine, given in zip(self._fields(index), fields, strict=True):
+        found = fields.d, fields.m, fields.scales, fields.mins
+        for mine, given in zip(self._fields(index), found, strict=True):
             mine[:, : self.count] = given.reshape(self.count, -1).T
 
     def feed(self, index: int) -> None:

@@ -74,7 +74,7 @@ def _cached(path: Path) -> int:
             start = ctypes.addressof(ctypes.c_char.from_buffer(view))
             told = ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(size), found)
             if told == 0:
-                return min(size, int((np.frombuffer(found, np.uint8) & 1).sum()) * mmap.PAGESIZE)
+                return min(size, int((np.frombuffer(bytes(found), np.uint8) & 1).sum()) * mmap.PAGESIZE)
     return 0
 
 
