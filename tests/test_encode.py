@@ -18,7 +18,9 @@ from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.formats import format_named
 from bitsmith.lab.synth import synth_tensors
 from bitsmith.numerics.input_metric import InputMetric
+from bitsmith.passes.choice import CHOICE_ROWS
 from bitsmith.passes.rounding import round_rows
+from bitsmith.passes.trial import sample_runs
 from bitsmith.run.calibrate import calibrate
 from bitsmith.run.encode import TensorEncoder, Written
 from bitsmith.run.execute import Record, compress
@@ -343,7 +345,7 @@ def test_the_whole_tensor_decides_where_the_sample_was_wrong(tmp_path: Path) -> 
     fit = np.concatenate([pairs(rng, 4096, 128, 1.0), pairs(rng, 4096, 128, 1.0)], axis=1)
     held = np.concatenate([pairs(rng, 256, 128, 1.0), pairs(rng, 256, 128, -1.0)], axis=1)
     site = SiteStatistics("layers.0.ffn.in", 4096, (fit**2).mean(0), None, fit.T @ fit / 4096, held, 256)
-    seen = np.concatenate([np.arange(16) + int(first) for first in np.linspace(0, 512 - 16, 16)])
+    seen = np.concatenate([np.arange(*run) for run in sample_runs(512, CHOICE_ROWS)])
 
     def change(rows: np.ndarray) -> np.ndarray:
         rows[seen, 128:] = 0.0
