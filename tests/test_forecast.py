@@ -131,8 +131,8 @@ def test_the_longest_jobs_begin_first() -> None:
 
 
 def test_what_a_file_takes_anyway_is_not_in_a_rate() -> None:
-    small, large = Rehearsal(100, 1.1, Io(10, 5)), Rehearsal(1100, 2.1, Io(110, 55))
-    assert large.beyond(small) == Rehearsal(1000, 1.0, Io(100, 50))
+    small, large = Rehearsal(100, 1.1, Io(10, 5), 1.5), Rehearsal(1100, 2.1, Io(110, 55), 3.5)
+    assert large.beyond(small) == Rehearsal(1000, 1.0, Io(100, 50), 2.0)
     assert small.beyond(large) is small
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numba
 
 from bitsmith.archs.export import renamed
+from bitsmith.formats.accelerator import accelerator
 from bitsmith.passes.transform import transform_of
 from bitsmith.run.encode import TensorEncoder, check_rounder
 from bitsmith.run.execute import carry_out, peak_memory_bytes, statistics_of
@@ -29,6 +30,7 @@ from bitsmith.run.forecast import (
 )
 from bitsmith.run.forecast_guided import WIDEST_REHEARSED, guided_parts
 from bitsmith.run.job import Job
+from bitsmith.run.machine import usable_cores
 from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
 from bitsmith.run.partial import first_rows
 from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source
@@ -40,6 +42,7 @@ _SMALL_WEIGHTS = 1 << 16
 _FIRST_WEIGHTS = 1 << 20
 _ROWS_TOGETHER = 64
 _GROWTH, _GROWTH_STEP = 16, 1.5
+_OVERLAP = 0.92  # share of the threads' time that a run is at work: the rest goes by at its ends
 _WIDE = f"metrics of more than {WIDEST_REHEARSED} columns take memory beyond the peak that is told"
 
 
@@ -53,18 +56,23 @@ class Kind(NamedTuple):
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What encoding so many weights took."""
+    """What encoding so many weights took: `seconds` are processor time shared by the threads.
+
+    What a short run waits for besides, above all for the disk to have it, a long one does not; `wall_seconds`
+    have it, and are the seconds where a device encodes.
+    """
 
     weights: int
     seconds: float
     io: Io
+    wall_seconds: float
 
     def beyond(self, less: Rehearsal) -> Rehearsal:
         """Return what the weights beyond a smaller rehearsal's took; all where they are too few to tell."""
         weights, seconds = self.weights - less.weights, self.seconds - less.seconds
         if weights < less.weights or seconds <= 0:
             return self
-        return Rehearsal(weights, seconds, self.io.since(less.io))
+        return Rehearsal(weights, seconds, self.io.since(less.io), self.wall_seconds - less.wall_seconds)
 
 
 class Rehearsals:
@@ -98,9 +106,9 @@ class Rehearsals:
         began = time.perf_counter()
         first = self._run(self._sample(kind, _FIRST_WEIGHTS))
         small = self._run(self._sample(kind, _FIRST_WEIGHTS))
-        load, found = max(0.0, first.seconds - small.seconds), small
-        while (left := seconds - (time.perf_counter() - began)) > _GROWTH_STEP * found.seconds:
-            wanted = found.weights * min(_GROWTH, 0.8 * left / found.seconds)
+        load, found = max(0.0, first.wall_seconds - small.wall_seconds), small
+        while (left := seconds - (time.perf_counter() - began)) > _GROWTH_STEP * found.wall_seconds:
+            wanted = found.weights * min(_GROWTH, 0.8 * left / found.wall_seconds)
             grown = self._run(self._sample(kind, int(wanted)))
             if grown.weights <= found.weights:
                 break
@@ -127,10 +135,15 @@ class Rehearsals:
         metadata = self._source.metadata if header else {}
         source = replace(self._source, checkpoint=checkpoint, tensors=tuple(tensors), metadata=metadata)
         plan = replace(self._plan, rows=tuple(rows))
-        before, began = io_so_far(), time.perf_counter()
+        before, began, worked = io_so_far(), time.perf_counter(), time.process_time()
         carry_out(source, plan, self._folder / "rehearsal.gguf", None, "nearest")
-        seconds = time.perf_counter() - began
-        return Rehearsal(sum(prod(row.shape) for row in rows), seconds, io_so_far().since(before))
+        wall_seconds = time.perf_counter() - began
+        at_once = min(numba.get_num_threads(), usable_cores())
+        seconds = (time.process_time() - worked) / (_OVERLAP * at_once)
+        if accelerator() is not None:
+            seconds = wall_seconds
+        weights = sum(prod(row.shape) for row in rows)
+        return Rehearsal(weights, seconds, io_so_far().since(before), wall_seconds)
 
     def _cut(self, row: PlanRow, weights: int) -> tuple[SourceTensor, PlanRow]:
         tensor = self._tensors[row.gguf_name]
