@@ -150,6 +150,7 @@ def test_scores_are_the_accumulator_s(device: str) -> None:
     np.testing.assert_array_equal(found.same_top[:7], expected.same_top[:7])
 
 
+@pytest.mark.slow
 def test_nothing_of_a_search_stays_on_the_processor() -> None:
     for name in KNOWN:
         form = format_named(name)
@@ -160,6 +161,7 @@ def test_nothing_of_a_search_stays_on_the_processor() -> None:
             assert torch_fields.nearest_codes(form, rows, fields).device == META
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Q4_K", "IQ4_XS", "Q4_1"])
 def test_nothing_of_error_feedback_stays_on_the_processor(name: str) -> None:
     form = format_named(name)
