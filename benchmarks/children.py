@@ -14,6 +14,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+MEASURES = (
+    ("seconds", "s", "wall time"),
+    ("cpu_seconds", "s", "processor time"),
+    ("peak_bytes", "bytes", "peak memory"),
+    ("read_bytes", "bytes", "bytes read"),
+    ("written_bytes", "bytes", "bytes written"),
+)
+"""What a row is made of each: field of `Ran`, unit, words."""
+
 
 @dataclass(frozen=True)
 class Ran:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import OURS, Ran, Row, Spread, arguments, child, limits, report, value_row
+from measuring import MEASURES, OURS, Ran, Row, Spread, arguments, child, limits, report, value_row
 from peer import Peer, find_peer
 
 from bitsmith.lab.models import DEMO_MODEL
@@ -28,13 +28,6 @@ from bitsmith.lab.synth import synth
 
 BITSMITH = (sys.executable, "-m", "bitsmith.cli.main")
 PEER = "convert_hf_to_gguf + llama-quantize"
-MEASURES = (
-    ("seconds", "s", "wall time"),
-    ("cpu_seconds", "s", "processor time"),
-    ("peak_bytes", "bytes", "peak memory"),
-    ("read_bytes", "bytes", "bytes read"),
-    ("written_bytes", "bytes", "bytes written"),
-)
 
 Runs = dict[str, list[list[Ran]]]
 """By side: of each round, the commands that it took."""

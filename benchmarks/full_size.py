@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import (
+    MEASURES,
     OURS,
     ChildFailedError,
     Limit,
@@ -230,12 +231,8 @@ def sides_of(place: Place, name: str, key: str) -> dict[str, float | Spread]:
     return found
 
 
-MEASURES = (
-    ("seconds", "s", "wall time"),
-    ("cpu_seconds", "s", "processor time"),
-    ("peak_bytes", "bytes", "peak memory"),
-    ("read_bytes", "bytes", "bytes read"),
-    ("written_bytes", "bytes", "bytes written"),
+STEP_MEASURES = (
+    *MEASURES,
     ("disk_read_bytes", "bytes", "bytes storage read"),
     ("disk_written_bytes", "bytes", "bytes storage wrote"),
 )
@@ -247,7 +244,7 @@ def rows_of(place: Place, steps: Sequence[str], known: dict[str, Limit]) -> Iter
     for step in steps:
         if step.startswith("peer-"):
             continue
-        for key, unit, words in MEASURES:
+        for key, unit, words in STEP_MEASURES:
             sides = sides_of(place, step, key)
             if OURS not in sides:
                 continue
@@ -290,7 +287,7 @@ def result(options: argparse.Namespace, places: Sequence[Place], known: dict[str
     rows += [row for step in names for row in growth(places, step)]
     for place in places:  # the peer's two steps by themselves
         for step in (CONVERT, *(f"peer-{name}" for name in TYPES)):
-            for key, unit, words in MEASURES:
+            for key, unit, words in STEP_MEASURES:
                 found = spread(place.runs(step), key)
                 if found is not None:
                     facts = {"size": place.size, "step": step, "measure": words}

@@ -10,13 +10,33 @@ A script measures bitsmith and its peers on one input in one run and hands `repo
 `problems` finds what in a result has not the form that `docs/performance.md` is made from.
 """
 
-from children import ChildFailedError, Ran, child, drop_cache
+from children import MEASURES, ChildFailedError, Ran, child, drop_cache
 from rates import LIMITS, Limit, limits
 from result import RESULTS, ROOT, Row, arguments, machine, problems, rate_row, report, seconds_row, value_row
 from turns import OURS, Spread, Turns, alternate, seconds_of
 
 __all__ = [
-    "LIMITS", "OURS", "RESULTS", "ROOT", "ChildFailedError", "Limit", "Ran", "Row", "Spread", "Turns",
-    "alternate", "arguments", "child", "drop_cache", "limits", "machine", "problems", "rate_row", "report",
-    "seconds_of", "seconds_row", "value_row",
+    "LIMITS",
+    "MEASURES",
+    "OURS",
+    "RESULTS",
+    "ROOT",
+    "ChildFailedError",
+    "Limit",
+    "Ran",
+    "Row",
+    "Spread",
+    "Turns",
+    "alternate",
+    "arguments",
+    "child",
+    "drop_cache",
+    "limits",
+    "machine",
+    "problems",
+    "rate_row",
+    "report",
+    "seconds_of",
+    "seconds_row",
+    "value_row",
 ]  # fmt: skip
