@@ -7,8 +7,9 @@ Both sides are commands, processes of their own on the first so many cores, that
 compress`, which reads the checkpoint, hashes source and output and measures every tensor's error; and
 convert_hf_to_gguf.py to BF16, then llama-quantize without importance. Checkpoints are synthetic, of
 published shapes (text alone), or `--model`. Each row is one measure: seconds, peak memory (the peer's larger
-one), bytes read and written by the processes' own calls. Kernels are compiled before, and that is not
-counted. Where two numbers of threads are measured, a row has how much faster the larger one is.
+one), bytes written and, of ours alone, read by the processes' own calls (pages that llama.cpp maps are no
+reads). Kernels are compiled before, and that is not counted. Where two numbers of threads are measured, a
+row has how much faster the larger one is.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def rows_of(
         if OURS not in sides:
             continue
         more: dict[str, Any] = {"measure": words, "source_bytes": source_bytes, **facts}
-        if key == "read_bytes":
+        if key == "read_bytes":  # the peer maps most of what it reads
+            sides = {OURS: sides[OURS]}
             more["times_the_source"] = sides[OURS].median / source_bytes
         limited = {"limit": known["disk_read"], "limit_amount": source_bytes} if key == "seconds" else {}
         yield value_row(f"{case}, {words}", unit, sides, **limited, **more)

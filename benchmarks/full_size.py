@@ -8,7 +8,7 @@ matrices, then all), compress it to Q4_K_M and IQ4_XS and by the recipe sbgq-iq4
 source, and the same two types by llama.cpp: convert_hf_to_gguf.py to BF16, then llama-quantize. Every step is
 a process of its own (Python's start and imports are in its time) on the first `--threads` cores; the
 checkpoint's cached pages are dropped before each. Bytes are those of the process's own calls, and beside them
-what storage moved.
+what storage moved; what llama.cpp reads by its calls is left out, as it maps most of it.
 
 A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on, and one that fails
 does not stop the others; `--again` measures steps once more and keeps both. Outputs are deleted when no
@@ -224,7 +224,7 @@ def sides_of(place: Place, name: str, key: str) -> dict[str, float | Spread]:
     if ours is not None:
         found[OURS] = ours
     parts = [place.runs(CONVERT), place.runs(name.replace("compress", "peer"))]
-    if name.startswith("compress") and all(parts):
+    if name.startswith("compress") and all(parts) and key != "read_bytes":
         medians = [one.median for runs in parts if (one := spread(runs, key)) is not None]
         if len(medians) == len(parts):
             found[PEER] = max(medians) if key == "peak_bytes" else sum(medians)
@@ -289,7 +289,7 @@ def result(options: argparse.Namespace, places: Sequence[Place], known: dict[str
         for step in (CONVERT, *(f"peer-{name}" for name in TYPES)):
             for key, unit, words in STEP_MEASURES:
                 found = spread(place.runs(step), key)
-                if found is not None:
+                if found is not None and key != "read_bytes":
                     facts = {"size": place.size, "step": step, "measure": words}
                     rows.append(value_row(f"{place.size}: {step}, {words}", unit, {PEER: found}, **facts))
     if not rows:
