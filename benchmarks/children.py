@@ -22,6 +22,7 @@ MEASURES = (
     ("written_bytes", "bytes", "bytes written"),
 )
 """What a row is made of each: field of `Ran`, unit, words."""
+LOOK_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def child(
 
 
 class _Watch:
-    """Looks at a process and all below it every 50 ms, in a thread."""
+    """Looks at a process and all below it every 50 ms or as often as is cheap, in a thread."""
 
     def __init__(self, pid: int) -> None:
         self.pid, self.peak, self.processes = pid, 0, 1
@@ -119,13 +120,16 @@ class _Watch:
             self._thread.join()
 
     def _run(self) -> None:
-        while not self._end.wait(0.05):
+        pause = LOOK_SECONDS
+        while not self._end.wait(pause):
+            began = time.thread_time()
             pids = list(_tree(self.pid))
             self.processes = max(self.processes, len(pids))
             if len(pids) == 1:
                 self.peak = max(self.peak, _status_bytes(self.pid, "VmHWM"))
             else:
                 self.peak = max(self.peak, _shared_out_bytes(pids))
+            pause = max(LOOK_SECONDS, 100 * (time.thread_time() - began))  # at most 1 % of a core
 
 
 def _tree(pid: int) -> Iterator[int]:
