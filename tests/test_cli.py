@@ -33,6 +33,24 @@ def bitsmith(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=cwd, check=False)
 
 
+def completed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> subprocess.CompletedProcess[str]:
+    """Run `main` here, which spares a start."""
+    monkeypatch.setattr(sys, "argv", ["bitsmith", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return subprocess.CompletedProcess(sys.argv, int(stop.value.code or 0), *capsys.readouterr())
+
+
+def in_process(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
+) -> tuple[int, str]:
+    """Return the exit code of `main` and what is on stderr."""
+    done = completed(capsys, monkeypatch, *arguments)
+    return done.returncode, done.stderr
+
+
 def copy_of_demo(folder: Path) -> Path:
     return Path(shutil.copytree(DEMO_MODEL, folder / "model"))
 
@@ -111,23 +129,28 @@ def nothing(folder: Path) -> Path:
         (nothing, r"absent"),
     ],
 )
-def test_bad_model_is_one_clear_line_and_leaves_nothing(tmp_path: Path, make, expected: str) -> None:
+def test_bad_model_is_one_clear_line_and_leaves_nothing(
+    tmp_path: Path, make, expected: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make(tmp_path)
     before = sorted(p.name for p in tmp_path.iterdir())
-    done = bitsmith("compress", model, "-o", tmp_path / "out.gguf", "--type", "Q4_K_M")
-    assert done.returncode != 0
+    done = completed(capsys, monkeypatch, "compress", model, "-o", tmp_path / "out.gguf", "--type", "Q4_K_M")
+    assert done.returncode == 1
     lines = done.stderr.splitlines()
     assert len(lines) == 1, done.stderr
     assert re.search(expected, lines[0]), lines[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-def test_generating_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_generating_without_a_tokenizer_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = copy_of_demo(tmp_path)
     (model / "tokenizer.json").unlink()
     out = tmp_path / "out.gguf"
-    assert "no tokenizer" in bitsmith("compress", model, "-o", out).stdout
-    done = bitsmith("generate", out, "-p", "hi", "-n", "2")
+    made = completed(capsys, monkeypatch, "compress", model, "-o", out, "--type", "Q8_0")
+    assert "no tokenizer" in made.stdout
+    done = completed(capsys, monkeypatch, "generate", out, "-p", "hi", "-n", "2")
     assert done.returncode == 1
     assert re.fullmatch(r"error: .*out\.gguf: has no tokenizer.*\n", done.stderr)
 
@@ -158,33 +181,41 @@ def test_existing_output_is_kept(tmp_path: Path) -> None:
     out = tmp_path / "out.gguf"
     out.write_bytes(b"precious")
     done = bitsmith("compress", DEMO_MODEL, "-o", out)
-    assert done.returncode != 0
-    assert re.search(r"out\.gguf.*exists.*--overwrite", done.stderr)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"error: .*out\.gguf.*exists.*--overwrite.*\n", done.stderr)
     assert out.read_bytes() == b"precious"
 
 
-def test_short_text_is_refused(tmp_path: Path) -> None:
+def test_short_text_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = tmp_path / "short.txt"
     text.write_text("too short")
-    done = bitsmith("evaluate", DEMO_MODEL, DEMO_MODEL, "--text", text)
+    done = completed(capsys, monkeypatch, "evaluate", DEMO_MODEL, DEMO_MODEL, "--text", text)
     assert done.returncode != 0
     assert re.search(r"short\.txt.*\b512\b", done.stderr)
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_an_override_that_names_nothing_is_refused(tmp_path: Path) -> None:
-    done = bitsmith("compress", DEMO_MODEL, "--dry-run", "--tensor-type", "no_such_tensor=Q6_K")
+def test_an_override_that_names_nothing_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ("--dry-run", "--tensor-type", "no_such_tensor=Q6_K")
+    done = completed(capsys, monkeypatch, "compress", DEMO_MODEL, *options)
     assert done.returncode != 0
     assert "no_such_tensor" in done.stderr
 
 
-def test_dry_run_bytes_are_the_written_bytes(tmp_path: Path) -> None:
+def test_dry_run_bytes_are_the_written_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     out, plan = tmp_path / "out.gguf", tmp_path / "plan.json"
-    overrides = ("--tensor-type", "ffn_down=Q6_K", "--tensor-type", "embed_tokens=Q8_0")
-    dry = bitsmith("compress", DEMO_MODEL, "--type", "IQ4_XS", "--dry-run", "--json", plan, *overrides)
+    command = ("compress", DEMO_MODEL, "--type", "IQ4_XS", "--tensor-type", "ffn_down=Q6_K",
+               "--tensor-type", "embed_tokens=Q8_0")  # fmt: skip
+    dry = completed(capsys, monkeypatch, *command, "--dry-run", "--json", plan)
     assert dry.returncode == 0, dry.stderr
     assert list(tmp_path.iterdir()) == [plan]
-    done = bitsmith("compress", DEMO_MODEL, "--type", "IQ4_XS", "-o", out, *overrides)
+    done = completed(capsys, monkeypatch, *command, "-o", out)
     assert done.returncode == 0, done.stderr
     assert json.loads(plan.read_text())["file_bytes"] == out.stat().st_size
     assert f"{out.stat().st_size:,}" in dry.stdout
@@ -212,23 +243,16 @@ def readme_commands() -> list[str]:
     return [line for line in lines if line.startswith("bitsmith ") and "MODEL" not in line]
 
 
-def test_readme_commands_run(tmp_path: Path) -> None:
+def test_readme_commands_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "tiny").symlink_to(DEMO_MODEL)
+    monkeypatch.chdir(tmp_path)
     commands = readme_commands()
     assert commands
     for command in commands:
-        done = bitsmith(*shlex.split(command, comments=True)[1:], cwd=tmp_path)
+        done = completed(capsys, monkeypatch, *shlex.split(command, comments=True)[1:])
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-
-
-def in_process(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
-) -> tuple[int, str]:
-    """Run `main` here, which spares a start; return the exit code and what is on stderr."""
-    monkeypatch.setattr(sys, "argv", ["bitsmith", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0), capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
