@@ -12,7 +12,9 @@ import pytest
 
 from bitsmith.errors import OutputError
 from bitsmith.run import gguf_job
+from bitsmith.run.cellm import write_cellm
 from bitsmith.run.execute import Record, compress
+from bitsmith.run.folder import write_folder
 from bitsmith.run.verify import verify
 from bitsmith.store import open_checkpoint
 from bitsmith.store.checkpoint import Bytes
@@ -57,6 +59,21 @@ def test_every_stored_byte_is_read_once(
     with open_checkpoint(model) as checkpoint:
         assert checkpoint.source_digest == record.source["sha256"]
     assert digest_of(out) == record.sha256
+
+
+@pytest.mark.parametrize("kind", ["i4", "W4A16"])
+def test_other_formats_read_every_stored_byte_once(
+    kind: str, tiny_qwen3_5: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is packed, and what is copied as it is: each is hashed as it is read."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen3_5, model)
+    stored, reads = stored_bytes(model), Reads(monkeypatch)
+    if kind == "i4":
+        write_cellm(model, tmp_path / "out.cellm", kind)
+    else:
+        write_folder(model, tmp_path / "out", kind)
+    assert stored <= reads.nbytes < 1.005 * stored
 
 
 def stopped(model: Path, out: Path, at: int, **options: Any) -> None:

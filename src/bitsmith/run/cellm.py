@@ -168,9 +168,10 @@ def write_cellm(
             "rounder": "nearest" if guide is None else guide.rounder,
             "statistics_sha256": None if guide is None else guide.digest,
         }
-        kept = {"model": source_facts(checkpoint, out)}
+        checkpoint.hash_reads()
 
         def finish(content: Content) -> None:
+            kept = {"model": source_facts(checkpoint, out)}  # all of it has been read by now
             rows = [
                 TensorFacts.of(job.written[name], job.written[name].dtype) for name in sorted(job.written)
             ]

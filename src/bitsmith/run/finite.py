@@ -9,8 +9,8 @@ import numpy as np
 from bitsmith.errors import DamagedFileError
 from bitsmith.formats.format import Float32
 from bitsmith.numerics.finite import first_non_finite
-from bitsmith.store.checkpoint import TensorRef
-from bitsmith.store.stored import StoredTensor
+from bitsmith.store.checkpoint import Bytes, Rows, TensorRef
+from bitsmith.store.stored import FLOATS, StoredTensor, plain_decoder
 
 
 def finite_weights(ref: TensorRef, path: Path, start: int = 0, stop: int | None = None) -> Float32:
@@ -18,10 +18,20 @@ def finite_weights(ref: TensorRef, path: Path, start: int = 0, stop: int | None 
 
     Raises DamagedFileError with the value and the index of the first weight that is not finite in float32.
     """
+    return _finite(ref.read(start, stop), ref, path, start, stop)
+
+
+def finite_bytes(ref: TensorRef, path: Path, start: int, stop: int) -> Bytes:
+    """Return the stored bytes of rows `[start, stop)`, read once; raises as `finite_weights` for floats."""
+    data = ref.raw(start, stop)
+    if ref.dtype in FLOATS:
+        _finite(plain_decoder(ref.dtype)(data), ref, path, start, stop)
+    return data
+
+
+def _finite(rows: Rows, ref: TensorRef, path: Path, start: int, stop: int | None) -> Float32:
     with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused
-        values = np.ascontiguousarray(ref.read(start, stop), dtype=np.float32).reshape(
-            _shape(ref, start, stop)
-        )
+        values = np.ascontiguousarray(rows, dtype=np.float32).reshape(_shape(ref, start, stop))
     flat = values.reshape(1, -1)
     place = first_non_finite(flat) if flat.size else None
     if place is not None:

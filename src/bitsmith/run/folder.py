@@ -20,7 +20,7 @@ from bitsmith.errors import UnsupportedError
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.progress import Progress, silent
 from bitsmith.run.encode import Rounder, check_rounder
-from bitsmith.run.finite import finite_weights
+from bitsmith.run.finite import finite_bytes
 from bitsmith.run.folder_layout import KEPT, SCHEMES, FolderRow, Layout, Piece, lay_out
 from bitsmith.run.guide import Guide, rounding_key
 from bitsmith.run.packer import Encoding, Matrix, Outcome
@@ -33,7 +33,7 @@ from bitsmith.store.packed import PackedTensor
 from bitsmith.store.parts import Parts, finished_parts
 from bitsmith.store.safetensors import side_files
 from bitsmith.store.safetensors_writer import SHARD_BYTES, safetensors_size_bytes
-from bitsmith.store.stored import FLOATS, StoredTensor
+from bitsmith.store.stored import StoredTensor
 
 __all__ = [
     "KEPT",
@@ -159,9 +159,10 @@ def write_folder(
             "ignore": list(ignore),
             **job.guided_by,
         }
-        kept = {"model": source_facts(checkpoint, out)}
+        checkpoint.hash_reads()
 
         def finish(content: Content) -> None:
+            kept = {"model": source_facts(checkpoint, out)}  # all of it has been read by now
             rows = [TensorFacts.of(one, _stored_as(one)) for one in job.written()]
             record = output_record(out, "folder", kept, {**options, **(recipe or {})}, rows)
             write_manifest(out, record, content=content)
@@ -278,9 +279,7 @@ class _Job:
     def _copied(self, name: str) -> Iterator[Chunk]:
         ref = self._checkpoint[name]
         for start, stop in ref.slices():
-            if ref.dtype in FLOATS:
-                finite_weights(ref, self._checkpoint.path, start, stop)
-            yield ref.raw(start, stop)
+            yield finite_bytes(ref, self._checkpoint.path, start, stop)
 
     def _packed(self, name: str, part: str) -> Iterator[Chunk]:
         return self._encoded(name, part) if self._parts is None else self._parts.read(_file(name, part))
