@@ -86,7 +86,7 @@ def read_png(path: Path) -> np.ndarray:
     return _unfiltered(lines, channels).reshape(height, width, channels)[..., :3]
 
 
-@njit
+@njit(cache=True)
 def _unfiltered(lines, step):
     """PNG, section 9: a byte is stored less its left or upper neighbour, their mean, or Paeth's choice."""
     out = np.zeros((lines.shape[0], lines.shape[1] - 1), np.uint8)

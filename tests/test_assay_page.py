@@ -65,7 +65,7 @@ def page(measured: Assay, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_assay_page(tmp_path_factory.mktemp("page") / "assay.html", measured)
 
 
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_assay_page_draws_its_plots_and_asks_for_nothing(page: Path, tmp_path: Path, dark: bool) -> None:
     seen = visit(page, tmp_path, dark=dark, size=(1280, 7500))
     assert seen.console == []

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from bitsmith.cli.main import main
+from bitsmith.cli.main import app, main
 from bitsmith.errors import OutputError
 from bitsmith.lab.models import DEMO_MODEL
 from bitsmith.lab.synth import synth
@@ -28,9 +29,9 @@ from bitsmith.store.imatrix import read_imatrix
 README = Path(__file__).parents[1] / "README.md"
 
 
-def bitsmith(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def bitsmith(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-W", "error", "-m", "bitsmith.cli.main", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=cwd, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
 
 
 def completed(
@@ -221,8 +222,10 @@ def test_dry_run_bytes_are_the_written_bytes(
     assert f"{out.stat().st_size:,}" in dry.stdout
 
 
-def test_demo_writes_its_files_and_one_table(tmp_path: Path) -> None:
-    done = bitsmith("demo", "-o", tmp_path)
+def test_demo_writes_its_files_and_one_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = completed(capsys, monkeypatch, "demo", "-o", tmp_path)
     assert done.returncode == 0, done.stderr
     assert {"demo-Q4_K_M.gguf", "record.json", "evaluation.json", "report.html"} <= {
         p.name for p in tmp_path.iterdir()
@@ -265,8 +268,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def stats(tiny_qwen3: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("stats") / "stats"
-    done = bitsmith("calibrate", tiny_qwen3, "--text", text, "-o", out, "--ctx", "32", "--chunks", "16")
-    assert done.returncode == 0 and "16 chunks of 32 tokens, 2 of them held out" in done.stdout, done.stderr
+    made = ("--text", text, "-o", out, "--ctx", "32", "--chunks", "16")
+    done = CliRunner().invoke(app, ["calibrate", *map(str, (tiny_qwen3, *made))])
+    assert done.exit_code == 0 and "16 chunks of 32 tokens, 2 of them held out" in done.stdout, done.stderr
     return out
 
 

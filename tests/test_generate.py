@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -320,10 +318,9 @@ def test_the_seed_decides_the_text(demo_model: Path) -> None:
 
 
 def test_the_command_writes_the_text_and_the_speed(demo_model: Path) -> None:
-    command = [sys.executable, "-W", "error", "-m", "bitsmith.cli.main", "generate", str(demo_model)]
     options = ["-p", PROMPT, "--gen", "6", "--temperature", "0"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, check=False)
-    assert (done.returncode, done.stdout) == (0, continue_prompt(demo_model, PROMPT, 6).text + "\n")
+    done = CliRunner().invoke(app, ["generate", str(demo_model), *options])
+    assert (done.exit_code, done.stdout) == (0, continue_prompt(demo_model, PROMPT, 6).text + "\n")
     assert len(done.stderr.splitlines()) == 1
     for part in (
         "prompt 10 tokens, ",

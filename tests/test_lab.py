@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -34,8 +35,8 @@ SPEC = TrainSpec(
 @pytest.fixture(autouse=True)
 def small_corpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train on twenty real sources instead of all: the code under test is the same, the wait is not."""
-    monkeypatch.setattr(training, "documents", lambda held_out: list(documents(held_out))[:20])
-    monkeypatch.setattr("bitsmith.lab.corpus.documents", lambda held_out: list(documents(held_out))[:20])
+    monkeypatch.setattr(training, "documents", lambda held_out: islice(documents(held_out), 20))
+    monkeypatch.setattr("bitsmith.lab.corpus.documents", lambda held_out: islice(documents(held_out), 20))
 
 
 @pytest.mark.slow

@@ -44,8 +44,17 @@ def _real(source: Path, changed: Path, chunks: int) -> TokenScores:
     return token_scores(*logits, tokens[:, first + 1 :].reshape(-1))
 
 
-@pytest.mark.parametrize("names", [ALL, KEEPING], ids=["all", "keeping"])
-@pytest.mark.parametrize("name", ["demo_model", "tiny_qwen3_5_tied", "tiny_qwen3"])
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        pytest.param("demo_model", ALL, id="demo_model-all"),
+        pytest.param("tiny_qwen3_5_tied", ALL, id="tiny_qwen3_5_tied-all"),
+        pytest.param("tiny_qwen3", KEEPING, id="tiny_qwen3-keeping"),
+        pytest.param("demo_model", KEEPING, id="demo_model-keeping", marks=pytest.mark.slow),
+        pytest.param("tiny_qwen3_5_tied", KEEPING, id="tiny_qwen3_5_tied-keeping", marks=pytest.mark.slow),
+        pytest.param("tiny_qwen3", ALL, id="tiny_qwen3-all", marks=pytest.mark.slow),
+    ],
+)
 def test_perplexity_of_an_f32_export_stays(
     name: str, names: Sequence[str], request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -21,10 +21,10 @@ def draws(rng, n, alpha, body=0.0):
 )
 def test_interval_covers_alpha(n, alpha, body):
     covered = 0
-    for seed in range(100):
+    for seed in range(50):
         fit = fit_tail(draws(np.random.default_rng([seed, n]), n, alpha, body), resamples=100, seed=seed)
         covered += fit.low <= alpha <= fit.high
-    assert covered >= 90  # of 100; 95 or more are expected
+    assert covered >= 45  # of 50; 48 are expected
 
 
 def test_good_fits_are_kept_and_bad_ones_refused():

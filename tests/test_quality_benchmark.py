@@ -1,5 +1,6 @@
 import sys
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_calibration_text_is_spread_over_the_documents_and_not_held_out() -> Non
     assert text == corpus_text(20_000, held_out=False)
     heads = [piece[:200] for piece in documents(held_out=True) if len(piece) > 200]
     assert not any(head in text for head in heads)
-    first = "".join(documents(held_out=False))[:120_000]
+    first = "".join(islice(documents(held_out=False), 100))[:120_000]
     assert text[:2000] not in first
 
 

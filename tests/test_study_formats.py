@@ -91,6 +91,7 @@ def test_only_the_result_stays(study: FormatsStudy, folder: Path, text: Path, de
         study_formats(demo_model, text, folder, **OPTIONS)
 
 
+@pytest.mark.slow  # test_study_claims and test_spi kill theirs by default
 def test_a_killed_study_goes_on(study: FormatsStudy, demo_model: Path, text: Path, tmp_path: Path) -> None:
     seen: list[str] = []
 

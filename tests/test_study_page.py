@@ -325,7 +325,7 @@ def test_a_phone_scrolls_one_way(browser: Browser, page: Path) -> None:
     tab.close()
 
 
-@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("dark", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_everything_is_drawn(tab: Tab, tmp_path: Path, dark: bool) -> None:
     tab.prefer({"prefers-color-scheme": "dark" if dark else "light"})
     count = "(s => document.querySelectorAll(s).length)"

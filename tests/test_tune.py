@@ -193,7 +193,7 @@ def test_what_only_gets_worse_returns_the_candidate(tiny_qwen3: Path, tmp_path: 
     coded, out = tmp_path / "q.gguf", tmp_path / "tuned.gguf"
     compress(tiny_qwen3, coded, "Q6_K", pure=True)
     fit, held = random_tokens(200, 4, 64, seed=0), random_tokens(200, 2, 64, seed=1)
-    record = tune(tiny_qwen3, coded, out, fit, held, short(learning_rate=30.0))
+    record = tune(tiny_qwen3, coded, out, fit, held, short(steps=6, learning_rate=30.0))
     assert not record.kept
     assert record.best_step == 0
     assert record.held_kld_after_nats == record.held_kld_before_nats
