@@ -25,6 +25,8 @@ ACCURATE = 1e-5  # relative error of a singular value from which `auto` leaves t
 ERRORS = (0.5, 0.2, 0.1, 0.05, 0.01)
 RANKS = (128, 256, 512, 1024, 2048)
 LARGE = 1536  # short side from which the band pays
+MIXED32 = 1e-5  # of the largest eigenvalue: below it float32 mixes the vectors of neighbours
+UNSURE32 = 1e-3  # below it their lengths are measured
 DIRECT_BYTES = 4 << 30  # largest wide matrix, as float64, that is held for a direct SVD
 INDICES = (1, 2, 3, 4, 512, 1024, 2048, 4096)
 
@@ -187,10 +189,19 @@ def singular_values(
 
 @dataclass(frozen=True)
 class Decomposition:
-    """A spectrum with the singular vectors of the shorter side as columns (`n n`), from the Gram matrix."""
+    """A spectrum with the singular vectors of the shorter side as columns (`n n`), from the Gram matrix.
+
+    `lengths` are |W v| of the vectors: their singular values, but where the vectors are of lower precision.
+    """
 
     spectrum: Spectrum
     vectors: NDArray[Any]
+    lengths: Vector
+
+    @property
+    def right_vectors(self) -> NDArray[Any] | None:
+        """The vectors where they are those of the columns (`in in`), None for a wide matrix."""
+        return self.vectors if self.spectrum.shape[0] >= self.spectrum.shape[1] else None
 
 
 def decompose(
@@ -199,17 +210,43 @@ def decompose(
     """Return all singular values and the vectors of the shorter side, from the Gram matrix in `dtype`.
 
     In float64 singular values that it does not resolve are found as `singular_values` does; in float32 their
-    bounds say what it resolves. Raises as `singular_values`.
+    bounds say what it resolves. Vectors of a large matrix are found in float32 unless more than an eighth of
+    its eigenvalues is so small that it would mix them. Raises as `singular_values`.
     """
     rows = _Flat(source)
     gram = _gram(rows, slice_bytes, dtype)
     if gram is None:
         return decompose(source, np.float64, slice_bytes)
+    if dtype is np.float64 and len(gram) >= LARGE:
+        ascending = band.eigenvalues(gram)
+        if ascending[len(gram) // 8] > MIXED32 * ascending[-1]:
+            single = gram.astype(np.float32, order="F")
+            vectors = eigh(single, lower=True, overwrite_a=True, check_finite=False, driver="evd")[1]
+            return _decomposition(rows, slice_bytes, ascending, vectors, _lengths(gram, ascending, vectors))
     ascending, vectors = eigh(gram, lower=True, overwrite_a=True, check_finite=False, driver="evd")
-    spectrum = _from_eigenvalues(rows, ascending.astype(np.float64), dtype)
-    if dtype is np.float64 and spectrum.first_inaccurate is not None and rows.fits_direct:
+    return _decomposition(rows, slice_bytes, ascending, vectors, np.sqrt(np.maximum(ascending, 0.0)))
+
+
+def _decomposition(
+    rows: _Flat, slice_bytes: int, ascending: NDArray[Any], vectors: NDArray[Any], lengths: NDArray[Any]
+) -> Decomposition:
+    spectrum = _from_eigenvalues(rows, ascending.astype(np.float64), ascending.dtype.type)
+    if spectrum.method == "gram" and spectrum.first_inaccurate is not None and rows.fits_direct:
         spectrum = _by_svd(rows, slice_bytes)
-    return Decomposition(spectrum, vectors[:, ::-1])
+        lengths = spectrum.sigma[::-1] if vectors.dtype == np.float64 else lengths
+    return Decomposition(spectrum, vectors[:, ::-1], lengths[::-1].astype(np.float64))
+
+
+def _lengths(gram: Matrix, ascending: Vector, vectors: NDArray[Any]) -> Vector:
+    """Return |W v| by the Gram matrix where float32 is not sure of v, the singular value elsewhere."""
+    squares = np.maximum(ascending, 0.0)
+    unsure = int(np.searchsorted(ascending, UNSURE32 * ascending[-1]))
+    if unsure:
+        low = np.asfortranarray(vectors[:, :unsure], dtype=np.float64)
+        symm = get_blas_funcs("symm", (gram,))
+        products = np.einsum("ij,ij->j", low, symm(1.0, gram, low, lower=True))
+        squares[:unsure] = np.maximum(squares[:unsure], products)
+    return np.sqrt(squares)
 
 
 def describe(

@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.squares import row_products
 from bitsmith.numerics.threads import one_blas_thread
 
 Float64 = NDArray[np.float64]
+Floats = NDArray[Any]  # float64, or float32 where a function is told so
 SLAB_BYTES = 64 << 20
 COSINE_GATE = 0.95
 SEED_COLUMNS = 4096
@@ -66,13 +68,13 @@ class ArrayRows:
 class ProjectedRows:
     """The rows of a source times a matrix (`in r`), computed on read."""
 
-    def __init__(self, source: RowSource, matrix: Float64) -> None:
+    def __init__(self, source: RowSource, matrix: Floats) -> None:
         self.source, self.matrix = source, matrix
         self.shape: tuple[int, ...] = (source.shape[0], matrix.shape[1])
 
-    def read(self, start: int = 0, stop: int | None = None) -> Float64:
-        """Return rows `[start, stop)`."""
-        rows: Float64 = np.asarray(self.source.read(start, stop), dtype=np.float64) @ self.matrix
+    def read(self, start: int = 0, stop: int | None = None) -> Floats:
+        """Return rows `[start, stop)` in the precision of the matrix."""
+        rows: Floats = np.asarray(self.source.read(start, stop), dtype=self.matrix.dtype) @ self.matrix
         return rows
 
 
@@ -227,12 +229,14 @@ def sweep(
     ranks: Sequence[Sequence[int]] | None = None,
     modes: Modes | None = None,
     coded: Callable[[Float64], Float64] | None = None,
+    dtype: type[Any] = np.float64,
 ) -> tuple[Train, ...]:
     """Return a measured Tensor-Train of three cores for each rank list, reading the matrix three times.
 
     Without `ranks` the seed's seven configurations in proportion to the columns, without `modes` balanced
     ones. `coded` is what rows of the middle core (`r_1 p_2` rows of `r_2`) decode to; it gets them with
-    columns of one size in each slab.
+    columns of one size in each slab. Products are in `dtype`, sums over slabs in float64: float32 resolves
+    errors to about 1e-5.
     Raises BitsmithError for a source that is no matrix, holds values that are not finite, or is larger than
     the modes, and for ranks that are none.
     """
@@ -240,7 +244,7 @@ def sweep(
     rows, columns = matrix_shape(source)
     asked = scaled_ranks(columns) if ranks is None else tuple(tuple(config) for config in ranks)
     modes = balanced_modes(rows, columns) if modes is None else modes
-    slabs = _Slabs(source, modes)
+    slabs = _Slabs(source, modes, dtype)
     fitted = [replace(train, coded=coded) for train in _fit(slabs, asked)]
     widest, scores = max(fitted, key=lambda train: train.ranks[1]), [_Score() for _ in fitted]
     for slab in slabs:
@@ -275,31 +279,30 @@ def fitted_cores(
 
 
 def svd_core(
-    matrix: RowSource | NDArray[Any], core_rank: int | None = None, ranks: Sequence[int] | None = None
+    matrix: RowSource | NDArray[Any],
+    core_rank: int | None = None,
+    ranks: Sequence[int] | None = None,
+    known: Floats | None = None,
+    dtype: type[Any] = np.float64,
 ) -> Train:
     """Return the seed's "SVD core + TT": rank `core_rank`, then a train of each factor at `ranks`.
 
-    `W ≈ (W V) Vᵀ` with `V` (`in R`) the leading right singular vectors; the tall factor is streamed. Without
-    arguments rank 1024 and [1, 32, 32, 1], in proportion to 4096 columns. The modes and TT ranks reported are
-    the tall factor's. Reads the matrix four times and holds `24 in²` bytes beside the slabs. Raises as
-    `sweep` does.
+    `W ≈ (W V) Vᵀ` with `V` (`in R`) the leading right singular vectors, the first of those that are `known`;
+    the tall factor is streamed. Without other arguments rank 1024 and [1, 32, 32, 1], in proportion to 4096
+    columns. The modes and TT ranks reported are the tall factor's. Reads the matrix three times, once more
+    for V, and holds `24 in²` bytes beside the slabs. `dtype` as in `sweep`. Raises as `sweep` does.
     """
     source = as_rows(matrix)
     rows, columns = matrix_shape(source)
     asked = scaled_ranks(columns, [SEED_CORE_TRAIN])[0] if ranks is None else tuple(ranks)
     rank = min(scaled(SEED_CORE_RANK, columns) if core_rank is None else core_rank, rows, columns)
-    gram = np.zeros((columns, columns))
-    step = max(1, SLAB_BYTES // (8 * columns))
-    for start in range(0, rows, step):
-        part = np.asarray(source.read(start, min(start + step, rows)), dtype=np.float64)
-        gram += part.T @ part
-    right = _leading(gram, rank)
+    right = _signed(_right_vectors(source, rank) if known is None else known[:, :rank]).astype(dtype)
     wide_modes = balanced_modes(rank, columns)
     wide = tt_svd(to_tensor(right.T, wide_modes), asked)
-    wide_rows = to_matrix(tt_tensor(wide), wide_modes, (rank, columns))
+    wide_rows = to_matrix(tt_tensor(wide), wide_modes, (rank, columns)).astype(dtype)
     tall = ProjectedRows(source, right)
     modes = balanced_modes(rows, rank)
-    slabs = _Slabs(tall, modes)
+    slabs = _Slabs(tall, modes, dtype)
     (train,) = _fit(slabs, [asked])
     score = _Score()
     for slab in slabs:
@@ -308,6 +311,23 @@ def svd_core(
         score.add(slab.read(source), approximate @ wide_rows)
     parameters = parameter_count(modes.sizes, train.ranks) + sum(core.size for core in wide)
     return _measured("SVD core + TT", source, modes, asked, train.ranks, parameters, score, rank)
+
+
+def _right_vectors(source: RowSource, count: int) -> Float64:
+    rows, columns = source.shape
+    gram = np.zeros((columns, columns))
+    step = max(1, SLAB_BYTES // (8 * columns))
+    for start in range(0, rows, step):
+        part = np.asarray(source.read(start, min(start + step, rows)), dtype=np.float64)
+        gram += part.T @ part
+    return _leading(gram, count)
+
+
+def _signed(vectors: Floats) -> Floats:
+    """Return vectors whose largest entry is positive: trains of what is reshaped depend on the signs."""
+    largest = np.take_along_axis(vectors, np.abs(vectors).argmax(axis=0)[np.newaxis], axis=0)
+    signed: Floats = np.where(largest < 0, -vectors, vectors)
+    return signed
 
 
 def matrix_shape(source: RowSource) -> tuple[int, int]:
@@ -326,7 +346,7 @@ class _Slab:
     shape: tuple[int, int]
     start: int
     stop: int
-    tensor: Float64
+    tensor: Floats
 
     @property
     def first(self) -> int:
@@ -336,14 +356,14 @@ class _Slab:
     def middle(self) -> int:
         return (self.stop - self.start) * self.modes.columns[1]
 
-    def rows_of(self, tensor: Float64) -> Float64:
+    def rows_of(self, tensor: Floats) -> Floats:
         """Return the slab's rows (`rows in`) without padding."""
         (m1, _, m3), (n1, n2, n3) = self.modes.rows, self.modes.columns
         split = tensor.reshape(m1, n1, self.stop - self.start, n2, m3, n3)
         rows = split.transpose(0, 2, 4, 1, 3, 5).reshape(-1, n1 * n2 * n3)
         return rows[self._stored(), : self.shape[1]]
 
-    def read(self, source: RowSource) -> Float64:
+    def read(self, source: RowSource) -> Floats:
         """Return another source's rows in the order of `rows_of`."""
         width = self.modes.rows[1] * self.modes.rows[2]
         parts = []
@@ -351,7 +371,7 @@ class _Slab:
             first = i1 * width + self.start * self.modes.rows[2]
             last = min(i1 * width + self.stop * self.modes.rows[2], self.shape[0])
             if first < last:
-                parts.append(np.asarray(source.read(first, last), dtype=np.float64))
+                parts.append(np.asarray(source.read(first, last), dtype=self.tensor.dtype))
         return np.concatenate(parts)
 
     def _stored(self) -> NDArray[np.bool_] | slice:
@@ -365,23 +385,23 @@ class _Slab:
 class _Slabs:
     """A row source in slabs that a three-core train can be fitted from; iterating reads it all."""
 
-    def __init__(self, source: RowSource, modes: Modes) -> None:
+    def __init__(self, source: RowSource, modes: Modes, dtype: type[Any] = np.float64) -> None:
         rows, columns = matrix_shape(source)
         if len(modes.rows) != 3 or len(modes.columns) != 3:
             raise BitsmithError(f"streaming takes three cores, found modes {modes.rows} x {modes.columns}")
         if modes.shape[0] < rows or modes.shape[1] < columns:
             raise BitsmithError(f"modes of {modes.shape} cannot hold a matrix of {(rows, columns)}")
-        self.source, self.modes, self.shape = source, modes, (rows, columns)
+        self.source, self.modes, self.shape, self.dtype = source, modes, (rows, columns), np.dtype(dtype)
 
     def __iter__(self) -> Iterator[_Slab]:
         (m1, m2, m3), width = self.modes.rows, self.modes.shape[1]
-        step = max(1, SLAB_BYTES // (8 * m1 * m3 * width))
+        step = max(1, SLAB_BYTES // (self.dtype.itemsize * m1 * m3 * width))
         for start in range(0, m2, step):
             yield self._slab(start, min(start + step, m2))
 
     def _slab(self, start: int, stop: int) -> _Slab:
         (m1, m2, m3), (n1, n2, n3) = self.modes.rows, self.modes.columns
-        rows = np.zeros((m1, (stop - start) * m3, self.modes.shape[1]))
+        rows = np.zeros((m1, (stop - start) * m3, self.modes.shape[1]), self.dtype)
         for i1 in range(m1):
             first = (i1 * m2 + start) * m3
             last = min((i1 * m2 + stop) * m3, self.shape[0])
@@ -397,11 +417,11 @@ class _Fitted:
     """The two projections of a three-core train: `left` (`p_1 r_1`) and `right` (`p_3 r_2`)."""
 
     ranks: tuple[int, ...]
-    left: Float64
-    right: Float64
+    left: Floats
+    right: Floats
     coded: Callable[[Float64], Float64] | None = None
 
-    def approximate(self, inside: Float64, middle: int) -> Float64:
+    def approximate(self, inside: Floats, middle: int) -> Floats:
         """Return the approximated slab from `Uᵀ` of it, with `U` as wide as this one's or wider."""
         r1, (p3, r2) = self.ranks[1], self.right.shape
         reduced = inside[:r1].reshape(r1 * middle, p3)
@@ -423,7 +443,7 @@ def _fit(slabs: _Slabs, asked: Sequence[Sequence[int]]) -> list[_Fitted]:
     sizes = slabs.modes.sizes
     ranks = [possible_ranks(sizes, config) for config in asked]
     widest = max(config[1] for config in ranks)
-    left = _leading(_first_gram(slabs), widest)
+    left = _leading(_first_gram(slabs), widest).astype(slabs.dtype)
     cuts = sorted({config[1] for config in ranks})
     bands = {cut: np.zeros((sizes[2], sizes[2])) for cut in cuts}
     for slab in slabs:
@@ -435,6 +455,7 @@ def _fit(slabs: _Slabs, asked: Sequence[Sequence[int]]) -> list[_Fitted]:
     for cut in cuts:  # the second unfolding at a larger rank has the rows of the smaller one and more
         gram += bands.pop(cut)
         rights[cut] = _leading(gram, max(config[2] for config in ranks if config[1] == cut))
+        rights[cut] = rights[cut].astype(slabs.dtype)
     return [_Fitted(config, left[:, : config[1]], rights[config[1]][:, : config[2]]) for config in ranks]
 
 
@@ -462,16 +483,14 @@ class _Score:
         self.error = self.total = self.cosines = 0.0
         self.rows = 0
 
-    def add(self, target: Float64, approximate: Float64) -> None:
-        energy = np.einsum("ij,ij->i", target, target)
-        length = np.sqrt(energy * np.einsum("ij,ij->i", approximate, approximate))
-        inner = np.einsum("ij,ij->i", target, approximate)
+    def add(self, target: Floats, approximate: Floats) -> None:
+        energy, other, inner, error = row_products(target, approximate).T
+        length = np.sqrt(energy * other)
         # a row of zeros has no direction; one approximated by zeros has lost its own, cosine 0
         self.cosines += float(np.divide(inner, length, out=np.zeros_like(inner), where=length > 0).sum())
         self.rows += int(np.count_nonzero(energy))
         self.total += float(energy.sum())
-        approximate -= target
-        self.error += float(np.einsum("ij,ij->", approximate, approximate))
+        self.error += float(error.sum())
 
 
 def _measured(

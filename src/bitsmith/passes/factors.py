@@ -7,16 +7,19 @@ memory are a few square matrices of the shorter side (and the matrix itself wher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from scipy import linalg
 
 from bitsmith.errors import BitsmithError
 from bitsmith.formats import format_named
+from bitsmith.numerics.spectrum import Decomposition
+from bitsmith.numerics.squares import add_squares
 from bitsmith.numerics.tensor_train import RowSource, matrix_shape
 
 Float32 = NDArray[np.float32]
@@ -37,13 +40,28 @@ def symmetric(rows: Float32, largest: int, group: int | None = None) -> Float32:
     out, columns = rows.shape
     width = min(group or columns, columns)
     groups = -(-columns // width)
-    padded = np.pad(rows, ((0, 0), (0, groups * width - columns))).reshape(out, groups, width)
-    scale = np.abs(padded).max(axis=2, keepdims=True) / np.float32(largest)
-    steps = np.divide(padded, scale, out=np.zeros_like(padded), where=scale > 0)
-    codes = np.clip(np.trunc(steps + np.copysign(np.float32(0.5), steps)), -largest, largest)
+    values = np.ascontiguousarray(rows, dtype=np.float32)
+    padded = np.pad(values, ((0, 0), (0, groups * width - columns))) if columns % width else values
+    apart = padded.reshape(out, groups, width)
+    scale = np.maximum(apart.max(axis=2), -apart.min(axis=2)) / np.float32(largest)
     stored = np.minimum(scale, _LARGEST_SCALE).astype(np.float16).astype(np.float32)
-    decoded: Float32 = (codes * stored).reshape(out, groups * width)[:, :columns]
+    decoded = np.empty_like(values)
+    _round_symmetric(values, scale, stored, width, np.float32(largest), decoded)
     return decoded
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _round_symmetric(
+    rows: Float32, scale: Float32, stored: Float32, width: int, largest: np.float32, out: Float32
+) -> None:
+    half, zero = np.float32(0.5), np.float32(0.0)
+    for row in range(rows.shape[0]):
+        for group in range(scale.shape[1]):
+            step, size = scale[row, group], stored[row, group]
+            for at in range(group * width, min((group + 1) * width, rows.shape[1])):
+                value = rows[row, at] / step if step > zero else zero
+                code = min(np.floor(abs(value) + half), largest)
+                out[row, at] = (code if value >= zero else -code) * size
 
 
 def symmetric_bytes(rows: int, columns: int, bits: int, group: int | None = None) -> int:
@@ -108,6 +126,15 @@ class Metric:
         """Return `|row @ L|²` of each row."""
         return squares(self.weighed(rows))
 
+    def errors(self, rows: Float32, decoded: Float32) -> Float64:
+        """Return `|(row - decoded row) @ L|²` of each row."""
+        if self.root is not None:
+            return self.energies(rows - decoded)
+        sums = np.zeros((len(rows), 2))
+        own, other = (np.ascontiguousarray(values).reshape(-1) for values in (rows, decoded))
+        add_squares(own, other, rows.shape[1], sums)
+        return sums[:, 0]
+
 
 def _square_root(moment: Float64) -> Float64:
     values, vectors = linalg.eigh((moment + moment.T) / 2)
@@ -122,21 +149,20 @@ class Factors:
     carry `sqrt(σ_1)`, so that F16 can hold them.
     """
 
-    def __init__(
-        self, source: RowSource, metric: Metric, known: tuple[Float64, NDArray[Any]] | None = None
-    ) -> None:
+    def __init__(self, source: RowSource, metric: Metric, known: Decomposition | None = None) -> None:
         self.rows, self.columns = self.shape = matrix_shape(source)
         self.side = min(self.shape)
         tall = self.rows >= self.columns
         if known is not None and metric.root is None:
-            sigma, vectors = known
+            sigma, vectors, lengths = known.spectrum.sigma, known.vectors, known.lengths
             inner = None if tall else np.asarray(source.read(), vectors.dtype)
         else:
             sigma, vectors, inner = _tall(source, metric) if tall else _wide(source, metric)
+            lengths = sigma
         self.sigma = sigma
         self.rank = int(np.count_nonzero(sigma > RESOLVED * sigma[0]))
-        vectors, used = vectors[:, : self.rank], sigma[: self.rank]
-        balance = np.sqrt(sigma[0]) if self.rank else 1.0
+        vectors, used = vectors[:, : self.rank], lengths[: self.rank].astype(vectors.dtype)
+        balance = float(np.sqrt(sigma[0])) if self.rank else 1.0
         self._into_left: Float32 | None = None
         if tall:
             weighed = metric.applied(vectors)
@@ -186,16 +212,39 @@ def _eigen(gram: Float64) -> tuple[Float64, Float64]:
 
 @dataclass(frozen=True)
 class FactorCode:
-    """How the rows of a factor are stored; the rank is a multiple of `multiple`."""
+    """How the rows of a factor are stored; the rank is a multiple of `multiple`.
+
+    `whole_rows`: what an entry decodes to depends on its whole row, so that a shorter row is no part of it.
+    """
 
     name: str
     row_bytes: Callable[[int], int]
     decoded: Callable[[Float32], Float32]
     multiple: int = 1
+    whole_rows: bool = False
 
     def size(self, shape: tuple[int, int], rank: int) -> int:
         """Return the bytes of both factors, `out r` and `r in`."""
         return shape[0] * self.row_bytes(rank) + rank * self.row_bytes(shape[1]) if rank else 0
+
+    def products(self, left: Float32, right: Float32, ranks: Sequence[int]) -> Iterator[Float32]:
+        """Yield `left[:, :r]`, coded, times `right[:r]` for ascending ranks r, each made of the one before.
+
+        The array that is yielded is changed for the next.
+        """
+        made = np.zeros((len(left), right.shape[1]), np.float32)
+        coded, done = left[:, :0], 0
+        for rank in ranks:
+            if rank > done:
+                first = 0 if self.whole_rows else done
+                more = self.decoded(np.ascontiguousarray(left[:, first:rank]))
+                made += more[:, done - first :] @ right[done:rank]
+                if self.whole_rows:
+                    changed = np.flatnonzero((more[:, :done] != coded).any(axis=1))
+                    made[changed] = more[changed] @ right[:rank]
+                    coded = more
+                done = rank
+            yield made
 
     def largest_rank(self, shape: tuple[int, int], most: int, budget_bytes: int) -> int:
         """Return the largest rank up to `most` whose factors fit into the budget."""
@@ -217,6 +266,7 @@ def _integers(bits: int) -> FactorCode:
         f"int{bits}",
         lambda width: symmetric_bytes(1, width, bits),
         lambda rows: symmetric(rows, 2 ** (bits - 1) - 1),
+        whole_rows=True,
     )
 
 

@@ -11,7 +11,7 @@ rounding by the diagonal of `C`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from bitsmith.formats import Format, format_named
 from bitsmith.numerics.rate_distortion import gap_db
+from bitsmith.numerics.spectrum import Decomposition
 from bitsmith.numerics.tensor_train import RowSource, as_rows, matrix_shape
 from bitsmith.passes.factors import (
     F16_CODE,
@@ -31,7 +32,6 @@ from bitsmith.passes.factors import (
     factor_codes,
     half,
     row_chunks,
-    squares,
     symmetric,
     symmetric_bytes,
 )
@@ -42,7 +42,7 @@ Float64 = NDArray[np.float64]
 SEED_RANK, SEED_SIDE, SEED_ERROR = 512, 4096, 0.039
 """The seed's claim: rank 512 of 4096 leaves an error of at most 0.039, as exponential decay would."""
 GAP_FORMATS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
-MEASURED_ROWS = 4096
+MEASURED_ROWS, MEASURED_WEIGHTS = 4096, 1 << 23  # of errors, at most
 _GROUP = 128
 
 
@@ -138,12 +138,12 @@ def contest(
     matrix: RowSource | NDArray[Any],
     second_moment: Float64 | None = None,
     measured_rows: int = MEASURED_ROWS,
-    known: tuple[Float64, NDArray[Any]] | None = None,
+    known: Decomposition | None = None,
 ) -> Contest:
     """Measure low rank against int4 on a matrix (`out in`), errors on at most `measured_rows` rows.
 
-    Measured rows are evenly spaced over all. `second_moment` is E[x xᵀ] (`in in`) or its diagonal (`in`).
-    Singular values and the vectors of the shorter side (`n n`) that are `known` are not computed again.
+    Measured rows are evenly spaced over all, and hold at most 2^23 weights. `second_moment` is E[x xᵀ]
+    (`in in`) or its diagonal (`in`). A decomposition that is `known` is not computed again.
     Raises BitsmithError for anything but a matrix, for values that are not finite and a second moment that is
     not one.
     """
@@ -151,21 +151,25 @@ def contest(
     rows, columns = matrix_shape(source)
     metric = Metric(second_moment, columns)
     factors = Factors(source, metric, known)
-    rivals = _int4_entrants(rows, columns, metric)
-    entrants = [*rivals, *_low_rank_entrants(rivals, factors), *_residual_entrants(rivals, factors)]
-    entrants.append(_seed_entrant(factors))
-    index = _spaced(rows, measured_rows)
-    scores = [_Score(rows) for _ in entrants]
+    entrants = _int4_entrants(rows, columns, metric)
+    rivals = [coding for entrant in entrants for coding in entrant.codings]
+    entrants += [
+        *_low_rank_entrants(rivals, factors),
+        *_residual_entrants(rivals, factors),
+        _seed_entrant(factors),
+    ]
+    index = _spaced(rows, columns, measured_rows)
+    scores = [[_Score(rows) for _ in entrant.codings] for entrant in entrants]
     for at, piece in row_chunks(source, index):
         left, energy = factors.left(at, piece), metric.energies(piece)
-        for entrant, score in zip(entrants, scores, strict=True):
-            score.add(metric.energies(piece - entrant.decoded(piece, left)), energy)
-    codings = [_scored(e, s) for e, s in zip(entrants, scores, strict=True)]
-    int4, low_rank, residual = (
-        tuple(c for c, entrant in zip(codings, entrants, strict=True) if entrant.kind == kind)
-        for kind in ("int4", "low rank", "residual")
-    )
-    return Contest(rows, columns, index.size, metric.name, int4, low_rank, residual, codings[-1])
+        for entrant, own in zip(entrants, scores, strict=True):
+            for decoded, score in zip(entrant.decoded(piece, left), own, strict=True):
+                score.add(metric.errors(piece, decoded), energy)
+    found: dict[str, tuple[Coding, ...]] = {"int4": (), "low rank": (), "residual": (), "seed": ()}
+    for entrant, own in zip(entrants, scores, strict=True):
+        found[entrant.kind] += tuple(map(_scored, entrant.codings, own))
+    kinds = found["int4"], found["low rank"], found["residual"], found["seed"][0]
+    return Contest(rows, columns, index.size, metric.name, *kinds)
 
 
 def format_gaps(
@@ -173,20 +177,24 @@ def format_gaps(
     singular_values: Float64,
     formats: Sequence[str] = GAP_FORMATS,
     measured_rows: int = MEASURED_ROWS,
+    known: Sequence[Coding] = (),
 ) -> tuple[FormatGap, ...]:
     """Encode and decode evenly spaced rows in each format that fits them and compare with the bounds.
 
+    The errors of codings that are `known`, measured on these rows, are not measured again.
     Raises BitsmithError for an unknown format.
     """
     source = as_rows(matrix)
     fitting = [coder for coder in map(format_named, formats) if coder.fits(source.shape[1])]
-    index = _spaced(source.shape[0], measured_rows)
-    scores = [_Score(source.shape[0]) for _ in fitting]
-    for _, rows in row_chunks(source, index):
-        energy = squares(rows)
-        for coder, score in zip(fitting, scores, strict=True):
-            score.add(squares(rows - coder.decode(coder.encode(rows))), energy)
-    return tuple(_gap(c, s.relative_error, singular_values) for c, s in zip(fitting, scores, strict=True))
+    errors = {coding.method: coding.relative_error for coding in known}
+    sums = {coder: np.zeros(2) for coder in fitting if coder.name not in errors}
+    for _, rows in row_chunks(source, _spaced(*matrix_shape(source), measured_rows)):
+        for coder in sums:
+            found = coder.squared_error(rows, coder.encode(rows))
+            sums[coder] += (found.error, found.energy)
+    for coder, (error, energy) in sums.items():
+        errors[coder.name] = float(np.sqrt(error / energy)) if energy > 0 else None
+    return tuple(_gap(coder, errors[coder.name], singular_values) for coder in fitting)
 
 
 def claimed_error(rank: int, shorter_side: int) -> float:
@@ -207,8 +215,8 @@ def _closeness(coding: Coding) -> float:
     return np.inf if coding.relative_error is None else coding.relative_error
 
 
-def _spaced(count: int, most: int) -> NDArray[np.intp]:
-    kept = max(1, min(count, most))
+def _spaced(count: int, columns: int, most: int) -> NDArray[np.intp]:
+    kept = max(1, min(count, most, MEASURED_WEIGHTS // columns))
     return np.arange(kept, dtype=np.intp) * count // kept
 
 
@@ -221,11 +229,14 @@ def _gap(coder: Format, error: float | None, singular_values: Float64) -> Format
 
 @dataclass(frozen=True)
 class _Entrant:
-    """A coding before it is measured: `decoded(rows, left rows)` is what it makes of some rows."""
+    """Codings that share work, before they are measured: what each makes of some rows, one after the other.
+
+    `decoded(rows, left rows)` may change what it yielded for the next.
+    """
 
     kind: str
-    coding: Coding
-    decoded: Callable[[Float32, Float32], Float32]
+    codings: tuple[Coding, ...]
+    decoded: Callable[[Float32, Float32], Iterable[Float32]]
 
 
 def _coding(method: str, stored_bytes: int, shape: tuple[int, int], **more: Any) -> Coding:
@@ -235,70 +246,73 @@ def _coding(method: str, stored_bytes: int, shape: tuple[int, int], **more: Any)
 
 
 def _int4_entrants(rows: int, columns: int, metric: Metric) -> list[_Entrant]:
-    def rounded(group: int | None) -> Callable[[Float32, Float32], Float32]:
-        return lambda piece, _: symmetric(piece, 7, group)
+    def rounded(group: int | None) -> Callable[[Float32, Float32], Iterable[Float32]]:
+        return lambda piece, _: [symmetric(piece, 7, group)]
 
     entrants = []
     for name, group in (("int4 row", None), (f"int4 group {_GROUP}", _GROUP)):
         coding = _coding(name, symmetric_bytes(rows, columns, 4, group), (rows, columns))
-        entrants.append(_Entrant("int4", coding, rounded(group)))
+        entrants.append(_Entrant("int4", (coding,), rounded(group)))
     coder, weight = format_named("Q4_K"), metric.diagonal
     if coder.fits(columns):
         coding = _coding(coder.name, rows * coder.row_bytes(columns), (rows, columns))
-        entrants.append(_Entrant("int4", coding, lambda piece, _: coder.decode(coder.encode(piece, weight))))
+        entrants.append(
+            _Entrant("int4", (coding,), lambda piece, _: [coder.decode(coder.encode(piece, weight))])
+        )
     return entrants
 
 
-def _low_rank_entrants(rivals: Sequence[_Entrant], factors: Factors) -> list[_Entrant]:
+def _low_rank_entrants(rivals: Sequence[Coding], factors: Factors) -> list[_Entrant]:
     entrants = []
     for code in factor_codes(factors.columns):
-        right = code.decoded(factors.right)
-        for rival in rivals:
-            rank = code.largest_rank(factors.shape, factors.rank, rival.coding.stored_bytes)
-            if rank or code.multiple == 1:
-                entrants.append(_truncated(code, right, rank, factors, rival.coding.method))
+        ranks = [code.largest_rank(factors.shape, factors.rank, rival.stored_bytes) for rival in rivals]
+        budgets = {rival.method: rank for rival, rank in zip(rivals, ranks, strict=True)}
+        if code.multiple > 1:
+            budgets = {method: rank for method, rank in budgets.items() if rank}
+        if budgets:
+            entrants.append(_truncated("low rank", code, budgets, factors))
     return entrants
 
 
 def _seed_entrant(factors: Factors) -> _Entrant:
     rank = min(factors.rank, max(1, round(factors.side * SEED_RANK / SEED_SIDE)))
-    return replace(
-        _truncated(INT4_CODE, INT4_CODE.decoded(factors.right[:rank]), rank, factors, None), kind="seed"
+    return _truncated("seed", INT4_CODE, {None: rank}, factors)
+
+
+def _truncated(
+    kind: str, code: FactorCode, budgets: Mapping[str, int] | Mapping[None, int], factors: Factors
+) -> _Entrant:
+    """Return factors of each budget's rank, which ascend with the bytes of the rivals."""
+    ranks = list(budgets.values())
+    right = code.decoded(factors.right[: ranks[-1]])
+    codings = (
+        _coding(
+            f"{code.name} factors",
+            code.size(factors.shape, rank),
+            factors.shape,
+            rank=rank,
+            budget=budget,
+            theory_error=factors.theory(rank),
+            claimed_error=claimed_error(rank, factors.side),
+        )
+        for budget, rank in budgets.items()
     )
+    return _Entrant(kind, tuple(codings), lambda _, left: code.products(left, right, ranks))
 
 
-def _truncated(code: FactorCode, right: Float32, rank: int, factors: Factors, budget: str | None) -> _Entrant:
-    coding = _coding(
-        f"{code.name} factors",
-        code.size(factors.shape, rank),
-        factors.shape,
-        rank=rank,
-        budget=budget,
-        theory_error=factors.theory(rank),
-        claimed_error=claimed_error(rank, factors.side),
-    )
-    kept = right[:rank]
-    return _Entrant("low rank", coding, lambda rows, left: _product(code, left, kept, rows))
-
-
-def _product(code: FactorCode, left: Float32, right: Float32, rows: Float32) -> Float32:
-    rank = right.shape[0]
-    return code.decoded(left[:, :rank]) @ right if rank else np.zeros_like(rows)
-
-
-def _residual_entrants(rivals: Sequence[_Entrant], factors: Factors) -> list[_Entrant]:
+def _residual_entrants(rivals: Sequence[Coding], factors: Factors) -> list[_Entrant]:
     """Low rank in F16 beside int4 by groups, in the bytes of the int4 coding that has more of them (Q4_K)."""
-    group = next(rival.coding for rival in rivals if rival.coding.method == f"int4 group {_GROUP}")
-    largest = max((rival.coding for rival in rivals), key=lambda coding: coding.stored_bytes)
+    group = next(rival for rival in rivals if rival.method == f"int4 group {_GROUP}")
+    largest = max(rivals, key=lambda coding: coding.stored_bytes)
     spare = largest.stored_bytes - group.stored_bytes
     rank = F16_CODE.largest_rank(factors.shape, factors.rank, spare)
     if rank == 0:
         return []
     right = half(factors.right[:rank])
 
-    def decoded(rows: Float32, left: Float32) -> Float32:
+    def decoded(rows: Float32, left: Float32) -> Iterable[Float32]:
         approximate = half(left[:, :rank]) @ right
-        return approximate + symmetric(rows - approximate, 7, _GROUP)
+        return [approximate + symmetric(rows - approximate, 7, _GROUP)]
 
     coding = _coding(
         f"F16 factors + int4 group {_GROUP}",
@@ -307,7 +321,7 @@ def _residual_entrants(rivals: Sequence[_Entrant], factors: Factors) -> list[_En
         rank=rank,
         budget=largest.method,
     )
-    return [_Entrant("residual", coding, decoded)]
+    return [_Entrant("residual", (coding,), decoded)]
 
 
 class _Score:
@@ -339,5 +353,5 @@ class _Score:
         return float(squared / (2 * error))
 
 
-def _scored(entrant: _Entrant, score: _Score) -> Coding:
-    return replace(entrant.coding, relative_error=score.relative_error, standard_error=score.standard_error)
+def _scored(coding: Coding, score: _Score) -> Coding:
+    return replace(coding, relative_error=score.relative_error, standard_error=score.standard_error)

@@ -16,6 +16,7 @@ from bitsmith.numerics.power_law import fit_tail, log_slope
 from bitsmith.numerics.rate_distortion import bound_points
 from bitsmith.numerics.spectrum import (
     LARGE,
+    Decomposition,
     Spectrum,
     compare_with_random,
     decompose,
@@ -157,15 +158,12 @@ def measure(
         sample = QUICK_ROWS if quick else MEASURED_ROWS
         spectrum = found.spectrum
         zero = spectrum.energy == 0
-        rivals = (
-            ()
-            if zero
-            else _rivals(contest(source, measured_rows=sample, known=(spectrum.sigma, found.vectors)))
-        )
-        del found
+        measured = None if zero else contest(source, measured_rows=sample, known=found)
+        rivals = () if measured is None else _rivals(measured)
         figures = None if zero else spectrum_figures(spectrum)
-        gaps = () if zero else _rates(source, spectrum, sample)
-        trains = None if zero or quick or target.role not in TRAIN_ROLES else _trains(source)
+        gaps = () if measured is None else _rates(source, spectrum, sample, measured.int4)
+        trains = None if zero or quick or target.role not in TRAIN_ROLES else _trains(source, found)
+        del found
         whitened = None if zero or second_moment is None else _whitened(source, second_moment)
     except UnsupportedError:
         raise
@@ -291,17 +289,19 @@ def _rival(kind: Any, coding: Coding, error: float) -> Rival:
     )
 
 
-def _rates(source: Source, spectrum: Spectrum, sample: int) -> tuple[RateRow, ...]:
+def _rates(source: Source, spectrum: Spectrum, sample: int, known: tuple[Coding, ...]) -> tuple[RateRow, ...]:
     return tuple(
         RateRow(gap.format, gap.bpw, gap.relative_error, gap.gap_white_db, gap.gap_spectral_db)
-        for gap in format_gaps(source, spectrum.sigma, measured_rows=sample)
+        for gap in format_gaps(source, spectrum.sigma, measured_rows=sample, known=known)
         if gap.relative_error is not None
     )
 
 
-def _trains(source: Source) -> tuple[TrainRow, ...]:
-    rows = as_rows(source)
-    return tuple(_train(train) for train in (*sweep(rows), svd_core(rows)))
+def _trains(source: Source, found: Decomposition) -> tuple[TrainRow, ...]:
+    rows, large = as_rows(source), min(source.shape) >= LARGE
+    dtype, known = (np.float32, found.right_vectors) if large else (np.float64, None)
+    trains = (*sweep(rows, dtype=dtype), svd_core(rows, known=known, dtype=dtype))
+    return tuple(_train(train) for train in trains)
 
 
 def _train(train: Train) -> TrainRow:

@@ -17,6 +17,7 @@ from bitsmith.errors import BitsmithError, DamagedFileError, printable
 from bitsmith.formats import format_named
 from bitsmith.numerics.planted import Planted, check_planted, planted_rows, pool_values
 from bitsmith.store.checkpoint import Bytes, Checkpoint, Rows, TensorRef
+from bitsmith.store.content import HashedTensor
 from bitsmith.store.safetensors import ITEM_BYTES, load_json, read_config, side_file
 from bitsmith.store.stored import plain_decoder
 
@@ -37,7 +38,7 @@ class Normal:
     seed: int
 
 
-class VirtualTensor(TensorRef):
+class VirtualTensor(HashedTensor):
     """A tensor computed on read, as if it were stored in its dtype: F32, F16 or BF16."""
 
     def __init__(self, name: str, shape: tuple[int, ...], dtype: str, plan: Planted | Normal) -> None:
@@ -60,6 +61,15 @@ class VirtualTensor(TensorRef):
     def raw(self, start: int = 0, stop: int | None = None) -> Bytes:
         """Return the bytes that would be stored of rows `[start, stop)`, flat."""
         stop = self.n_rows if stop is None else stop
+        width = self.nbytes // self.n_rows
+        return self._hashed(start * width, self.stored(start * width, stop * width))
+
+    def _load(self, first: int, last: int) -> Bytes:
+        width = self.nbytes // self.n_rows
+        start = first // width
+        return self._computed(start, -(-last // width))[first - start * width : last - start * width]
+
+    def _computed(self, start: int, stop: int) -> Bytes:
         if isinstance(self.plan, Planted):
             rows = planted_rows(self.plan, start, stop)
         else:
