@@ -17,8 +17,9 @@ demo: $(STAMP)
 	$(BIN)/bitsmith demo
 
 # Two workers share the files out; torch then has a core for each (results do not depend on the number).
+# Byte code is kept also where the environment forbids it: the tests start many processes.
 test: $(STAMP) chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The tests open the HTML pages in a real browser: fetched where that is possible, skipped elsewhere (never in CI).
 chromium:
