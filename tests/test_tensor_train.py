@@ -125,8 +125,9 @@ def test_modes_are_balanced_and_pad_little() -> None:
 def test_svd_core_is_the_product_of_both_trains() -> None:
     matrix = decaying(120, 64)
     train = tt.svd_core(matrix, core_rank=12, ranks=(1, 6, 5, 1))
-    # the signs of singular vectors are free and the factors' trains depend on them: take the same ones
-    right = tt._leading(matrix.T @ matrix, 12).T
+    # the signs of singular vectors are free and the factors' trains depend on them: the largest entry decides
+    found = np.linalg.svd(matrix)[2]
+    right = (found * np.sign(np.take_along_axis(found, np.abs(found).argmax(1)[:, None], 1)))[:12]
     tall_modes, wide_modes = tt.balanced_modes(120, 12), tt.balanced_modes(12, 64)
     tall = reconstructed(matrix @ right.T, tall_modes, (1, 6, 5, 1))
     wide = reconstructed(right, wide_modes, (1, 6, 5, 1))
@@ -136,6 +137,16 @@ def test_svd_core_is_the_product_of_both_trains() -> None:
     values = np.linalg.svd(matrix, compute_uv=False)
     best = np.sqrt((values[12:] ** 2).sum() / (values**2).sum())
     assert exact.relative_error == pytest.approx(best, rel=1e-9)
+    single = tt.svd_core(matrix, 12, (1, 6, 5, 1), known=-found.T, dtype=np.float32)
+    assert single.relative_error == pytest.approx(train.relative_error, rel=1e-5)
+    assert single.mean_row_cosine == pytest.approx(train.mean_row_cosine, rel=1e-4)
+
+
+def test_a_sweep_in_float32_finds_what_float64_finds() -> None:
+    matrix = decaying(512, 256)
+    for single, double in zip(tt.sweep(matrix, dtype=np.float32), tt.sweep(matrix), strict=True):
+        assert single.relative_error == pytest.approx(double.relative_error, abs=1e-5)
+        assert single.mean_row_cosine == pytest.approx(double.mean_row_cosine, abs=1e-4)
 
 
 def test_memory_stays_far_below_the_matrix(monkeypatch) -> None:
