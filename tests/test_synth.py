@@ -23,6 +23,7 @@ from bitsmith.run.assay import assay
 from bitsmith.run.compress import compress
 from bitsmith.run.job import Job
 from bitsmith.store import open_checkpoint
+from bitsmith.store.virtual import VirtualTensor
 
 
 def test_layout_is_the_published_one(tiny_qwen3_5):
@@ -165,6 +166,20 @@ def test_a_virtual_checkpoint_reads_as_the_folder_it_stands_for(tmp_path):
     compress(Job(real, theirs, "Q4_0"))
     with open_checkpoint(ours) as one, open_checkpoint(theirs) as other:
         assert all(np.array_equal(one[name].raw(), other[name].raw()) for name in other)
+
+
+def test_compress_computes_a_virtual_checkpoint_once(tmp_path, monkeypatch):
+    folder = synth(tmp_path / "computed", "qwen3-tiny", planted=True, virtual=True)
+    computed, whole = [], VirtualTensor._computed
+
+    def counted(tensor, start, stop):
+        computed.append((stop - start) * (tensor.nbytes // tensor.n_rows))
+        return whole(tensor, start, stop)
+
+    monkeypatch.setattr(VirtualTensor, "_computed", counted)
+    compress(Job(folder, tmp_path / "out.gguf", "Q4_0"))
+    with open_checkpoint(folder) as checkpoint:
+        assert sum(computed) == sum(ref.nbytes for ref in checkpoint.values())
 
 
 def test_lost_shards_are_not_made_up_for(tmp_path):

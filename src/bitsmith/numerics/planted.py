@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics.marchenko_pastur import MarchenkoPastur
 from bitsmith.numerics.threads import for_ranges
+from bitsmith.numerics.vectors import load, spread, store
 
 Vector = NDArray[np.float64]
 Floats = NDArray[np.float32]
@@ -213,7 +214,7 @@ def _fill(
 ) -> None:
     """Fill rows `[begin, end)` of `out`, whose first row is the matrix's `first`, a multiple of 16."""
     columns = len(amplitude)
-    mixed = np.empty((len(right_mixer), _LANES), np.float32)
+    held = np.empty((len(right_mixer), _LANES), np.float32)
     for start in range(begin, end, _LANES):
         row = first + start
         if left_power > 1:
@@ -231,11 +232,12 @@ def _fill(
         for block in range(0, columns, right_power):
             _walsh(buffer[block : block + right_power])
         if len(right_mixer) > 1:
-            _mix(buffer, right_mixer, right_power, mixed)
-        for lane in range(min(_LANES, end - start)):
-            scale = row_scale[row + lane]
-            for c in range(columns):
-                out[start + lane, c] = buffer[c, lane] * (column_scale[c] * scale)
+            _mix(buffer, right_mixer, right_power, held)
+        for left in range(0, columns, _BLOCK):  # of the buffer, as much as stays in the first cache
+            for lane in range(min(_LANES, end - start)):
+                scale = row_scale[row + lane]
+                for c in range(left, min(left + _BLOCK, columns)):
+                    out[start + lane, c] = buffer[c, lane] * (column_scale[c] * scale)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -280,17 +282,14 @@ def _stages(block: Floats, half: int) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _mix(buffer: Floats, mixer: Floats, power: int, mixed: Floats) -> None:
-    """Multiply by `mixer ⊗ 1`: what lies `power` apart is mixed."""
+def _mix(buffer: Floats, mixer: Floats, power: int, held: Floats) -> None:
+    """Multiply by `mixer ⊗ 1`: what lies `power` apart is mixed; `held` (`odd lanes`) is room to work in."""
     n = len(mixer)
     for i in range(power):
+        for k in range(n):  # side by side: so far apart they would push each other out of the cache
+            store(held, k * _LANES, load(buffer, (k * power + i) * _LANES, 16))
         for j in range(n):
-            for lane in range(_LANES):
-                mixed[j, lane] = 0.0
+            mixed = spread(np.float32(0.0), 16)
             for k in range(n):
-                factor = mixer[j, k]
-                for lane in range(_LANES):
-                    mixed[j, lane] += factor * buffer[k * power + i, lane]
-        for j in range(n):
-            for lane in range(_LANES):
-                buffer[j * power + i, lane] = mixed[j, lane]
+                mixed = mixed + load(held, k * _LANES, 16) * mixer[j, k]
+            store(buffer, (j * power + i) * _LANES, mixed)
