@@ -97,10 +97,9 @@ def show_forecast(
 
     Raises BitsmithError where disk or memory cannot hold it.
     """
-    from bitsmith.report.forecast_lines import forecast_lines
+    from bitsmith.report.forecast_lines import UNMEASURED, forecast_lines
 
-    if forecast is not None:
-        typer.echo("\n".join(forecast_lines(forecast)))
+    typer.echo(UNMEASURED if forecast is None else "\n".join(forecast_lines(forecast)))
     told = None if forecast is None else forecast.to_json()
     write_json(json_out, (told or {}) if beside is None else {**beside, "forecast": told})
     if forecast is not None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -15,13 +15,16 @@ from typing import Any, NamedTuple
 from bitsmith import __version__
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.run.machine import available_bytes
-from bitsmith.run.machine_rates import MachineRates
+from bitsmith.run.machine_rates import MachineRates, cached_bytes
 
 CALIBRATION_SECONDS = 5.0
 """What measuring may take, nearly: the last measurement begun is finished."""
 
 MARGIN = 0.3
 """The relative interval promised around seconds and peak memory, on a machine that does nothing else."""
+
+OTHER_DEVICE = "a run on another device than the processor"
+"""What forecasts have not been held against."""
 
 
 class Part(NamedTuple):
@@ -38,8 +41,10 @@ class Part(NamedTuple):
 class Forecast:
     """A prediction; `seconds` and `peak_memory_bytes` hold within `MARGIN`, the bytes nearly.
 
-    `output_bytes` stay on the disk, `scratch_bytes` lie there besides at the most. `read_bytes` and
-    `written_bytes` are what the run asks the system for, whether or not it comes from the page cache.
+    Where a run does what no forecast has been held against, `unmeasured` names it: seconds, peak memory,
+    bytes read and written are then without it, the least that the run takes. `output_bytes` stay on the
+    disk, `scratch_bytes` lie there besides at the most. `read_bytes` and `written_bytes` are what the run
+    asks the system for, whether or not it comes from the page cache.
     `calibrated_seconds` were spent on measuring.
     """
 
@@ -53,18 +58,19 @@ class Forecast:
     parts: tuple[Part, ...]
     rates: MachineRates
     calibrated_seconds: float
-    notes: tuple[str, ...] = ()
+    unmeasured: tuple[str, ...] = ()
     folder: Path = field(default_factory=Path)
 
     @property
-    def seconds_interval(self) -> tuple[float, float]:
-        """The interval that is promised for the seconds."""
-        return (1 - MARGIN) * self.seconds, (1 + MARGIN) * self.seconds
+    def seconds_interval(self) -> tuple[float, float] | None:
+        """The interval that is promised for the seconds; None where part of the run is unmeasured."""
+        return None if self.unmeasured else ((1 - MARGIN) * self.seconds, (1 + MARGIN) * self.seconds)
 
     @property
-    def memory_interval(self) -> tuple[int, int]:
-        """The interval that is promised for the peak memory, bytes."""
-        return int((1 - MARGIN) * self.peak_memory_bytes), int((1 + MARGIN) * self.peak_memory_bytes)
+    def memory_interval(self) -> tuple[int, int] | None:
+        """The interval that is promised for the peak memory, bytes; None as for the seconds."""
+        told = self.peak_memory_bytes
+        return None if self.unmeasured else (int((1 - MARGIN) * told), int((1 + MARGIN) * told))
 
     def to_json(self) -> dict[str, Any]:
         """Return a JSON-ready record."""
@@ -89,16 +95,20 @@ class Forecast:
             written_bytes=self.written_bytes + other.written_bytes,
             parts=(*other.parts, *self.parts),
             calibrated_seconds=self.calibrated_seconds + other.calibrated_seconds,
+            unmeasured=(*other.unmeasured, *self.unmeasured),
         )
 
     def refuse_too_large(self) -> None:
-        """Raise OutputError where the disk, BitsmithError where memory has no room for the run."""
+        """Raise OutputError where the disk, BitsmithError where memory has no room for the run.
+
+        Memory is not refused where part of the run is unmeasured.
+        """
         needed, free = self.output_bytes + self.scratch_bytes, free_bytes(self.folder)
         if needed > free:
             raise OutputError(
                 f"{self.command} needs {needed:,} bytes of disk, {free:,} are free", path=self.folder
             )
-        if self.peak_memory_bytes > (free := available_bytes()):
+        if not self.unmeasured and self.peak_memory_bytes > (free := available_bytes()):
             raise BitsmithError(
                 f"{self.command} needs {self.peak_memory_bytes:,} bytes of memory, {free:,} can be had"
             )
@@ -165,6 +175,14 @@ class Budget:
     def share(self, parts: float) -> float:
         """Return an equal share of what is left for each of so many measurements."""
         return max(0.0, self.seconds - self.spent) / max(1.0, parts)
+
+
+def disk_part(files: Sequence[Path], rates: MachineRates, meanwhile_seconds: float = 0.0) -> Part:
+    """Return the wait for what is not in the page cache, beyond the work that goes on meanwhile."""
+    missing = max(0, sum(path.stat().st_size for path in files) - cached_bytes(files))
+    rate = rates.disk_read or float("inf")
+    wait = max(0.0, missing / rate - meanwhile_seconds)
+    return Part("waiting for the disk", wait, missing, "bytes not in the page cache", rate)
 
 
 def total_seconds(parts: Iterable[Part]) -> float:

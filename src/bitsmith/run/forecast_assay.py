@@ -125,7 +125,7 @@ def forecast_assay(
         parts=tuple(parts),
         rates=rates,
         calibrated_seconds=budget.spent,
-        notes=() if text is None else ("what the activations of --text take comes on top",),
+        unmeasured=() if text is None else ("the activations of --text",),
         folder=folder,
     )
 

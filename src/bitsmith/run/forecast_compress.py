@@ -9,7 +9,7 @@ from bitsmith.numerics.threads import at_most, one_blas_thread
 from bitsmith.run.cellm import CellmPlan
 from bitsmith.run.compress import Planned, device_named
 from bitsmith.run.folder import FolderPlan
-from bitsmith.run.forecast import Forecast
+from bitsmith.run.forecast import OTHER_DEVICE, Forecast
 from bitsmith.run.forecast_gguf import forecast_gguf
 from bitsmith.run.forecast_packed import forecast_cellm, forecast_folder
 from bitsmith.run.job import Job
@@ -21,11 +21,14 @@ from bitsmith.store.hub import local
 def forecast(job: Job, planned: Planned) -> Forecast | None:
     """Predict what `compress` takes for a job and its plan; None for factors and for recipes spi and sahc.
 
-    Those search as they go: how long is not known before. Of a GGUF's options the notes say what the figures
-    leave out.
+    Those search as they go: how long is not known before. `Forecast.unmeasured` names what the figures of a
+    GGUF leave out.
     """
     with device_named(job.device), at_most(job.threads):
-        return _forecast(replace(job, model=local(job.model)), planned)
+        found = _forecast(replace(job, model=local(job.model)), planned)
+    if found is None or job.device == "cpu":
+        return found
+    return replace(found, unmeasured=(*found.unmeasured, OTHER_DEVICE))
 
 
 def _forecast(job: Job, planned: Planned) -> Forecast | None:
@@ -40,13 +43,15 @@ def _forecast(job: Job, planned: Planned) -> Forecast | None:
         from bitsmith.run.forecast_forward import forecast_calibrate  # noqa: PLC0415 (loads torch)
 
         found = found.behind(forecast_calibrate(job.model, job.text, job.destination.with_suffix(".stats")))
-    return replace(found, notes=(*found.notes, *_left_out(job, planned)))
+    return replace(found, unmeasured=(*found.unmeasured, *_left_out(job, planned)))
 
 
 def _left_out(job: Job, planned: Plan) -> Iterator[str]:
-    if job.statistics is None and job.text is not None:
-        yield "rounding by the statistics of --text takes longer than the plain search that is told of"
+    if job.statistics is None and job.needs_forward:
+        yield "rounding by the statistics that are learned, which takes longer than the plain search"
+    if job.statistics is not None and job.follows(job.statistics):
+        yield "statistics behind the compressed layers (--no-sequential takes those of --stats alone)"
     if planned.transforms or job.searches:
-        yield "solving the transforms, and searching for them, comes on top"
+        yield "solving the transforms, and searching for them"
     if job.tune or job.recipe == "auto" or job.goal() is not None:
-        yield "candidates, their evaluation and tuning come on top"
+        yield "candidates, their evaluation, and tuning"

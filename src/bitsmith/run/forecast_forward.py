@@ -5,10 +5,12 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.run.calibrate import calibrate_tokens, room_for
@@ -17,7 +19,9 @@ from bitsmith.run.execute import peak_memory_bytes
 from bitsmith.run.forecast import (
     Budget,
     Forecast,
+    Io,
     Part,
+    disk_part,
     folder_of,
     io_so_far,
     scratch,
@@ -33,88 +37,143 @@ from bitsmith.store.imatrix import is_imatrix_name
 _VOCABULARY = 1024
 _HEAD_ROWS = 8192
 _HEAD_STATES = 256
-_LEAST_TOKENS = 16
-_CLEAR_SECONDS = 0.12
+_CHUNKS = 4
+"""Chunks that are rehearsed: of so many one is held out, which takes less than the others."""
+_LEAST_TOKENS = 8
+_LAYER_WORK = 2e10
+"""Weights of a layer times tokens that tell what a token takes."""
+_OVERLAP = 0.85
+"""Share of the workers' time that they are at work: they wait for one another at the ends of layers."""
+
+
+class Spent(NamedTuple):
+    """What a run took: seconds of the clock and of the processor, bytes that it asked the system for."""
+
+    wall_seconds: float
+    cpu_seconds: float
+    io: Io
+
+    @staticmethod
+    def on(run: Callable[[], object]) -> Spent:
+        """Run something and return what it took."""
+        before, began, worked = io_so_far(), time.perf_counter(), time.process_time()
+        run()
+        wall, cpu = time.perf_counter() - began, time.process_time() - worked
+        return Spent(wall, cpu, io_so_far().since(before))
 
 
 @dataclass(frozen=True)
 class Line:
-    """Seconds that are `fixed`, and more for every token."""
+    """What is `fixed`, and more for every token: seconds, and bytes read."""
 
     fixed: float
     token: float
+    fixed_read: float = 0.0
+    token_read: float = 0.0
+
+    @staticmethod
+    def through(few: Spent, more: Spent, tokens: tuple[int, int], workers: int) -> Line:
+        """Return the line through two runs over so many tokens.
+
+        A token's seconds are those of the processor, shared by the `workers`: two short runs of a few chunks
+        wait for one another and for the disk, long ones do not.
+        """
+        further = max(1, tokens[1] - tokens[0])
+        at_once = _OVERLAP * workers if workers > 1 else 1.0
+        token = max(0.0, more.cpu_seconds - few.cpu_seconds) / further / at_once
+        read = max(0, more.io.read - few.io.read) / further
+        return Line(
+            max(0.0, few.wall_seconds - token * tokens[0]), token, few.io.read - read * tokens[0], read
+        )
 
     def seconds(self, tokens: int) -> float:
         """Return the seconds of so many tokens."""
         return self.fixed + tokens * self.token
 
+    def read_bytes(self, tokens: int) -> float:
+        """Return the bytes read for so many tokens."""
+        return self.fixed_read + tokens * self.token_read
+
+    def times(self, factor: float) -> Line:
+        """Return the multiple."""
+        return Line(*(factor * own for own in astuple(self)))
+
     def less(self, other: Line) -> Line:
         """Return the difference, nothing below zero."""
-        return Line(max(0.0, self.fixed - other.fixed), max(0.0, self.token - other.token))
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Line(*(max(0.0, own - others) for own, others in pairs))
 
 
 @dataclass(frozen=True)
 class ForwardCost:
-    """A forward's seconds: of each kind of layer, of what goes on outside of them, and of the first start."""
+    """What a forward takes: each kind of layer, what is outside of them, and the first start's seconds."""
 
     kinds: dict[str, Line]
     outside: Line
     start: float
+
+    def read_bytes(self, kinds: Sequence[str], tokens: int) -> int:
+        """Return the bytes read for so many tokens."""
+        layers = sum(self.kinds[kind].read_bytes(tokens) for kind in kinds)
+        return int(layers + self.outside.read_bytes(tokens))
 
 
 Run = Callable[[TextModel, Tokens], object]
 
 
 class Rehearsal:
-    """Runs of something over miniatures of a model."""
+    """Runs of something over miniatures of a model and a few short chunks."""
 
-    def __init__(self, model: TextModel, run: Run, ctx_tokens: int) -> None:
-        self._model, self._run, self._ctx = model, run, ctx_tokens
+    def __init__(self, model: TextModel, run: Run, shape: tuple[int, int], work: float = _LAYER_WORK) -> None:
+        self._model, self._run, self._shape, self._work = model, run, shape, work
         self._vocabulary = min(_VOCABULARY, model.head.n_rows)
         self.kinds = layer_kinds(model)
-        self._few = _tokens(2, min(_LEAST_TOKENS, ctx_tokens))
+        self.workers = max(1, min(torch.get_num_threads(), usable_cores(), shape[0]))
+        self.chunks = min(_CHUNKS, shape[0])
+        self._few = _tokens(self.chunks, min(_LEAST_TOKENS, shape[1]))
+        self._lines: dict[tuple[tuple[str, ...], int | None], Line] = {}
 
     def cost(self) -> ForwardCost:
-        """Measure the first kind of layer once and doubled, the others once."""
-        first, *others = sorted(set(self.kinds), key=self.kinds.index)
-        begun = self.seconds([first], self._few)
-        few = self.seconds([first], self._few)
-        more = self._more(first, few)
-        once = self._line([first], more)
-        twice = self._line([first, first], more)
-        own = twice.less(once)
-        outside = once.less(own)
-        kinds = {first: own} | {kind: self._line([kind], more).less(outside) for kind in others}
-        return ForwardCost(kinds, outside, max(0.0, begun - few))
+        """Measure a layer of the last kind alone, and one of the other kind with it (a single kind twice).
 
-    def seconds(self, kinds: Sequence[str], tokens: Tokens, vocabulary: int | None = None) -> float:
-        """Run a layer of each of `kinds` over tokens and return the seconds."""
+        The last kind, of which there are fewest, is taken to cost what the other does for each weight.
+        """
+        first, *_, last = [*dict.fromkeys(self.kinds), self.kinds[-1]]
+        begun = self.spent([last], self._few)
+        alone, both = self.line([last]), self.line([first, last])
+        found = {first: both.less(alone)}
+        found[last] = found[first].times(self._weights(last) / self._weights(first))
+        return ForwardCost(found, alone.less(found[last]), max(0.0, begun.wall_seconds - alone.fixed))
+
+    def spent(self, kinds: Sequence[str], tokens: Tokens, vocabulary: int | None = None) -> Spent:
+        """Run a layer of each of `kinds` over tokens and return what that takes."""
         layers = [self.kinds.index(kind) for kind in kinds]
         model = miniature(self._model, layers, vocabulary or self._vocabulary)
-        began = time.perf_counter()
-        self._run(model, tokens)
-        return time.perf_counter() - began
+        return Spent.on(lambda: self._run(model, tokens))
 
-    def _more(self, kind: str, few: float) -> Tokens:
-        """Return tokens whose layer takes clearly longer than `few`: two contexts a core at the most."""
-        tokens, most = self._few, usable_cores()
-        while True:
-            chunks, width = tokens.shape
-            if width < self._ctx:
-                tokens = _tokens(max(2, most), min(self._ctx, 2 * width))
-            elif chunks < 2 * most:
-                tokens = _tokens(2 * chunks, width)
-            else:
-                return tokens
-            if self.seconds([kind], tokens) > few + _CLEAR_SECONDS:
-                return tokens
+    def rows(self, count: int) -> Line:
+        """Return what `count` further rows of the head take."""
+        kinds = self.kinds[-1:]
+        return self.line(kinds, self._vocabulary + count).less(self.line(kinds))
 
-    def _line(self, kinds: Sequence[str], more: Tokens) -> Line:
-        few = self.seconds(kinds, self._few)
-        if more.size == self._few.size:
-            return Line(few, 0.0)
-        token = max(0.0, self.seconds(kinds, more) - few) / (more.size - self._few.size)
-        return Line(max(0.0, few - token * self._few.size), token)
+    def line(self, kinds: Sequence[str], vocabulary: int | None = None) -> Line:
+        """Measure a layer of each of `kinds`, and what is outside of layers; the same asked again is kept."""
+        key = tuple(kinds), vocabulary
+        if key not in self._lines:
+            more = _tokens(self.chunks, self._width())
+            spent = [self.spent(kinds, tokens, vocabulary) for tokens in (self._few, more)]
+            self._lines[key] = Line.through(spent[0], spent[1], (self._few.size, more.size), self.workers)
+        return self._lines[key]
+
+    def _width(self) -> int:
+        """Return the tokens of a chunk that make clear what a token takes: a context at the most."""
+        wanted = int(self._work / self._weights(self.kinds[0]) / self.chunks)
+        return min(self._shape[1], max(4 * _LEAST_TOKENS, wanted))
+
+    def _weights(self, kind: str) -> int:
+        """Return the weights of a layer."""
+        layer = f"{self._model.arch.text_prefix}layers.{self.kinds.index(kind)}."
+        return sum(ref.size for name, ref in self._model.checkpoint.items() if name.startswith(layer))
 
 
 def _tokens(chunks: int, ctx_tokens: int) -> Tokens:
@@ -127,21 +186,19 @@ def layer_parts(name: str, cost: ForwardCost, kinds: Sequence[str], tokens: int)
     parts = []
     for kind, line in cost.kinds.items():
         layers = kinds.count(kind)
-        seconds = layers * line.seconds(tokens)
-        parts.append(
-            Part(
-                f"{name}: {kind} layers",
-                seconds,
-                layers * tokens,
-                "tokens × layers",
-                layers * tokens / max(seconds, 1e-9),
-            )
-        )
+        amount, seconds = layers * tokens, layers * line.seconds(tokens)
+        rate = amount / max(seconds, 1e-9)
+        parts.append(Part(f"{name}: {kind} layers", seconds, amount, "tokens × layers", rate))
     seconds = cost.outside.seconds(tokens)
     parts.append(
         Part(f"{name}: outside of the layers", seconds, tokens, "tokens", tokens / max(seconds, 1e-9))
     )
     return parts
+
+
+def _in_turns(tokens: Tokens, workers: int) -> int:
+    """Return the tokens that take as long where all workers are busy: the last turn may have fewer chunks."""
+    return int(-(-len(tokens) // workers) * workers * tokens.shape[1])
 
 
 @one_blas_thread()
@@ -152,22 +209,22 @@ def forecast_evaluate(
 
     Raises as `evaluate` does for what it refuses before its first forward.
     """
-    budget, before = Budget(), io_so_far()
+    before = io_so_far()
     with open_model(ref) as reference, open_model(candidate) as other:
         tokens, _ = text_chunks(reference, text, ctx_tokens, chunks)
         check_vocabulary(reference, other)
-        started, budget = seconds_of_process(), Budget()
-        parts, start = list[Part](), started
-        for name, model in (("reference", reference), ("candidate", other)):
-            rehearsal = Rehearsal(model, _forward, ctx_tokens)
+        rehearsals = [Rehearsal(model, _forward, tokens.shape) for model in (reference, other)]
+        parts, start, budget = list[Part](), seconds_of_process(), Budget()  # transformers is loaded by now
+        for name, rehearsal in zip(("reference", "candidate"), rehearsals, strict=True):
             cost = rehearsal.cost()
             start += cost.start
-            parts += layer_parts(name, cost, rehearsal.kinds, tokens.size)
+            parts += layer_parts(name, cost, rehearsal.kinds, _in_turns(tokens, rehearsal.workers))
         parts.append(_both_heads(reference, other, tokens))
         files = (*reference.source.files, *other.source.files)
         rates = machine_rates(
             files, Path(tempfile.gettempdir()), usable_cores(), work_seconds=total_seconds(tuple(parts))
         )
+        parts.append(disk_part(files, rates))
         states = _state_bytes(reference, tokens)
         stored = sum(map(_text_bytes, (reference, other)))
     return Forecast(
@@ -248,23 +305,30 @@ def forecast_calibrate(
     before, folder = io_so_far(), folder_of(out)
     with open_model(model) as opened, scratch(folder) as work:
         tokens, protocol = text_chunks(opened, text, ctx_tokens, chunks)
-        started, budget = seconds_of_process(), Budget()
 
         def run(mini: TextModel, part: Tokens) -> None:
             calibrate_tokens(
                 mini, part, protocol, work / out.name, block=block, saliency=saliency, overwrite=True
             )
 
-        rehearsal = Rehearsal(opened, run, ctx_tokens)
+        full = not is_imatrix_name(out)
+        weighs = saliency and full
+        rehearsal = Rehearsal(opened, run, tokens.shape, _LAYER_WORK / (2 if weighs else 1))
+        started, budget = seconds_of_process(), Budget()  # transformers is loaded by now
         cost = rehearsal.cost()
-        parts = layer_parts("layers", cost, rehearsal.kinds, tokens.size)
-        parts.append(_saliency_head(rehearsal, opened, tokens))
+        busy = _in_turns(tokens, rehearsal.workers)
+        kinds = [*rehearsal.kinds, *_mtp_kinds(opened)]
+        parts = layer_parts("layers", cost, kinds, busy)
+        head, head_read = _head(rehearsal, opened, tokens) if weighs else (None, 0)
+        parts += [] if head is None else [head]
         rates = machine_rates(
             opened.source.files, folder, usable_cores(), work_seconds=total_seconds(tuple(parts))
         )
-        full = not is_imatrix_name(out)
         room = room_for(opened, tokens, protocol, block=block, saliency=saliency, full=full)
-        stored = _text_bytes(opened)
+        aside = _digested_bytes(opened)
+        parts.append(
+            Part("digest of what no layer holds", aside / rates.sha256, aside, "bytes", rates.sha256)
+        )
     started += cost.start
     return Forecast(
         command="calibrate",
@@ -272,7 +336,7 @@ def forecast_calibrate(
         peak_memory_bytes=peak_memory_bytes() or 0,
         output_bytes=room.kept,
         scratch_bytes=room.most - room.kept,
-        read_bytes=before.read + stored * (3 if saliency and full else 1),
+        read_bytes=before.read + cost.read_bytes(kinds, tokens.size) + head_read + aside,
         written_bytes=room.most,
         parts=(_started(started), *parts),
         rates=rates,
@@ -281,14 +345,32 @@ def forecast_calibrate(
     )
 
 
-def _saliency_head(rehearsal: Rehearsal, model: TextModel, tokens: Tokens) -> Part:
-    """Return the part of the head's rows that no miniature has, from one that has more of them."""
-    vocabulary = model.head.n_rows
-    small, large = min(_VOCABULARY, vocabulary), min(_VOCABULARY + _HEAD_ROWS // 2, vocabulary)
-    part, kind = _tokens(2, min(tokens.shape[1], 64)), rehearsal.kinds[:1]
-    rate = 0.0
-    if large > small:
-        seconds = [rehearsal.seconds(kind, part, rows) for rows in (small, large)]
-        rate = max(0.0, seconds[1] - seconds[0]) / ((large - small) * part.size)
-    logits = (vocabulary - small) * tokens.size
-    return Part("head of the saliency", rate * logits, logits, "logits", 1 / max(rate, 1e-15))
+def _mtp_kinds(model: TextModel) -> list[str]:
+    """Return the kind of the MTP layer, if there is one: it is taken as a layer more."""
+    has = any(spec.component == "mtp" for spec in model.arch.specs())
+    return ["full_attention"] if has and "full_attention" in layer_kinds(model) else []
+
+
+def _digested_bytes(model: TextModel) -> int:
+    """Return the stored bytes of what a calibration digests beside the layers."""
+    layers = f"{model.arch.text_prefix}layers.", "mtp."
+    own = sum(getattr(ref, "nbytes", 0) for name, ref in model.checkpoint.items() if name.startswith(layers))
+    return max(0, sum(ref.nbytes for ref in model.source.values()) - own)
+
+
+def _head(rehearsal: Rehearsal, model: TextModel, tokens: Tokens) -> tuple[Part, int]:
+    """Return the part of the head's rows that no miniature has, and the bytes that are read of them.
+
+    Every chunk takes all of them by itself.
+    """
+    further = model.head.n_rows - min(_VOCABULARY, model.head.n_rows)
+    if not further:
+        return Part("head of the saliency", 0.0, 0, "logits", 1.0), 0
+    count = min(_HEAD_ROWS, further)
+    found, turns = rehearsal.rows(count), -(-len(tokens) // rehearsal.workers)
+    busy = turns * rehearsal.workers * tokens.shape[1]
+    turn = found.fixed * rehearsal.workers / rehearsal.chunks
+    seconds = further / count * (turns * turn + busy * found.token)
+    logits = further * tokens.size
+    read = further / count * len(tokens) * (found.fixed_read / rehearsal.chunks)
+    return Part("head of the saliency", seconds, logits, "logits", logits / max(seconds, 1e-9)), int(read)

@@ -22,16 +22,17 @@ from bitsmith.run.forecast import (
     Forecast,
     Io,
     Part,
+    disk_part,
     folder_of,
     io_so_far,
     scratch,
     seconds_of_process,
     total_seconds,
 )
-from bitsmith.run.forecast_guided import WIDEST_REHEARSED, guided_parts
+from bitsmith.run.forecast_guided import guided_parts
 from bitsmith.run.job import Job
 from bitsmith.run.machine import usable_cores
-from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
+from bitsmith.run.machine_rates import MachineRates, machine_rates
 from bitsmith.run.partial import first_rows
 from bitsmith.run.plan import Plan, PlanRow, Source, SourceTensor, open_source
 from bitsmith.store import open_checkpoint
@@ -43,7 +44,6 @@ _FIRST_WEIGHTS = 1 << 20
 _ROWS_TOGETHER = 64
 _GROWTH, _GROWTH_STEP = 16, 1.5
 _OVERLAP = 0.92  # share of the threads' time that a run is at work: the rest goes by at its ends
-_WIDE = f"metrics of more than {WIDEST_REHEARSED} columns take memory beyond the peak that is told"
 
 
 class Kind(NamedTuple):
@@ -229,7 +229,7 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
             checkpoint.files, folder, numba.get_num_threads(), work_seconds=total_seconds(tuple(parts))
         )
         aside = _aside_part(checkpoint, source, rates)
-        waits = _disk_part(checkpoint, rates, parts)
+        waits = disk_part(checkpoint.files, rates, total_seconds(parts))
     start = Part("start", started + load, 1, "process", 1 / max(1e-3, started + load))
     read = sum(tensor.origin.nbytes for tensor, _ in guided) + int(aside.amount)
     return Forecast(
@@ -243,7 +243,6 @@ def forecast_gguf(job: Job, todo: Plan) -> Forecast:
         parts=(start, *parts, aside, waits),
         rates=rates,
         calibrated_seconds=budget.spent,
-        notes=(_WIDE,) if any(row.shape[-1] > WIDEST_REHEARSED for _, row in guided) else (),
         folder=folder,
     )
 
@@ -252,12 +251,3 @@ def _aside_part(checkpoint: Checkpoint, source: Source, rates: MachineRates) -> 
     """Return the digest of the tensors that the file does not hold."""
     aside = sum(checkpoint[name].nbytes for name in source.set_aside if name in checkpoint)
     return Part("digest of what is set aside", aside / rates.sha256, aside, "bytes", rates.sha256)
-
-
-def _disk_part(checkpoint: Checkpoint, rates: MachineRates, parts: Sequence[Part]) -> Part:
-    """Return the wait for what is not in the page cache, beyond the work that goes on meanwhile."""
-    stored = sum(path.stat().st_size for path in checkpoint.files)
-    missing = stored - cached_bytes(checkpoint.files)
-    rate = rates.disk_read or float("inf")
-    wait = max(0.0, missing / rate - total_seconds(tuple(parts)))
-    return Part("waiting for the disk", wait, missing, "bytes not in the page cache", rate)

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numba
 
@@ -19,6 +20,7 @@ from bitsmith.run.forecast import (
     Budget,
     Forecast,
     Part,
+    disk_part,
     folder_of,
     io_so_far,
     scratch,
@@ -26,7 +28,7 @@ from bitsmith.run.forecast import (
     total_seconds,
 )
 from bitsmith.run.job import Job
-from bitsmith.run.machine_rates import MachineRates, cached_bytes, machine_rates
+from bitsmith.run.machine_rates import MachineRates, machine_rates
 from bitsmith.run.partial import first_rows
 from bitsmith.store import open_checkpoint
 from bitsmith.store.atomic import Chunk, write_chunk
@@ -68,36 +70,35 @@ def _forecast(job: Job, checkpoint: Checkpoint, kinds: Kinds, chunks: Chunks, fi
     budget, started, before = Budget(), seconds_of_process(), io_so_far()
     out = job.destination
     folder = folder_of(out)
-    parts = []
+    parts, read = [], before.read + file_bytes
     with scratch(folder) as work:
         for number, (name, refs) in enumerate(kinds.items()):
             share = budget.share(len(kinds) - number + 1)
-            load, rate = _rate(checkpoint, refs, chunks, work, share)
+            load, rate, weight_read = _rate(checkpoint, refs, chunks, work, share)
             started += load
             weights = sum(ref.size for ref in refs)
+            read += int(weights * weight_read)
             parts.append(Part(name, weights / rate, weights, "weights", rate))
     peak = peak_memory_bytes() or 0
     rates = machine_rates(
         checkpoint.files, folder, numba.get_num_threads(), work_seconds=total_seconds(tuple(parts))
     )
     stored = sum(ref.nbytes for ref in checkpoint.values())
-    missing = max(0, stored - cached_bytes(checkpoint.files))
-    disk = rates.disk_read or float("inf")
     start = Part("start", started, 1, "process", 1 / max(1e-3, started))
     parts = [start, *parts, *_digests(stored, file_bytes, rates)]
-    parts.append(Part("waiting for the disk", missing / disk, missing, "bytes not in the page cache", disk))
+    parts.append(disk_part(checkpoint.files, rates))
     return Forecast(
         command="compress",
         seconds=total_seconds(tuple(parts)),
         peak_memory_bytes=peak,
         output_bytes=file_bytes,
         scratch_bytes=0,
-        read_bytes=before.read + 2 * stored + file_bytes,
+        read_bytes=read,
         written_bytes=file_bytes,
         parts=tuple(parts),
         rates=rates,
         calibrated_seconds=budget.spent,
-        notes=() if job.statistics is None else ("what rounding by --stats takes comes on top",),
+        unmeasured=() if job.statistics is None else ("rounding by --stats",),
         folder=folder,
     )
 
@@ -111,24 +112,32 @@ def _digests(stored: int, written: int, rates: MachineRates) -> list[Part]:
 
 def _rate(
     checkpoint: Checkpoint, refs: Sequence[TensorRef], chunks: Chunks, work: Path, seconds: float
-) -> tuple[float, float]:
-    """Return what the first weights took beside, and weights per second of more of them."""
-    weights, spent = _encode(checkpoint, refs, _FIRST_WEIGHTS, chunks, work)
-    again = _encode(checkpoint, refs, _FIRST_WEIGHTS, chunks, work)
-    load, (weights, spent) = max(0.0, spent - again[1]), again
-    while spent < seconds / 3:
-        wanted = int(weights * min(_GROWTH, seconds / 1.5 / spent))
+) -> tuple[float, float, float]:
+    """Return what the first weights took beside, weights per second of more of them, bytes read for each."""
+    first = _encode(checkpoint, refs, _FIRST_WEIGHTS, chunks, work)
+    found = _encode(checkpoint, refs, _FIRST_WEIGHTS, chunks, work)
+    load = max(0.0, first.seconds - found.seconds)
+    while found.seconds < seconds / 3:
+        wanted = int(found.weights * min(_GROWTH, seconds / 1.5 / found.seconds))
         grown = _encode(checkpoint, refs, wanted, chunks, work)
-        if grown[0] <= weights:
+        if grown.weights <= found.weights:
             break
-        weights, spent = grown
-    return load, weights / spent
+        found = grown
+    return load, found.weights / found.seconds, found.read_bytes / found.weights
+
+
+class _Encoded(NamedTuple):
+    """So many weights, the seconds that they took and the bytes that were read for them."""
+
+    weights: int
+    seconds: float
+    read_bytes: int
 
 
 def _encode(
     checkpoint: Checkpoint, refs: Sequence[TensorRef], weights: int, chunks: Chunks, work: Path
-) -> tuple[int, float]:
-    """Encode and write the first rows of tensors, so many weights in all; return those and the seconds."""
+) -> _Encoded:
+    """Encode and write the first rows of tensors, so many weights in all."""
     chosen, left = dict[str, TensorRef](), weights
     for ref in refs:
         if left <= 0:
@@ -141,10 +150,12 @@ def _encode(
             part.raw(start, stop)
     cut = Checkpoint(checkpoint.path, chosen)
     cut.config = checkpoint.config
-    began = time.perf_counter()
+    before, began = io_so_far(), time.perf_counter()
     with tempfile.TemporaryFile(dir=work) as stream:
         for chunk in chunks(cut):
             write_chunk(stream, chunk)
         stream.flush()
         os.fsync(stream.fileno())
-    return sum(ref.size for ref in chosen.values()), max(1e-6, time.perf_counter() - began)
+    seconds = max(1e-6, time.perf_counter() - began)
+    done = sum(ref.size for ref in chosen.values())
+    return _Encoded(done, seconds, io_so_far().since(before).read)
