@@ -17,19 +17,23 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background
 settings.register_profile("suite", deadline=None)  # the suite shares its machine; pytest-timeout bounds it
 settings.load_profile("suite")
 
+FIRST = (  # where nothing is compiled yet, one of two workers compiles while the other needs no kernels
+    "test_formats", "test_engine_ray", "test_study_page", "test_engine", "test_formats_error",
+    "test_graph_kill", "test_rounding", "test_pair", "test_feedback", "test_lab", "test_integer_formats",
+    "test_encode",
+)  # fmt: skip
 LONGEST = (
-    "test_cli", "test_generate", "test_faults_running", "test_assay_page", "test_study_page",
-    "test_engine_ray", "test_formats", "test_encode", "test_execute", "test_calibrate", "test_pair",
-    "test_tune", "test_allocate", "test_transforms", "test_transform_search", "test_graph_kill",
-    "test_evaluate", "test_engine", "test_study_claims", "test_llama", "test_llama_transforms",
-    "test_store", "test_study_formats",
+    "test_cli", "test_generate", "test_faults_running", "test_assay_page", "test_execute", "test_calibrate",
+    "test_tune", "test_allocate", "test_transforms", "test_transform_search", "test_transforms_exact",
+    "test_evaluate", "test_study_claims", "test_factored", "test_gauges", "test_hub", "test_llama",
+    "test_llama_transforms", "test_store", "test_study_formats",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest files: two workers that share files out then end at about the same time."""
-    places = {f"{name}.py": place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+    """Begin with what others wait for and with the longest files, so that workers end at about one time."""
+    places = {f"{name}.py": place for place, name in enumerate((*FIRST, *LONGEST))}
+    items.sort(key=lambda item: places.get(item.path.name, len(places)))
 
 
 @pytest.fixture(scope="session")
