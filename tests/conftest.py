@@ -23,10 +23,10 @@ FIRST = (  # where nothing is compiled yet, one of two workers compiles while th
     "test_encode",
 )  # fmt: skip
 LONGEST = (
-    "test_cli", "test_generate", "test_faults_running", "test_assay_page", "test_execute", "test_calibrate",
-    "test_tune", "test_allocate", "test_transforms", "test_transform_search", "test_transforms_exact",
-    "test_evaluate", "test_study_claims", "test_factored", "test_gauges", "test_hub", "test_llama",
-    "test_llama_transforms", "test_store", "test_study_formats",
+    "test_cli", "test_generate", "test_cli_recipe", "test_faults_running", "test_assay_page", "test_execute",
+    "test_calibrate", "test_tune", "test_allocate", "test_transforms", "test_transform_search",
+    "test_transforms_exact", "test_evaluate", "test_study_claims", "test_factored", "test_gauges", "test_hub",
+    "test_llama", "test_llama_transforms", "test_store", "test_study_formats",
 )  # fmt: skip
 
 
