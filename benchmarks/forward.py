@@ -8,9 +8,11 @@ its GGUF and scores both, KL divergence too: tokens count every one that is forw
 weights are read from the page cache layer by layer in the seconds. transformers' perplexity loop runs one
 model that it has loaded before its seconds begin, one chunk at a time, logits of the scored half alone, as
 llama-perplexity (weights mapped, BF16) does after loading. `calibrate` gathers second moments without
-saliency; transformers then does a forward alone, without head, gathering nothing, in its place. imatrix is
-`calibrate` to a .gguf against llama-imatrix. Peaks are the kernel's; a loaded BF16 model (one chunk) stands
-beside for memory alone, as its products are emulated on most CPUs.
+saliency; transformers then does a forward alone, without head, gathering nothing, in its place. With
+saliency, the default, transformers does a forward and `loss.backward()` to the embeddings of its tokens,
+without gradients of weights, gathering nothing. imatrix is `calibrate` to a .gguf against llama-imatrix.
+Peaks are the kernel's; a loaded BF16 model (one chunk) stands beside for memory alone, as its products are
+emulated on most CPUs.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ from bitsmith.run.calibrate import calibrate
 model, out, text = map(Path, sys.argv[1:4])
 ctx, chunks = map(int, sys.argv[4:6])
 started = time.monotonic()
-calibrate(model, text, out, ctx_tokens=ctx, chunks=chunks, saliency=False, overwrite=True)
+saliency = sys.argv[6] == "saliency"
+calibrate(model, text, out, ctx_tokens=ctx, chunks=chunks, saliency=saliency, overwrite=True)
 print(json.dumps({"seconds": time.monotonic() - started}))
 """
 THEIRS = """
@@ -70,10 +73,16 @@ with open_model(folder) as opened:
     tokens, _ = text_chunks(opened, text, ctx, chunks)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 scored, total = torch.arange(ctx // 2, ctx - 1), 0.0
+model.requires_grad_(False)
 started = time.monotonic()
-with torch.inference_mode():
+with torch.inference_mode(what != "backward"):
     for row in tokens:
         ids = torch.from_numpy(row)[None]
+        if what == "backward":
+            inputs = model.get_input_embeddings()(ids).requires_grad_()
+            logits = model(inputs_embeds=inputs, use_cache=False).logits[0]
+            torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:], reduction="sum").backward()
+            continue
         if what == "forward":
             model.model(ids, use_cache=False)
             continue
@@ -132,17 +141,24 @@ class Sides:
             LLAMA: lambda: self.tool("llama-perplexity", "llama-perplexity"),
         }
 
+    def weighing(self) -> dict[str, Callable[[], object]]:
+        """Return the sides that go forward and backward, and keep weighed second moments, or nothing."""
+        return {
+            OURS: lambda: self.python("saliency", OURS_CALIBRATE, self.folder / "weighed", "saliency"),
+            TRANSFORMERS: lambda: self.python("backward", THEIRS, self.gguf, "float32", "backward"),
+        }
+
     def calibrating(self) -> dict[str, Callable[[], object]]:
         """Return the sides that run a text and keep second moments, or nothing."""
         return {
-            OURS: lambda: self.python("calibrate", OURS_CALIBRATE, self.folder / "statistics"),
+            OURS: lambda: self.python("calibrate", OURS_CALIBRATE, self.folder / "statistics", "plain"),
             TRANSFORMERS: lambda: self.python("forward", THEIRS, self.gguf, "float32", "forward"),
         }
 
     def importance(self) -> dict[str, Callable[[], object]]:
         """Return the sides that keep an importance matrix."""
         return {
-            OURS: lambda: self.python("imatrix", OURS_CALIBRATE, self.folder / "ours.gguf"),
+            OURS: lambda: self.python("imatrix", OURS_CALIBRATE, self.folder / "ours.gguf", "plain"),
             LLAMA: lambda: self.tool("llama-imatrix", "llama-imatrix", "-o", self.folder / "theirs.gguf"),
         }
 
@@ -151,6 +167,7 @@ class Sides:
         tokens = self.ctx * self.chunks
         loops = alternate(self.evaluating(), repeats, warmups=0)
         gathered = alternate(self.calibrating(), repeats, warmups=0)
+        weighed = alternate(self.weighing(), repeats, warmups=0)
         matrices = alternate(self.importance(), repeats, warmups=0)
         self.python("bfloat16", THEIRS, self.gguf, "bfloat16", "perplexity", ctx=64, chunks=1)
         found = {"perplexity": {name: one.get("ppl") for name, one in self.answers.items()}}
@@ -160,7 +177,10 @@ class Sides:
         loaded = {"transformers, float32": self.peak("loop"), "transformers, BF16": self.peak("bfloat16")}
         return [
             rate_row("evaluate", halved, tokens, "tokens/s", **found),
-            rate_row("calibrate, second moments", gathered, tokens, "tokens/s"),
+            rate_row("calibrate, second moments, against a forward", gathered, tokens, "tokens/s"),
+            rate_row(
+                "calibrate, saliency, against a backward to the embeddings", weighed, tokens, "tokens/s"
+            ),
             rate_row("calibrate, imatrix", matrices, tokens, "tokens/s"),
             value_row(
                 "evaluate, peak memory",
@@ -168,6 +188,11 @@ class Sides:
                 {OURS: self.peak("evaluate"), **loaded, LLAMA: self.peak("llama-perplexity")},
             ),
             value_row("calibrate, peak memory", "bytes", {OURS: self.peak("calibrate"), **loaded}),
+            value_row(
+                "saliency, peak memory",
+                "bytes",
+                {OURS: self.peak("saliency"), TRANSFORMERS: self.peak("backward")},
+            ),
             value_row(
                 "imatrix, peak memory",
                 "bytes",

@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
-from bitsmith.run import calibrate as module
-from bitsmith.run.calibrate import block_columns, calibrate, held_out
+from bitsmith.run import gather as module
+from bitsmith.run.calibrate import calibrate
 from bitsmith.run.evaluate import open_model
 from bitsmith.run.execute import compress
+from bitsmith.run.gather import block_columns, held_out
 from bitsmith.run.moments import export_imatrix, model_specs
 from bitsmith.run.verify import verify
 from bitsmith.store import open_checkpoint

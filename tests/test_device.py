@@ -178,7 +178,7 @@ def test_nothing_of_scores_and_sums_stays_on_the_processor() -> None:
     scores.update(slice(0, 5), 0, *torch.empty((2, 5, 9), device=META))
     sums = SiteSums(32, 16, META)
     sums.fit(torch.empty((700, 32), device=META))
-    assert sums._moment.device == META
+    assert sums._moments[0]._near[0].device == META
 
 
 def test_nothing_of_a_layer_stays_on_the_processor(tiny_qwen3_5: Path) -> None:

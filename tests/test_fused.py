@@ -12,7 +12,10 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5DecoderLayer
 
 from bitsmith.numerics.exponential import decay, silu
 from bitsmith.numerics.threads import one_blas_thread
+from bitsmith.run.differentiable import differentiable
 from bitsmith.run.fused import fused
+
+F32, F64 = torch.float32, torch.float64
 
 
 def _layer(k_heads: int, v_heads: int, dk: int, dv: int) -> torch.nn.Module:
@@ -51,6 +54,25 @@ def test_a_lean_layer_is_as_close_to_float64_as_transformers_own(tokens: int, sh
     largest = exact.abs().max()
     assert (exact - hidden).abs().max() > 0.3 * largest
     assert (found - exact).abs().max() <= max(2 * (own - exact).abs().max(), 1e-6 * largest)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape"), [(1, (2, 2, 16, 16)), (64, (2, 4, 32, 16)), (147, (1, 3, 16, 48))]
+)
+def test_gradients_are_as_close_to_float64_as_transformers_own(tokens: int, shape: tuple[int, ...]) -> None:
+    hidden, after = torch.randn(2, 1, tokens, 96)
+    own, exact = (_gradient(_layer(*shape).to(of), hidden.to(of), after.to(of)) for of in (F32, F64))
+    found = _gradient(differentiable(_layer(*shape)), hidden, after)
+    largest = exact.abs().max()
+    assert (exact - after).abs().max() > 0.1 * largest
+    assert (found - exact).abs().max() <= max(2 * (own - exact).abs().max(), 1e-6 * largest)
+
+
+def _gradient(layer: torch.nn.Module, hidden: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    leaf = hidden.clone().requires_grad_()
+    with one_blas_thread():
+        layer(leaf, position_embeddings=None, attention_mask=None).backward(after)
+    return leaf.grad
 
 
 def test_hooks_see_the_inputs_of_every_matrix() -> None:

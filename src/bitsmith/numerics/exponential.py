@@ -49,8 +49,8 @@ _ONE = np.float32(1)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, inline="always")
-def silu(x: np.float32) -> np.float32:
-    """Return x / (1 + e^-x) in float32, within about 4 units in the last place; NaN of NaN."""
+def _exp_minus(x: np.float32) -> np.float32:
+    """Return e^-x in float32, x first brought to -87 … 87."""
     y = min(max(-x, -_LARGEST_32), _LARGEST_32)
     k = np.floor(y * _LOG2_E_32 + _HALF)
     r = (y - k * _LN_2_HIGH_32) - k * _LN_2_LOW_32
@@ -63,4 +63,16 @@ def silu(x: np.float32) -> np.float32:
     power = power * r + _ONE
     power = power * r + _ONE
     exponent = np.int32(np.float32(k + _INTEGER_32).view(np.int32) << np.int32(23))
-    return np.float32(x / (_ONE + power * exponent.view(np.float32)))
+    return np.float32(power * exponent.view(np.float32))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, inline="always")
+def silu(x: np.float32) -> np.float32:
+    """Return x / (1 + e^-x) in float32, within about 4 units in the last place; NaN of NaN."""
+    return np.float32(x / (_ONE + _exp_minus(x)))
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, inline="always")
+def sigmoid(x: np.float32) -> np.float32:
+    """Return 1 / (1 + e^-x) in float32, within about 4 units in the last place."""
+    return np.float32(_ONE / (_ONE + _exp_minus(x)))

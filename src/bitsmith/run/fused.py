@@ -21,19 +21,26 @@ def fused(layer: torch.nn.Module) -> torch.nn.Module:
     call with a cache or a mask takes transformers' own way, as do layers of other kinds. BLAS must be held at
     one thread (`one_blas_thread`).
     """
+    return recast(layer, _DeltaNet, _Mlp)
+
+
+def recast(layer: torch.nn.Module, delta_net: type[Any], mlp: type[Any]) -> torch.nn.Module:
+    """Let a layer's gated DeltaNet and gated MLP take the forwards of these classes; others stay."""
     for module in layer.modules():
-        lean = _lean_kind(module)
-        if lean is not None:  # by class: an attribute that knows its module would keep the layer alive
-            module.__class__ = _with_forward_of(lean, type(module))  # type: ignore[arg-type]
+        kind = delta_net if _is_delta_net(module) else mlp if _is_mlp(module) else None
+        if kind is not None:  # by class: an attribute that knows its module would keep the layer alive
+            module.__class__ = _with_forward_of(kind, type(module))  # type: ignore[arg-type]
     return layer
 
 
-def _lean_kind(module: Any) -> type[Any] | None:
-    if type(module).__name__.endswith("GatedDeltaNet"):
-        return _DeltaNet if module.conv1d.bias is None and module.activation == "silu" else None
-    if {name for name, _ in module.named_children()} >= {"gate_proj", "up_proj", "down_proj"}:
-        return _Mlp if type(module.act_fn).__name__ in _SILU else None
-    return None
+def _is_delta_net(module: Any) -> bool:
+    named = type(module).__name__.endswith("GatedDeltaNet")
+    return named and module.conv1d.bias is None and module.activation == "silu"
+
+
+def _is_mlp(module: Any) -> bool:
+    parts = {name for name, _ in module.named_children()}
+    return parts >= {"gate_proj", "up_proj", "down_proj"} and type(module.act_fn).__name__ in _SILU
 
 
 @cache

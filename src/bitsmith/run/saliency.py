@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -13,147 +11,115 @@ from numpy.typing import NDArray
 
 from bitsmith.archs import TensorSpec
 from bitsmith.errors import BitsmithError
-from bitsmith.progress import Progress, silent
 from bitsmith.run.device import CPU
-from bitsmith.run.forward import TextModel, Tokens, quiet_transformers
-from bitsmith.run.sites import SiteForward, States, aligned, site_workers
+from bitsmith.run.differentiable import differentiable
+from bitsmith.run.forward import Network, TextModel, quiet_transformers
+from bitsmith.run.sites import States, aligned, site_threads, site_workers
+from bitsmith.run.turns import Turn, Turns
 from bitsmith.store.statistics import HEAD_SITE
 
 Float32 = NDArray[np.float32]
 Saliency = Mapping[str, Float32]
 """By activation site: a weight of each token (`chunks T`), 1 on average."""
+TakeWeighed = Callable[[str, int, torch.Tensor, Turn, torch.Tensor], None]
+"""Takes as `sites.Take` does, and the tokens' weights (`B T`) up to one factor of the site."""
 
 _HEAD_SLICE_BYTES = 32 << 20
-_LOGIT_COST = 48  # bytes of a logit, its noise, and what softmax takes in float64
-_BACKWARD_COST = 6  # memory of a layer's graph over that of its forward, measured, rounded up
+_HEAD_BLOCK = 1024  # rows of the vocabulary whose logits are at hand at a time
+_GROUP_BYTES = 192 << 20  # of what the head keeps for the chunks that share one reading of it
+_BACKWARD_COST = 4  # memory of a layer's graph over that of its forward, measured, rounded up
 
 
-def token_saliency(
-    model: TextModel,
-    specs: Sequence[TensorSpec],
-    tokens: Tokens,
-    folder: Path,
-    *,
-    seed: int = 0,
-    progress: Progress = silent,
-) -> Saliency:
-    """Return for each site s of the text layers and each token t of `tokens` (`chunks T`) its weight.
+class Backward:
+    """One model's backward pass, step by step between files of states and of gradients (`chunks T hidden`).
 
-    `w_st ∝ Σ_W |∂ log p(y) / ∂(W x_st)|²`, over the matrices W that read the site, with every next token y
-    drawn by `seed` from the model's own distribution p: the trace of the Fisher information of their outputs,
-    which is the Hessian of KL(p‖·) there. An error that a prediction does not notice weighs little. Weights
-    are 1 on average over a site's tokens; sites of other components (MTP) are not in the result.
+    It weighs each token t of each site s of the text layers: `w_st ∝ Σ_W |∂ log p(y) / ∂(W x_st)|²`, over the
+    matrices W that read the site, with every next token y drawn by `seed` from the model's own distribution
+    p: the trace of the Fisher information of their outputs, which is the Hessian of KL(p‖·) there. An error
+    that a prediction does not notice weighs little.
 
-    One forward that keeps every layer's input in `folder` (`4 layers tokens hidden` bytes, removed at the
-    end), then one backward: one layer's weights and the graphs of a chunk per thread in memory. Raises
-    as `SiteForward` does, and BitsmithError for gradients that are not finite.
+    One layer's weights and the graphs of a chunk per thread are in memory; gradients of weights are not
+    computed. Every task runs on one thread of torch, so that results do not depend on how many there are.
     """
-    with quiet_transformers():
-        run = _Backward(model, specs, tokens, folder, seed, progress)
-        try:
-            return run.weights()
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
-
-class _Backward:
-    """One pass: states of every layer on the disk, and the gradients that replace one another."""
-
-    def __init__(
-        self,
-        model: TextModel,
-        specs: Sequence[TensorSpec],
-        tokens: Tokens,
-        folder: Path,
-        seed: int,
-        progress: Progress,
-    ) -> None:
-        self._model, self._tokens, self._seed = model, tokens, seed
+    def __init__(self, model: TextModel, specs: Sequence[TensorSpec], network: Network, seed: int) -> None:
+        self._model, self._network, self._seed = model, network, seed
         self._specs = [spec for spec in specs if spec.component == "text"]
-        self._forward = SiteForward(model, specs)
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
-        self._shape = (*tokens.shape, self._forward.hidden_size)
-        self._steps = 4 * self._forward.n_layers * tokens.size
-        self._done, self._progress = 0, progress
-        self._found: dict[str, Float32] = {}
 
-    def weights(self) -> Saliency:
-        """Run forward and backward; return the normalised weights."""
-        forward = self._forward
-        self._states(0).create()
-        forward.embed(self._tokens, self._states(0))
-        for index in range(forward.n_layers):
-            target = self._states(index + 1)
-            target.create()
-            for chunks in forward.layer(index, self._states(index), target, lambda *_: None):
-                self._count(chunks)
-        gradients = States(self._folder / "gradients", self._shape)
-        gradients.create()
-        self._through_head(gradients)
-        for index in reversed(range(forward.n_layers)):
-            self._through_layer(index, gradients)
-            self._states(index).path.unlink()
-        return {site: _normalised(found) for site, found in self._found.items()}
+    def head(self, source: States, normed: States, by_source: States, take: TakeWeighed) -> Iterator[int]:
+        """Write the final norm of `source`, and the gradient of log p(y) by `source`; yield chunks done.
 
-    def _states(self, number: int) -> States:
-        return States(self._folder / f"layer.{number}", self._shape)
+        Raises BitsmithError for a norm that is not finite.
+        """
+        network, turns = self._network, Turns()
+        norm = aligned(network.norm(f"{self._model.arch.text_prefix}norm.")).requires_grad_(False)
+        chunks, tokens = source.shape[:2]
+        head = _Head(self._model, network.device)
 
-    def _count(self, chunks: int, cost: int = 1) -> None:
-        self._done += cost * chunks * self._shape[1]
-        self._progress("saliency", self._done, self._steps)
+        def begin(chunk: int) -> _Prediction:
+            rows = norm(torch.from_numpy(source.read(chunk, chunk + 1)[0]).to(network.device))
+            if not bool(torch.isfinite(rows).all()):
+                self._refuse("the final norm makes NaN or infinite hidden states")
+            normed.write(chunk, rows.cpu().numpy()[None])
+            return _Prediction(rows, (self._seed, chunk))
 
-    def _through_head(self, gradients: States) -> None:
-        """Write the gradient of log p(y) by the last layer's output, through the head and the final norm."""
-        states = self._states(self._forward.n_layers)
-        norm = aligned(self._forward.network.norm(f"{self._model.arch.text_prefix}norm."))
-        norm.requires_grad_(False)
-        weights = self._found[HEAD_SITE] = np.zeros(self._tokens.shape, np.float32)
-        device = self._forward.network.device
-        head = _Head(self._model, device)
+        def end(chunk: int, prediction: _Prediction) -> None:
+            by_normed, weights = prediction.gradient()
+            hidden = torch.from_numpy(source.read(chunk, chunk + 1)[0]).to(network.device).requires_grad_()
+            norm(hidden).backward(by_normed)
+            by_source.write(chunk, _grad(hidden)[None])
+            with turns.task(chunk):
+                take(HEAD_SITE, chunk, prediction.rows[None], turns.under(HEAD_SITE), weights[None])
 
-        def task(chunk: int) -> None:
-            hidden = torch.from_numpy(states.read(chunk, chunk + 1)[0]).to(device).requires_grad_()
-            normed = norm(hidden)
-            by_normed, weights[chunk] = head.gradient(normed.detach(), (self._seed, chunk))
-            normed.backward(by_normed)
-            gradients.write(chunk, _grad(hidden)[None])
+        with site_workers(head.token_bytes * tokens, network.device) as pool:
+            workers = site_threads(head.token_bytes * tokens, network.device)
+            group = max(1, _GROUP_BYTES // (workers * head.token_bytes * tokens)) * workers
+            for first in range(0, chunks, group):
+                numbers = range(first, min(first + group, chunks))
+                predictions = list(pool.map(begin, numbers))
+                for weight in head.slices():
+                    list(pool.map(lambda one, rows=weight: one.add(rows), predictions))
+                list(pool.map(end, numbers, predictions))
+                yield len(numbers)
 
-        with site_workers(head.token_bytes * self._shape[1], device) as pool:
-            list(pool.map(task, range(self._shape[0])))
+    def layer(
+        self, index: int, source: States, by_target: States, by_source: States, take: TakeWeighed
+    ) -> Iterator[int]:
+        """Write the gradient by layer `index`'s input from that by its output; yield the chunks of each task.
 
-    def _through_layer(self, index: int, gradients: States) -> None:
-        """Replace the gradient by a layer's output with that by its input; note what its matrices' get."""
+        Raises BitsmithError for gradients that are not finite.
+        """
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
-        network = self._forward.network
-        layer = aligned(network.layer(index)).requires_grad_(False)
+        network, turns = self._network, Turns()
+        device = network.device
+        with quiet_transformers():
+            plain = aligned(network.layer(index)).requires_grad_(False)
+        layer = differentiable(plain) if device.type == "cpu" else plain
         watch = _Watch(layer, self._modules(prefix))
-        for site in watch.sites:
-            self._found[site] = np.zeros(self._tokens.shape, np.float32)
-        source, device = self._states(index), network.device
 
-        def task(chunk: int) -> bool:
+        def task(chunk: int) -> int:
             hidden = torch.from_numpy(source.read(chunk, chunk + 1)).to(device).requires_grad_()
-            after = torch.from_numpy(gradients.read(chunk, chunk + 1)).to(device)
-            with torch.enable_grad():
-                made = layer(
-                    hidden, attention_mask=None, past_key_values=None, **network.positions(hidden.detach())
-                )
-                seen = watch.during(lambda: made.backward(after))
-            for site, weight in seen.items():
-                self._found[site][chunk] = weight.cpu().numpy()
-            before = _grad(hidden)
-            gradients.write(chunk, before)
-            return bool(np.isfinite(before).all())
-
-        task_bytes = _BACKWARD_COST * network.bytes_per_token * self._shape[1]
-        with site_workers(task_bytes, device) as pool:
-            for finite in pool.map(task, range(self._shape[0])):
-                if not finite:
-                    raise BitsmithError(
-                        f"layer {index} makes NaN or infinite gradients", path=self._model.checkpoint.path
+            after = torch.from_numpy(by_target.read(chunk, chunk + 1)).to(device)
+            places = network.positions(hidden.detach())
+            with turns.task(chunk):
+                with torch.enable_grad():
+                    inputs, weights = watch.during(
+                        lambda: layer(hidden, attention_mask=None, past_key_values=None, **places), after
                     )
-                self._count(1, 3)
+                found = _grad(hidden)
+                if not np.isfinite(found).all():
+                    self._refuse(f"layer {index} makes NaN or infinite gradients")
+                by_source.write(chunk, found)
+                for site in watch.sites:
+                    take(site, chunk, inputs[site], turns.under(site), weights[site])
+            return 1
+
+        task_bytes = _BACKWARD_COST * network.bytes_per_token * source.shape[1]
+        with quiet_transformers(), site_workers(task_bytes, device) as pool:
+            yield from pool.map(task, range(source.shape[0]))
+
+    def _refuse(self, why: str) -> None:
+        raise BitsmithError(why, path=self._model.checkpoint.path)
 
     def _modules(self, prefix: str) -> dict[str, str]:
         """Return the site of every matrix under `prefix`, by its module's path."""
@@ -165,32 +131,33 @@ class _Backward:
 
 
 class _Watch:
-    """Sums over a site's matrices the squared gradients of their outputs, token by token."""
+    """Keeps what enters a site, and sums over its matrices the squared gradients of their outputs."""
 
     def __init__(self, module: torch.nn.Module, sites: Mapping[str, str]) -> None:
-        self.sites = set(sites.values())
+        self.sites = sorted(set(sites.values()))
         self._here = threading.local()
         for path, site in sites.items():
             module.get_submodule(path).register_forward_hook(
-                lambda _module, _inputs, output, site=site: self._follow(output, site)
+                lambda _module, inputs, output, site=site: self._follow(inputs[0], output, site)
             )
 
-    def _follow(self, output: torch.Tensor, site: str) -> None:
-        if output.requires_grad:
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient, site=site: self._took(site, gradient)
-            )
+    def _follow(self, inputs: torch.Tensor, output: torch.Tensor, site: str) -> None:
+        self._here.inputs[site] = inputs.detach()
+        self._here.weights.setdefault(site, torch.zeros(inputs.shape[:-1], device=inputs.device))
+        output.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient, site=site: self._took(site, gradient)
+        )
 
     def _took(self, site: str, gradient: torch.Tensor) -> None:
-        found = self._here.found
-        squares = (gradient.double() ** 2).sum(-1).reshape(-1)
-        found[site] = found[site] + squares if site in found else squares
+        self._here.weights[site] += torch.linalg.vector_norm(gradient, dim=-1).square_()
 
-    def during(self, backward: Callable[[], None]) -> dict[str, torch.Tensor]:
-        """Return what passes in `backward`, on this thread."""
-        self._here.found = found = dict[str, torch.Tensor]()
-        backward()
-        return found
+    def during(
+        self, forward: Callable[[], torch.Tensor], by_made: torch.Tensor
+    ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Run forward and backward on this thread; return by site its inputs and its tokens' weights."""
+        self._here.inputs, self._here.weights = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+        forward().backward(by_made)  # type: ignore[no-untyped-call]
+        return self._here.inputs, self._here.weights
 
 
 class _Head:
@@ -198,41 +165,72 @@ class _Head:
 
     def __init__(self, model: TextModel, device: torch.device = CPU) -> None:
         self._head, self._device = model.head, device
-        self._rows = max(1, _HEAD_SLICE_BYTES // (4 * self._head.shape[1]))
-        self.token_bytes = _LOGIT_COST * min(self._rows, self._head.n_rows)
+        columns = self._head.shape[1]
+        self._rows = max(1, _HEAD_SLICE_BYTES // (4 * columns) // _HEAD_BLOCK) * _HEAD_BLOCK
+        self.token_bytes = 16 * (min(_HEAD_BLOCK, self._head.n_rows) + columns)
 
-    def gradient(self, normed: torch.Tensor, seed: tuple[int, int]) -> tuple[torch.Tensor, Float32]:
-        """Return the gradient of Σ log p(y) by `normed` (`T hidden`), and |∂ log p(y)/∂ logits|² (`T`).
-
-        y is drawn by the largest of logit plus Gumbel noise, slice by slice.
-        """
-        rng = np.random.default_rng(seed)
-        device = self._device
-        best = torch.full((len(normed),), -torch.inf, device=device)
-        drawn = torch.zeros(len(normed), dtype=torch.int64, device=device)
-        total = torch.full((len(normed),), -torch.inf, dtype=torch.float64, device=device)
-        for start, weight in self._slices():
-            logits = normed @ weight.T
-            noise = torch.from_numpy(rng.gumbel(size=tuple(logits.shape)).astype(np.float32))
-            noisy = logits + noise.to(device)
-            value, place = noisy.max(dim=1)
-            drawn = torch.where(value > best, place + start, drawn)
-            best = torch.maximum(best, value)
-            total = torch.logaddexp(total, torch.logsumexp(logits.double(), dim=1))
-        gradient, squares = torch.zeros_like(normed), torch.zeros(len(normed), device=device)
-        rows = torch.arange(len(normed), device=device)
-        for start, weight in self._slices():
-            by_logits = -torch.exp((normed @ weight.T).double() - total[:, None]).float()
-            inside = (drawn >= start) & (drawn < start + len(weight))
-            by_logits[rows[inside], drawn[inside] - start] += 1.0
-            gradient += by_logits @ weight
-            squares += (by_logits * by_logits).sum(1)
-        return gradient, squares.cpu().numpy()
-
-    def _slices(self) -> Iterator[tuple[int, torch.Tensor]]:
+    def slices(self) -> Iterator[torch.Tensor]:
+        """Yield the rows of the vocabulary (`rows hidden`), whole blocks but for the last."""
         for start in range(0, self._head.n_rows, self._rows):
             rows = self._head.read(start, min(start + self._rows, self._head.n_rows))
-            yield start, torch.from_numpy(np.require(rows, np.float32, ["C", "W"])).to(self._device)
+            yield torch.from_numpy(np.require(rows, np.float32, ["C", "W"])).to(self._device)
+
+
+class _Prediction:
+    """What a chunk's logits come to, gathered block by block of the vocabulary: no logit is computed twice.
+
+    With m the largest logit so far: Σ e^(l - m), its squares, Σ e^(l - m) W, as m grows. The drawn token's
+    block has the largest logarithm of its mass plus Gumbel noise; within it, the token is where a uniform
+    number falls among the cumulated masses. So y is drawn from the softmax.
+    """
+
+    def __init__(self, rows: torch.Tensor, seed: tuple[int, int]) -> None:
+        self.rows = rows
+        self._rng = np.random.default_rng(seed)
+        tokens, device = len(rows), rows.device
+        self._top = torch.full((tokens,), -torch.inf, device=device)
+        self._best = torch.full((tokens,), -torch.inf, dtype=torch.float64, device=device)
+        self._mass, self._squares = torch.zeros((2, tokens), dtype=torch.float64, device=device)
+        self._pull, self._drawn = torch.zeros_like(rows), torch.zeros_like(rows)
+        self._drawn_logit = torch.zeros(tokens, device=device)
+
+    def add(self, weight: torch.Tensor) -> None:
+        """Take the next rows of the head (`rows hidden`)."""
+        for start in range(0, len(weight), _HEAD_BLOCK):
+            self._add(weight[start : start + _HEAD_BLOCK])
+
+    def _add(self, weight: torch.Tensor) -> None:
+        logits = self.rows @ weight.T
+        top = torch.maximum(self._top, logits.amax(1))
+        fade, self._top = (self._top - top).exp_(), top
+        powers = torch.exp(logits - top[:, None])
+        mass = powers.sum(1)
+        self._draw(weight, logits, powers, mass)
+        self._mass = self._mass * fade + mass
+        self._squares = self._squares * fade.square() + torch.linalg.vector_norm(powers, dim=1).square_()
+        self._pull.mul_(fade[:, None]).addmm_(powers, weight)
+
+    def _draw(
+        self, weight: torch.Tensor, logits: torch.Tensor, powers: torch.Tensor, mass: torch.Tensor
+    ) -> None:
+        """Let the block take the place of an earlier one, and draw its token, where its noise says so."""
+        tokens, device = len(mass), mass.device
+        noise = torch.from_numpy(self._rng.gumbel(size=tokens)).to(device)
+        uniform = torch.from_numpy(self._rng.random(tokens)).to(device)
+        key = self._top + mass.double().log() + noise
+        rows = (key > self._best).nonzero()[:, 0]
+        self._best = torch.maximum(self._best, key)
+        cumulated = powers[rows].double().cumsum(1)
+        at = torch.searchsorted(cumulated, uniform[rows, None] * cumulated[:, -1:], right=True)
+        place = at[:, 0].clamp_max(len(weight) - 1)
+        self._drawn[rows], self._drawn_logit[rows] = weight[place], logits[rows, place]
+
+    def gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradient of Σ log p(y) by the rows, and |∂ log p(y)/∂ logits|² (`T`)."""
+        likely = torch.exp(self._drawn_logit - self._top) / self._mass
+        squares = self._squares / self._mass.square() + 1 - 2 * likely
+        gradient = self._drawn - self._pull / self._mass[:, None].float()
+        return gradient, squares.clamp_min(0).float()
 
 
 def _grad(leaf: torch.Tensor) -> Float32:
@@ -242,7 +240,7 @@ def _grad(leaf: torch.Tensor) -> Float32:
     return found
 
 
-def _normalised(weights: Float32) -> Float32:
+def normalised(weights: Float32) -> Float32:
     """Divide by the mean; weights that are all zero, or not finite, become 1."""
     mean = float(weights.mean(dtype=np.float64))
     if not np.isfinite(mean) or mean <= 0:

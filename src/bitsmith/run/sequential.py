@@ -21,6 +21,7 @@ from bitsmith.run.evaluate import open_model
 from bitsmith.run.forward import TextModel, Tokens
 from bitsmith.run.site_sums import CrossSums, SiteSums
 from bitsmith.run.sites import SiteForward, States
+from bitsmith.run.turns import Turn
 from bitsmith.store.checkpoint import TensorRef, View
 from bitsmith.store.statistics import HEAD_SITE, SiteSpec, SiteStatistics, Statistics
 
@@ -132,7 +133,7 @@ class SequentialStatistics(Statistics):
         shape = chunks, ctx - (not site.startswith("layers.") and site != HEAD_SITE), columns
         original = States(self._folder / "inputs", shape)
         original.create()
-        self._plain.show(site, lambda first, inputs: original.write(first, inputs.cpu().numpy()))
+        self._plain.show(site, lambda first, inputs, _: original.write(first, inputs.cpu().numpy()))
         gather = _Gather(columns, block, original, self._split, self.saliency(site))
         self._coded.show(site, gather.take)
         original.path.unlink()
@@ -149,12 +150,12 @@ class _Stream:
         self.n_layers = self._forward.n_layers
         folder.mkdir()
 
-    def show(self, site: str, take: Callable[[int, torch.Tensor], None]) -> None:
-        """Give `take` what enters `site` (first chunk, inputs `B T in`) as the weights are now."""
+    def show(self, site: str, take: Callable[[int, torch.Tensor, Turn], None]) -> None:
+        """Give `take` what enters `site` (first chunk, inputs `B T in`, turn) as the weights are now."""
 
-        def wanted(found: str, first: int, inputs: torch.Tensor) -> None:
+        def wanted(found: str, first: int, inputs: torch.Tensor, turn: Turn) -> None:
             if found == site:
-                take(first, inputs)
+                take(first, inputs, turn)
 
         if site.startswith("layers."):
             index = int(site.split(".")[1])
@@ -224,20 +225,21 @@ class _Gather:
         ctx = held.shape[1]
         self._positions = [np.sort(drawn[drawn // ctx == n] % ctx) for n in range(len(held))]
 
-    def take(self, first: int, inputs: torch.Tensor) -> None:
+    def take(self, first: int, inputs: torch.Tensor, turn: Turn) -> None:
         """Add `inputs` (`B T in`) of the chunks from `first` on."""
         weights = None if self._weights is None else self._weights[first : first + len(inputs)]
         original = torch.from_numpy(self._original.read(first, first + len(inputs))).to(inputs.device)
         fit = max(0, min(self._fit - first, len(inputs)))
         rows, kept = inputs[:fit].flatten(0, 1), None if weights is None else weights[:fit].flatten()
-        self._sums.fit(rows, kept)
-        self._cross.fit(original[:fit].flatten(0, 1), rows, kept)
-        for chunk in range(fit, len(inputs)):
-            positions = self._positions[first + chunk - self._fit]
-            positions = positions[positions < inputs.shape[1]]
-            own = None if weights is None else weights[chunk]
-            self._sums.hold(inputs[chunk], positions, own)
-            self._cross.hold(original[chunk], positions, own)
+        self._sums.fit(rows, kept, turn)
+        with turn("cross"):
+            self._cross.fit(original[:fit].flatten(0, 1), rows, kept)
+            for chunk in range(fit, len(inputs)):
+                positions = self._positions[first + chunk - self._fit]
+                positions = positions[positions < inputs.shape[1]]
+                own = None if weights is None else weights[chunk]
+                self._sums.hold(inputs[chunk], positions, own)
+                self._cross.hold(original[chunk], positions, own)
 
     def result(self, site: str, path: Path) -> SiteStatistics:
         """Return the sums' means.

@@ -21,11 +21,15 @@ from bitsmith.errors import BitsmithError, OutputError, UnsupportedError
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.run.device import CPU, current_device
 from bitsmith.run.forward import Network, TextModel, Tokens, embed, quiet_transformers
-from bitsmith.run.turns import Turns
+from bitsmith.run.turns import Turn, Turns
 
 Float32 = NDArray[np.float32]
-Take = Callable[[str, int, torch.Tensor], None]
-"""Takes (site, first chunk, inputs `B T in`) on a worker thread, the batches of a site in their order."""
+Take = Callable[[str, int, torch.Tensor, Turn], None]
+"""Takes (site, first chunk, inputs `B T in`, turn) on a worker thread, every site of every task once.
+
+What depends on the order of the chunks is done in a turn, by a name of its own; a task takes all names that
+another does, in the same order.
+"""
 
 _ACTIVATION_BYTES = 1 << 30
 _WORKER_BYTES = 256 << 20
@@ -105,8 +109,8 @@ class SiteForward:
         states = target.mapped()
         embed(self._model, tokens, states)
 
-    def layer(self, index: int, source: States, target: States, take: Take) -> Iterator[int]:
-        """Run layer `index` from `source` to `target`; yield the chunks of each task."""
+    def layer(self, index: int, source: States, target: States | None, take: Take) -> Iterator[int]:
+        """Run layer `index` from `source` to `target`, if any; yield the chunks of each task."""
         prefix = f"{self._model.arch.text_prefix}layers.{index}."
         with quiet_transformers():
             layer = aligned(self.network.lean_layer(index))
@@ -221,7 +225,7 @@ class _ReachedError(Exception):
 
 
 class _Watch:
-    """Shows inputs of a module's matrices, site by site in the order of the tasks, whoever runs them."""
+    """Shows inputs of a module's matrices, with turns in the order of the tasks, whoever runs them."""
 
     def __init__(
         self, module: torch.nn.Module, sites: Mapping[str, str], take: Take, *, last: bool = False
@@ -247,9 +251,8 @@ class _Watch:
             yield
 
     def took(self, site: str, inputs: torch.Tensor) -> None:
-        """Show `inputs` (`B T in`) when it is this task's turn: float sums depend on their order."""
-        with self._turns.turn(site):
-            self._take(site, self.first_chunk, inputs)
+        """Show `inputs` (`B T in`)."""
+        self._take(site, self.first_chunk, inputs, self._turns.under(site))
         if self._last:
             raise _ReachedError
 

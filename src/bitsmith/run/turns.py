@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+Turn = Callable[[str], AbstractContextManager[object]]
+"""Waits for the turn at what is named, and ends it on exit."""
 
 
 class Turns:
@@ -44,3 +47,7 @@ class Turns:
         with self._changed:
             self._next[name] = number + 1
             self._changed.notify_all()
+
+    def under(self, prefix: str) -> Turn:
+        """Return turns at names that begin with `prefix`."""
+        return lambda name: self.turn(f"{prefix}.{name}")
