@@ -49,7 +49,7 @@ def matrices(config: Json) -> list[TensorSpec]:
 
 def work(config: Json) -> Json:
     """Return what time and memory are scaled by."""
-    from bitsmith.run.calibrate import block_columns  # noqa: PLC0415  (torch: after all peaks are taken)
+    from bitsmith.run.gather import block_columns  # noqa: PLC0415  (torch: after all peaks are taken)
 
     found = matrices(config)
     widths = {spec.site: spec.shape[-1] for spec in found}
