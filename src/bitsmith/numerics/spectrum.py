@@ -171,12 +171,13 @@ def singular_values(
     """Return all singular values of a matrix, or of a tensor flattened to `out × rest`.
 
     `auto` goes from the fast to the exact until the bound of every relative error is at most 1e-5: the Gram
-    matrix in float32 (large matrices at least twice as long as wide only, since others never pass) and in
-    float64, then QR by slices and SVD. A wide matrix too large to hold stays with the Gram matrix and its
-    bound. Raises BitsmithError naming the first NaN or infinity, or for an empty shape.
+    matrix in float32 (large matrices at least twice as long as wide only, and none whose largest singular
+    values are far above the others, since those never pass) and in float64, then QR by slices and SVD. A wide
+    matrix too large to hold stays with the Gram matrix and its bound. Raises BitsmithError naming the first
+    NaN or infinity, or for an empty shape.
     """
     rows = _Flat(source)
-    if method == "gram32" or (method == "auto" and rows.suits_float32):
+    if method == "gram32" or (method == "auto" and rows.suits_float32 and _float32_may_do(rows, slice_bytes)):
         spectrum = _by_gram(rows, slice_bytes, np.float32)
         if method == "gram32" or spectrum.first_inaccurate is None:
             return spectrum
@@ -358,6 +359,27 @@ class _Flat:
                 f"{value} at row {start + row}, column {column}: expected finite values", tensor=self.name
             )
         return matrix
+
+
+def _float32_may_do(rows: _Flat, slice_bytes: int) -> bool:
+    """Tell whether the bounds of the Gram matrix in float32 may come to 1e-5: only time depends on it.
+
+    They do up to a ratio of the largest eigenvalue to the smallest. Two steps of the power method see how
+    large the largest is at least; for the smallest Marchenko and Pastur's lower edge is taken.
+    """
+    vector, energy, largest = np.ones(rows.shape[1], np.float32), 0.0, 0.0
+    with np.errstate(all="ignore"):  # what leaves the range of float32 is found out later
+        for _ in range(2):
+            found = np.zeros(rows.shape[1])
+            for _, piece in rows.slices(slice_bytes, dtype=np.float32):
+                found += (piece @ vector) @ piece
+                energy += float(np.vdot(piece, piece)) / 2
+            largest = float(np.linalg.norm(found))
+            vector = (found / largest).astype(np.float32)
+        short, long = sorted(rows.shape)
+        least = energy / short * (1 - np.sqrt(short / long)) ** 2
+        most = (2 * ACCURATE / float(np.finfo(np.float32).eps) - 24.0) / 4.0  # by `_roundoff`
+        return not largest > most * least
 
 
 def _by_gram(rows: _Flat, slice_bytes: int, dtype: type[Any]) -> Spectrum:
