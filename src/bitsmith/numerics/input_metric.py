@@ -20,6 +20,7 @@ from scipy import linalg
 from scipy.linalg import get_lapack_funcs
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.short_products import ShortMatrix, short_matrix
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
@@ -74,6 +75,7 @@ class Group:
         self._kind = kind
         self._subs: dict[int, SubFactors] = {}
         self._panels: dict[tuple[int, int], list[Panel]] = {}
+        self._short: dict[int, list[ShortMatrix]] = {}
         self._lock = threading.RLock()
         own = np.diagonal(lower)[::-1].copy()
         self.weights: Float64 = own**2
@@ -102,6 +104,14 @@ class Group:
                 ends = [(at, min(at + size, self.width)) for at in range(0, self.width, size)]
                 self._panels[key] = [self._panel(*ends_at, sub_size) for ends_at in ends]
             return self._panels[key]
+
+    def short_rows(self, size: int) -> list[ShortMatrix]:
+        """Return `feedback` in short for each panel of `size` columns: its rows, the columns before it."""
+        with self._lock:
+            if size not in self._short:
+                starts = range(0, self.width, size)
+                self._short[size] = [short_matrix(self.feedback[at : at + size, :at], size) for at in starts]
+            return self._short[size]
 
     def _panel(self, at: int, end: int, sub_size: int) -> Panel:
         feedback = self.feedback[at:end, at:end].astype(np.float64)

@@ -148,3 +148,16 @@ def add_row(
         width = matrix.shape[1]
         at = row * width + column + first
         _one_row(out, out_row, matrix, at, width, values, first, last - first, 0)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def add_four(
+    matrix: NDArray[Any], row: int, column: int, values: NDArray[Any], first: int, last: int,
+    out: NDArray[Any], out_row: int,
+) -> None:  # fmt: skip
+    """As `add_products` for four rows of `out` from `out_row` on."""
+    if first < last:
+        width = matrix.shape[1]
+        at = row * width + column + first
+        for lane in range(0, LANES, 2 * _VECTOR):
+            _four_rows(out, out_row, matrix, at, width, values, first, last - first, lane)

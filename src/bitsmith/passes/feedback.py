@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from bitsmith.formats.format import Float32
 from bitsmith.numerics.half import half_round
-from bitsmith.numerics.lane_products import LANES, add_products, add_row
+from bitsmith.numerics.lane_products import LANES, add_four, add_products
+from bitsmith.numerics.vectors import larger, load, nearest, smaller, spread, store, where
 
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
@@ -24,8 +25,12 @@ HIGHEST = np.float32(1e30)
 LEAST_GAIN = np.float32(1e-6)
 """Share of a sub-block's cost; a change that gains less is rounding noise."""
 
-WANTED, LEVEL, DECODED, STEP, OFFSET, INVERSE, COST, BEST, BETTER, ROWS = range(10)
-"""Rows of the lanes that a sub-block's search works with; its errors and its levels follow."""
+WANTED, LEVEL, STEP, OFFSET, INVERSE, COST, BEST, BETTER, FOUR = range(9)
+ROWS = FOUR + 4
+"""Rows of the lanes that a sub-block's search works with; its errors and its levels follow.
+
+Four columns are brought up to date together, in the rows from `FOUR` on.
+"""
 
 Tile = NDArray[Any]
 Int = NDArray[np.int64]
@@ -41,20 +46,8 @@ def _set_steps(d: Tile, m: Tile, block: int, scale: Tile, least: Tile, work: Til
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _nearest(
-    low: np.float32, high: np.float32, table: Float32, places: NDArray[np.uint16], work: Tile
-) -> None:
-    """Set `LEVEL` to those nearest to `WANTED` per lane, and `DECODED` to what they decode to.
-
-    All are rows of one array, so that the loops need not ask whether they overlap.
-    """
-    if table.size == 1:
-        for lane in range(LANES):
-            place = (work[WANTED, lane] + work[OFFSET, lane]) * work[INVERSE, lane]
-            level = np.rint(min(max(place, low), high))
-            work[LEVEL, lane] = level
-            work[DECODED, lane] = work[STEP, lane] * level - work[OFFSET, lane]
-        return
+def _look_up(table: Float32, places: NDArray[np.uint16], work: Tile) -> None:
+    """Set `LEVEL` to those of the table nearest to `WANTED` per lane."""
     middle = np.float32(table.size // 2)
     top = middle + middle - ONE
     for lane in range(LANES):
@@ -62,8 +55,24 @@ def _nearest(
         places[lane] = np.int32(min(max(place, ZERO), top))
     for lane in range(LANES):
         work[LEVEL, lane] = table[places[lane]]
-    for lane in range(LANES):
-        work[DECODED, lane] = work[STEP, lane] * work[LEVEL, lane]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _bring_four(
+    start: Tile,
+    at: int,
+    matrix: Tile,
+    row: int,
+    column: int,
+    values: Tile,
+    first: int,
+    count: int,
+    work: Tile,
+) -> None:
+    """Set the rows from `FOUR` on to those of `start` from `at` on, plus products of four rows of the matrix."""
+    for place in range(0, 4 * LANES, 16):
+        store(work, FOUR * LANES + place, load(start, at * LANES + place, 16))
+    add_four(matrix, row, column - first, values, first, first + count, work, FOUR)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -76,30 +85,39 @@ def _feed(
     The sub-block begins at row `at` of both. `COST` becomes `sum_j weights_j (target_j - decoded_j)²` per
     lane; the errors follow from row `ROWS` of `work` on, and the levels after them.
     """
-    size = feedback.shape[0]
+    size, kind = feedback.shape[0], work.dtype.type
+    least, most = spread(kind(low), 16), spread(kind(high), 16)
     for lane in range(LANES):
         work[COST, lane] = ZERO
-    for j in range(size):
-        weight, error, level_at = weights[j], ROWS + j, ROWS + size + j
-        for lane in range(LANES):
-            work[WANTED, lane] = target[at + j, lane]
-        add_row(feedback, j, -ROWS, work, ROWS, error, work, WANTED)
-        if table.size > 1:
-            _nearest(low, high, table, places, work)
-            for lane in range(LANES):
-                left = work[WANTED, lane] - work[DECODED, lane]
-                work[COST, lane] += weight * left * left
-                work[level_at, lane] = work[LEVEL, lane]
-                work[error, lane] = base[at + j, lane] - work[DECODED, lane]
-            continue
-        for lane in range(LANES):
-            wanted, offset = work[WANTED, lane], work[OFFSET, lane]
-            level = np.rint(min(max((wanted + offset) * work[INVERSE, lane], low), high))
-            decoded = work[STEP, lane] * level - offset
-            left = wanted - decoded
-            work[COST, lane] += weight * left * left
-            work[level_at, lane] = level
-            work[error, lane] = base[at + j, lane] - decoded
+    for first in range(0, size, 4):
+        _bring_four(target, at + first, feedback, first, 0, work, ROWS, first, work)
+        for j in range(first, first + 4):
+            weight, error_at, level_at = weights[j], (ROWS + j) * LANES, (ROWS + size + j) * LANES
+            if table.size > 1:
+                for lane in range(0, LANES, 16):
+                    wanted = load(work, (FOUR + j - first) * LANES + lane, 16)
+                    for k in range(first, j):
+                        wanted = wanted + load(work, (ROWS + k) * LANES + lane, 16) * feedback[j, k]
+                    store(work, WANTED * LANES + lane, wanted)
+                _look_up(table, places, work)
+            for lane in range(0, LANES, 16):
+                step, offset = load(work, STEP * LANES + lane, 16), load(work, OFFSET * LANES + lane, 16)
+                if table.size > 1:
+                    wanted, level = (
+                        load(work, WANTED * LANES + lane, 16),
+                        load(work, LEVEL * LANES + lane, 16),
+                    )
+                else:
+                    wanted = load(work, (FOUR + j - first) * LANES + lane, 16)
+                    for k in range(first, j):
+                        wanted = wanted + load(work, (ROWS + k) * LANES + lane, 16) * feedback[j, k]
+                    place = (wanted + offset) * load(work, INVERSE * LANES + lane, 16)
+                    level = nearest(smaller(larger(place, least), most))
+                decoded = step * level - offset
+                left = wanted - decoded
+                store(work, level_at + lane, level)
+                store(work, error_at + lane, load(base, (at + j) * LANES + lane, 16) - decoded)
+                store(work, COST * LANES + lane, load(work, COST * LANES + lane, 16) + left * weight * left)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -107,20 +125,23 @@ def _cost_of(
     aim: Tile, feedback: Tile, weights: Tile, levels: Tile, at: int, work: Tile, errors: Tile
 ) -> None:
     """As `_feed` for levels that are given (from row `at`); `aim` is both base and target."""
+    for j in range(aim.shape[0]):
+        for lane in range(0, LANES, 16):
+            step, offset = load(work, STEP * LANES + lane, 16), load(work, OFFSET * LANES + lane, 16)
+            decoded = step * load(levels, (at + j) * LANES + lane, 16) - offset
+            store(errors, j * LANES + lane, load(aim, j * LANES + lane, 16) - decoded)
     for lane in range(LANES):
         work[COST, lane] = ZERO
-    for j in range(aim.shape[0]):
-        for lane in range(LANES):
-            work[WANTED, lane] = aim[j, lane]
-        add_row(feedback, j, 0, errors, 0, j, work, WANTED)
-        weight = weights[j]
-        for lane in range(LANES):
-            work[DECODED, lane] = work[STEP, lane] * levels[at + j, lane] - work[OFFSET, lane]
-        for lane in range(LANES):
-            left = work[WANTED, lane] - work[DECODED, lane]
-            work[COST, lane] += weight * left * left
-        for lane in range(LANES):
-            errors[j, lane] = aim[j, lane] - work[DECODED, lane]
+    for first in range(0, aim.shape[0], 4):
+        _bring_four(errors, first, feedback, first, 0, errors, 0, first, work)
+        for j in range(first, first + 4):
+            for lane in range(0, LANES, 16):
+                left = load(work, (FOUR + j - first) * LANES + lane, 16)
+                for k in range(first, j):
+                    left = left + load(errors, k * LANES + lane, 16) * feedback[j, k]
+                store(
+                    work, COST * LANES + lane, load(work, COST * LANES + lane, 16) + left * weights[j] * left
+                )
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -163,9 +184,11 @@ def _search_sub(
         for lane in range(LANES):
             scales[lane] = scale[0, lane] if work[BETTER, lane] else scales[lane]
             mins[lane] = scale[1, lane] if work[BETTER, lane] else mins[lane]
-        for j in range(size):
-            for lane in range(LANES):
-                levels[j, lane] = work[ROWS + size + j, lane] if work[BETTER, lane] else levels[j, lane]
+        for lane in range(0, LANES, 16):
+            better = load(work, BETTER * LANES + lane, 16) > ZERO
+            for j in range(lane, size * LANES, LANES):
+                new = load(work, (ROWS + size) * LANES + j, 16)
+                store(levels, j, where(better, new, load(levels, j, 16)))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -189,26 +212,24 @@ def load_rows(rows: Float32, base: Tile) -> None:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def aim_panel(
-    base: Tile, feedback: Tile, at: int, errors: Tile, solved: Tile, target: Tile, moved: Float32
-) -> None:
-    """Move a panel's `target` by the `errors` of the columns before `at`, where it begins.
+def aim_panel(base: Tile, by: Tile, solved: Tile, target: Tile, moved: Float32) -> None:
+    """Move a panel's `target` (`size LANES`) from `base` by what the errors before it call for.
 
     Fills `moved` (`rows size`) with the weights to fit its fields to: there every column of the panel takes
-    its own target as it is, the panel's optimum unquantized. `base` and `errors` are of all columns.
+    its own target as it is, the panel's optimum unquantized.
     """
     size = target.shape[0]
-    best, by = np.empty(target.shape, target.dtype), np.zeros(target.shape, target.dtype)
-    add_products(feedback, at, 0, errors, 0, at, by)
+    best = base.copy()
     for j in range(size):
         for lane in range(LANES):
-            target[j, lane] = base[at + j, lane] + by[j, lane]
-            best[j, lane] = base[at + j, lane]
-    if at:
-        add_products(solved, 0, 0, by, 0, size, best)
-    for lane in range(moved.shape[0]):
-        for j in range(size):
-            moved[lane, j] = best[j, lane]
+            target[j, lane] = base[j, lane] + by[j, lane]
+    for first in range(0, size, 8):
+        last = min(first + 8, size)
+        add_products(solved, first, 0, by, 0, last, best[first:last])
+    for first in range(0, size, 8):
+        for lane in range(moved.shape[0]):
+            for j in range(first, min(first + 8, size)):
+                moved[lane, j] = best[j, lane]
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -241,8 +262,14 @@ def feed_panel(
         )  # fmt: skip
         _set_steps(d, m, block, scales[s], mins[s], work)
         _take_errors(base, levels, at, end, work, errors)
-        for j in range(at + 1, end):
-            add_row(feedback, j, 0, errors, at, j, target, j)
+        for first in range(at, end, 4):
+            if first > at:
+                add_four(feedback, first, 0, errors, at, first, target, first)
+            for j in range(first, first + 4):
+                for k in range(first, j):
+                    for lane in range(0, LANES, 16):
+                        moved = load(errors, k * LANES + lane, 16) * feedback[j, k]
+                        store(target, j * LANES + lane, load(target, j * LANES + lane, 16) + moved)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -336,29 +363,41 @@ def _descend(
     table: Float32, levels: Tile, errors: Tile, work: Tile,
 ) -> None:  # fmt: skip
     """Coordinate descent on the levels of one sub-block, column by column, under `STEP` and `OFFSET`."""
-    moved, places = np.empty((end - at, LANES), base.dtype), np.empty(LANES, np.uint16)
-    slope, now = np.empty((1, LANES), base.dtype), np.empty((1, LANES), base.dtype)
-    for j in range(at, end):
-        own = hessian[j, j]
-        inverse = ONE / own
-        for lane in range(LANES):
-            slope[0, lane] = gradient[j, lane]
-        add_row(hessian, j, at, moved, 0, j - at, slope, 0)
-        for lane in range(LANES):
-            work[WANTED, lane] = base[j, lane] - errors[j, lane] + slope[0, lane] * inverse
-        _nearest(low, high, table, places, work)
-        for lane in range(LANES):
-            now[0, lane] = base[j, lane] - work[DECODED, lane]
-        for lane in range(LANES):
-            change = now[0, lane] - errors[j, lane]
-            gain = -change * (slope[0, lane] + slope[0, lane] + own * change)
-            least = LEAST_GAIN * own * work[STEP, lane] * work[STEP, lane]
-            work[BETTER, lane] = ONE if gain > least else ZERO
-        for lane in range(LANES):
-            keep = work[BETTER, lane] != 0 and work[LEVEL, lane] != levels[j, lane]
-            moved[j - at, lane] = now[0, lane] - errors[j, lane] if keep else ZERO
-            errors[j, lane] = now[0, lane] if keep else errors[j, lane]
-            levels[j, lane] = work[LEVEL, lane] if keep else levels[j, lane]
+    size, kind = end - at, base.dtype.type
+    moved, places = np.empty((size, LANES), base.dtype), np.empty(LANES, np.uint16)
+    none = spread(kind(ZERO), 16)
+    least, most = spread(kind(low), 16), spread(kind(high), 16)
+    for first in range(0, size, 4):
+        _bring_four(gradient, at + first, hessian, at + first, at, moved, 0, first, work)
+        for j in range(first, first + 4):
+            own, here = hessian[at + j, at + j], (at + j) * LANES
+            inverse, slope_at = ONE / own, (FOUR + j - first) * LANES
+            for lane in range(0, LANES, 16):
+                slope = load(work, slope_at + lane, 16)
+                for k in range(first, j):
+                    slope = slope + load(moved, k * LANES + lane, 16) * hessian[at + j, at + k]
+                store(work, slope_at + lane, slope)
+                wanted = load(base, here + lane, 16) - load(errors, here + lane, 16) + slope * inverse
+                store(work, WANTED * LANES + lane, wanted)
+            if table.size > 1:
+                _look_up(table, places, work)
+            for lane in range(0, LANES, 16):
+                step, offset = load(work, STEP * LANES + lane, 16), load(work, OFFSET * LANES + lane, 16)
+                level = load(work, LEVEL * LANES + lane, 16)
+                if table.size == 1:
+                    wanted = load(work, WANTED * LANES + lane, 16)
+                    place = (wanted + offset) * load(work, INVERSE * LANES + lane, 16)
+                    level = nearest(smaller(larger(place, least), most))
+                slope = load(work, slope_at + lane, 16)
+                before, held = load(errors, here + lane, 16), load(levels, here + lane, 16)
+                now = load(base, here + lane, 16) - (step * level - offset)
+                change = now - before
+                gain = (none - change) * (slope + slope + change * own)
+                # a level that stays as it is changes nothing: its gain is exactly 0
+                keep = gain > step * step * (own * LEAST_GAIN)
+                store(moved, j * LANES + lane, where(keep, change, none))
+                store(errors, here + lane, where(keep, now, before))
+                store(levels, here + lane, where(keep, level, held))
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -21,6 +21,7 @@ from bitsmith.formats.blocks import BlockFormat, Fields
 from bitsmith.formats.format import Bytes, Float32, Format
 from bitsmith.numerics.input_metric import Group, InputMetric, SubFactors
 from bitsmith.numerics.lane_products import LANES, add_products
+from bitsmith.numerics.short_products import add_short_products, short_values, shorten
 from bitsmith.numerics.threads import for_ranges
 from bitsmith.passes import feedback as kernels
 from bitsmith.passes.feedback import Tile
@@ -104,6 +105,7 @@ class _Plan:
         self.form, self.group, self.effort, self.size = form, group, effort, size
         self.panels = group.panels(size, form.sub_size)
         self.kind = group.feedback.dtype
+        self.short = group.short_rows(size) if self.kind == np.float32 else None
         self.weights = np.asarray(group.weights, self.kind)
         importance = {
             "schur": group.weights, "diagonal": group.diagonal, "none": None,
@@ -188,6 +190,7 @@ class _Tile:
         if given is not None:
             self.d[:, : self.count] = given.T
         self.target = self.base[:0]
+        self.shorts = short_values(width if plan.short else 0, plan.size)
 
     def _columns(self, index: int) -> slice:
         return slice(index * self.plan.size, min((index + 1) * self.plan.size, len(self.base)))
@@ -205,12 +208,14 @@ class _Tile:
         There every column of the panel takes its own target as it is: the panel's optimum unquantized.
         """
         at = self._columns(index)
-        self.target = self.base[at].copy()
+        self.target = np.empty_like(self.base[at])
         moved = np.empty((self.count, len(self.target)), np.float32)
-        kernels.aim_panel(
-            self.base, self.plan.group.feedback, at.start, self.errors, self.plan.panels[index].solved,
-            self.target, moved,
-        )  # fmt: skip
+        by = np.zeros_like(self.target)
+        if self.plan.short is None:
+            add_products(self.plan.group.feedback, at.start, 0, self.errors, 0, at.start, by)
+        else:
+            add_short_products(*self.plan.short[index], *self.shorts, index, by)
+        kernels.aim_panel(self.base[at], by, self.plan.panels[index].solved, self.target, moved)
         return moved
 
     def take(self, index: int, fields: Fields) -> None:
@@ -228,8 +233,15 @@ class _Tile:
             base, target, panel.feedback, plan.weights[at], *fields, plan.moves, plan.limits, *plan.grid,
             levels, errors,
         )  # fmt: skip
-        if not plan.effort.local:
-            return
+        if plan.effort.local:
+            self._improve_panel(index)
+        if plan.short is not None and index + 1 < len(plan.panels):
+            shorten(errors, self.shorts.codes[index], self.shorts.scales[index])
+
+    def _improve_panel(self, index: int) -> None:
+        plan, at, panel = self.plan, self._columns(index), self.plan.panels[index]
+        base, target, levels, errors = self.base[at], self.target, self.levels[at], self.errors[at]
+        fields = self._fields(index)
         if plan.refits and self.given is None:
             kernels.refit_panel(base, target, panel.turned, *fields, levels, errors)
         residual, gradient = np.empty_like(base), np.empty_like(base)
