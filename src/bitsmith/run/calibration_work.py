@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -35,11 +36,13 @@ class Steps:
 
     Without saliency, layer by layer forwards, `layers.N`, from the states before to those behind. With it,
     forwards without gathering, `forward.N`, all states kept; then back from the head, `layers.N` from the
-    gradient by the layer's output to that by its input, with the states before it.
+    gradient by the layer's output to that by its input, with the states before it. The head has
+    `head_layers` times as many weights as a layer.
     """
 
-    def __init__(self, n_layers: int, *, mtp: bool, saliency: bool) -> None:
+    def __init__(self, n_layers: int, head_layers: float, *, mtp: bool, saliency: bool) -> None:
         self.n_layers, self.saliency = n_layers, saliency
+        self._head_cost = max(1, round(2 * head_layers)) if saliency else 1
         layers = [f"layers.{n}" for n in range(n_layers)]
         last = [_HEAD, *([_MTP] if mtp else [])]
         forwards = [f"forward.{n}" for n in range(n_layers)]
@@ -63,6 +66,8 @@ class Steps:
 
     def cost(self, name: str) -> int:
         """Return how long a step takes for a token, in forwards of a layer."""
+        if name == _HEAD:
+            return self._head_cost
         return 0 if name == _EMBED else _BACKWARD_COST if self._is_backward(name) else 1
 
     def _is_backward(self, name: str) -> bool:
@@ -81,8 +86,10 @@ class Passes:
         self.path = model.checkpoint.path
         self.forward = SiteForward(model, specs)
         self.backward = Backward(model, specs, self.forward.network, seed)
+        first = f"{model.arch.text_prefix}layers.0."
+        layer = sum(math.prod(spec.shape) for spec in specs if spec.name.startswith(first))
         mtp = bool(self.forward.mtp_layers)
-        self.steps = Steps(self.forward.n_layers, mtp=mtp, saliency=saliency)
+        self.steps = Steps(self.forward.n_layers, model.head.size / layer, mtp=mtp, saliency=saliency)
 
 
 def _states(number: int) -> str:
