@@ -14,6 +14,7 @@ import numpy as np
 from scipy.optimize import nnls  # type: ignore[attr-defined]
 
 from bitsmith.numerics.power_law import RESAMPLES
+from bitsmith.numerics.spectrum import LARGE
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.run.assay_jobs import Job, Request, Work, opened_work
 from bitsmith.run.assay_workers import usable_workers
@@ -22,6 +23,7 @@ from bitsmith.run.forecast import (
     Budget,
     Forecast,
     Part,
+    disk_part,
     folder_of,
     io_so_far,
     seconds_of_process,
@@ -40,19 +42,13 @@ from bitsmith.run.measure import (
 )
 from bitsmith.store.checkpoint import ComputedTensor, TensorRef
 
-_SIZES = (
-    (256, 256),
-    (512, 256),
-    (512, 512),
-    (1024, 512),
-    (1024, 1024),
-    (2048, 1024),
-    (1536, 1536),
-    (2048, 2048),
-)
+_SIZES = (256, 256), (1024, 256), (512, 512), (2048, 512), (1024, 1024), (2048, 1024)
+_SHARE = 0.85  # of the budget, for the laws of matrices
+_BESIDE = 1.1  # how much longer a matrix takes beside others, which share caches and memory; measured
 _TRAIN_COLUMNS = 512
 _TRAIN_ROWS = 4096
 _MIXER_HIDDEN = (64, 256)
+_GRAM_BYTES = 40  # for each pair of columns of the short side: as `Target.memory_bytes` counts them
 
 
 @dataclass(frozen=True)
@@ -100,48 +96,61 @@ def forecast_assay(
     before, folder = io_so_far(), folder_of(out or Path("assay"))
     request = Request(model, match, statistics, RESAMPLES, 0, sample)
     with opened_work(request) as work:
-        started, budget = seconds_of_process(), Budget()
+        started, budget, rest = seconds_of_process(), Budget(), peak_memory_bytes() or 0
         costs = _Costs(work, request, budget)
         seconds = {job.name: costs.seconds(job) for job in work.jobs}
         used = usable_workers(work.jobs, workers)
         files, stored = work.checkpoint.files, sum(ref.nbytes for ref in work.checkpoint.values())
-        wall = _makespan(list(seconds.values()), used)
+        wall = _makespan(list(seconds.values()), used) * (_BESIDE if used > 1 else 1.0)
         rates = machine_rates(files, folder, usable_cores(), work_seconds=wall)
         parts = [Part("start", started * (2 if used > 1 else 1), used, "processes", 1 / started)]
         if out is not None:
             parts.append(Part("digest of the source", stored / rates.sha256, stored, "bytes", rates.sha256))
         parts.append(Part("matrices", wall, sum(job.work for job in work.jobs), "multiplications", 0.0))
         parts[-1] = parts[-1]._replace(rate=parts[-1].amount / max(wall, 1e-9))
-        peak = _peak(work.jobs, used)
-        read = before.read + _read_bytes(work) + (stored if out is not None else 0)
+        parts.append(disk_part(files, rates))
+        peak = _peak(work.jobs, used, rest, quick=sample is not None)
+        read = before.read + _read_bytes(work, quick=sample is not None) + (stored if out is not None else 0)
+        output = 0 if out is None else _PAGE_BYTES + 2 * _OUTPUT_BYTES * len(work.jobs)
     return Forecast(
         command="assay",
         seconds=total_seconds(tuple(parts)),
         peak_memory_bytes=peak,
-        output_bytes=0 if out is None else _OUTPUT_BYTES * len(work.jobs),
+        output_bytes=output,
         scratch_bytes=0 if out is None else _OUTPUT_BYTES * len(work.jobs),
         read_bytes=read,
-        written_bytes=0 if out is None else 2 * _OUTPUT_BYTES * len(work.jobs),
+        written_bytes=0 if out is None else output + _OUTPUT_BYTES * len(work.jobs),
         parts=tuple(parts),
         rates=rates,
         calibrated_seconds=budget.spent,
-        unmeasured=() if text is None else ("the activations of --text",),
+        unmeasured=(_LOOSE, *(() if text is None else ("the activations of --text",))),
         folder=folder,
     )
 
 
-_OUTPUT_BYTES = 24 << 10  # of one matrix in assay.json, measured, rounded up
+_LOOSE = "how near the matrices come to this: runs have taken .6 to 1.5 times as long"
+_OUTPUT_BYTES = 18 << 10  # of one matrix in assay.json, in the page and in the journal, measured
+_PAGE_BYTES = 4 << 20  # of the page that shows them, measured
 
 
 class _Costs:
-    """Seconds of each job, from measures of cut matrices within a budget."""
+    """Seconds of each job, from measures of cut matrices within a budget.
+
+    Matrices whose short side is `LARGE` are decomposed in another way: they take so many times what the law
+    says as one of just that size does.
+    """
 
     def __init__(self, work: Work, request: Request, budget: Budget) -> None:
         self._request, self._moments = request, work.moments
         subjects = [_subject(job) for job in work.jobs]
         targets = [one for one in subjects if isinstance(one, Target)]
         plain = [target for target in targets if target.role not in TRAIN_ROLES] or targets
-        self._law = Law.through(self._sampled(max(plain, key=lambda one: min(one.shape)), budget))
+        largest = max(plain, key=lambda one: min(one.shape))
+        wide, self._wide = (LARGE, LARGE), 1.0
+        has_wide = min(largest.shape) >= LARGE
+        self._law = Law.through(self._sampled(largest, budget, _SIZES[: 5 if has_wide else 6]))
+        if has_wide:
+            self._wide = self._seconds(largest, wide) / self._law.seconds(wide)
         self._train = self._train_weight(targets)
         self._guided = self._moments_ratio(plain)
         mixers = {one.kind: one for one in subjects if isinstance(one, Mixer)}
@@ -153,7 +162,7 @@ class _Costs:
         if isinstance(one, Mixer):
             fixed, column = self._mixers[one.kind]
             return fixed + column * _hidden(one)
-        found = self._law.seconds(self._shape(one))
+        found = self._law.seconds(self._shape(one)) * (self._wide if min(one.shape) >= LARGE else 1.0)
         if one.role in TRAIN_ROLES:
             found += self._train * one.ref.size
         return found * (self._guided if one.name in self._moments else 1.0)
@@ -161,16 +170,19 @@ class _Costs:
     def _shape(self, target: Target) -> tuple[int, int]:
         """Return the rows and columns that are looked at."""
         rows, columns = target.shape
-        if self._request.sample is not None and 4 * target.ref.size > HELD_BYTES:
-            rows = min(rows, QUICK_BYTES // (4 * columns))
+        if self._request.sample is not None:
+            rows = min(rows, _looked_at(target) // columns)
         return rows, columns
 
-    def _sampled(self, target: Target, budget: Budget) -> dict[tuple[int, int], float]:
+    def _sampled(
+        self, target: Target, budget: Budget, sizes: Sequence[tuple[int, int]]
+    ) -> dict[tuple[int, int], float]:
         """Measure cut matrices of growing size while the next one fits."""
-        self._seconds(target, _fitting(target.shape)[0])  # loads what is loaded once
+        shapes = list(dict.fromkeys((min(m, target.shape[0]), min(n, target.shape[1])) for m, n in sizes))
+        self._seconds(target, (min(256, target.shape[0]), min(256, target.shape[1])))  # loads what is used
         found: dict[tuple[int, int], float] = {}
-        for shape in _fitting(target.shape):
-            if len(found) >= 4 and budget.spent + Law.through(found).seconds(shape) > budget.seconds * 0.75:
+        for shape in shapes:
+            if found and budget.spent + Law.through(found).seconds(shape) > _SHARE * budget.seconds:
                 break
             found[shape] = self._seconds(target, shape)
         return found
@@ -214,11 +226,6 @@ def _subject(job: Job) -> Target | Mixer:
     return found
 
 
-def _fitting(shape: tuple[int, int]) -> list[tuple[int, int]]:
-    found = [(min(m, shape[0]), min(n, shape[1])) for m, n in _SIZES]
-    return list(dict.fromkeys(found))
-
-
 def _spent(work: Callable[[], object]) -> float:
     """Return the processor seconds of `work`, which uses one thread."""
     began = time.process_time()
@@ -259,18 +266,37 @@ def _makespan(seconds: Sequence[float], workers: int) -> float:
     return max(ends)
 
 
-def _peak(jobs: Sequence[Job], workers: int) -> int:
-    """Return the memory of the largest jobs side by side, or of this process, which has done the same."""
-    largest = heapq.nlargest(workers, (job.memory_bytes for job in jobs))
-    own = peak_memory_bytes() or 0
-    return max(own, sum(largest)) if workers == 1 else own + sum(largest)
+def _peak(jobs: Sequence[Job], workers: int, rest: int, *, quick: bool) -> int:
+    """Return the memory of the largest jobs side by side, each beside what a process holds at rest.
+
+    One that does all by itself holds no less than this one has.
+    """
+    largest = heapq.nlargest(workers, (_held_bytes(_subject(job), quick=quick) for job in jobs))
+    if workers == 1:
+        return max(peak_memory_bytes() or 0, rest + sum(largest))
+    return rest + sum(rest + held for held in largest)
 
 
-def _read_bytes(work: Work) -> int:
+def _held_bytes(one: Target | Mixer, *, quick: bool) -> int:
+    """Return what measuring a matrix, or a layer's projections, holds: weights and Gram matrices."""
+    if isinstance(one, Mixer):
+        return sum(4 * target.ref.size for target in one.targets.values())
+    short, size = min(one.shape), one.ref.size
+    if 4 * size > HELD_BYTES:
+        size = _looked_at(one) if quick else 0
+    return 4 * size + _GRAM_BYTES * short * short
+
+
+def _looked_at(target: Target) -> int:
+    """Return the weights that a sample of a matrix has."""
+    return target.ref.size if 4 * target.ref.size <= HELD_BYTES else QUICK_BYTES // 4
+
+
+def _read_bytes(work: Work, *, quick: bool) -> int:
     """Return the bytes of all matrices, those of layers read a second time."""
     total = 0
     for job in work.jobs:
         one = _subject(job)
-        refs = [target.ref for target in one.targets.values()] if isinstance(one, Mixer) else [one.ref]
-        total += sum(ref.nbytes for ref in refs)
+        for target in one.targets.values() if isinstance(one, Mixer) else [one]:
+            total += target.ref.nbytes * (_looked_at(target) if quick else target.ref.size) // target.ref.size
     return total

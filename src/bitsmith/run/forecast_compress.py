@@ -49,8 +49,10 @@ def _forecast(job: Job, planned: Planned) -> Forecast | None:
 def _left_out(job: Job, planned: Plan) -> Iterator[str]:
     if job.statistics is None and job.needs_forward:
         yield "rounding by the statistics that are learned, which takes longer than the plain search"
-    if job.statistics is not None and job.follows(job.statistics):
-        yield "statistics behind the compressed layers (--no-sequential takes those of --stats alone)"
+    if job.statistics is not None:
+        yield "how near the rounding by --stats comes to this"
+        if job.follows(job.statistics):
+            yield "statistics behind the compressed layers (--no-sequential takes those of --stats alone)"
     if planned.transforms or job.searches:
         yield "solving the transforms, and searching for them"
     if job.tune or job.recipe == "auto" or job.goal() is not None:

@@ -325,6 +325,7 @@ def forecast_calibrate(
             opened.source.files, folder, usable_cores(), work_seconds=total_seconds(tuple(parts))
         )
         room = room_for(opened, tokens, protocol, block=block, saliency=saliency, full=full)
+        kept = room.kept if full else _imatrix_bytes(opened)
         aside = _digested_bytes(opened)
         parts.append(
             Part("digest of what no layer holds", aside / rates.sha256, aside, "bytes", rates.sha256)
@@ -334,8 +335,8 @@ def forecast_calibrate(
         command="calibrate",
         seconds=total_seconds((_started(started), *parts)),
         peak_memory_bytes=peak_memory_bytes() or 0,
-        output_bytes=room.kept,
-        scratch_bytes=room.most - room.kept,
+        output_bytes=kept,
+        scratch_bytes=room.most if kept < room.kept else room.most - kept,
         read_bytes=before.read + cost.read_bytes(kinds, tokens.size) + head_read + aside,
         written_bytes=room.most,
         parts=(_started(started), *parts),
@@ -349,6 +350,12 @@ def _mtp_kinds(model: TextModel) -> list[str]:
     """Return the kind of the MTP layer, if there is one: it is taken as a layer more."""
     has = any(spec.component == "mtp" for spec in model.arch.specs())
     return ["full_attention"] if has and "full_attention" in layer_kinds(model) else []
+
+
+def _imatrix_bytes(model: TextModel) -> int:
+    """Return the bytes of llama.cpp's imatrix: a float for every column of every matrix."""
+    specs = [spec for spec in model.arch.specs() if spec.site is not None]
+    return sum(4 * spec.shape[-1] for spec in specs)
 
 
 def _digested_bytes(model: TextModel) -> int:
