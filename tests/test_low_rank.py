@@ -10,6 +10,7 @@ from scipy.linalg import hadamard
 
 from bitsmith.errors import BitsmithError
 from bitsmith.formats import format_named
+from bitsmith.numerics import spectrum
 from bitsmith.numerics.rate_distortion import gap_db
 from bitsmith.passes.attention import (
     delta_parts,
@@ -18,7 +19,7 @@ from bitsmith.passes.attention import (
     low_rank_heads,
     query_rows,
 )
-from bitsmith.passes.factors import symmetric, symmetric_bytes
+from bitsmith.passes.factors import FactorCode, factor_codes, symmetric, symmetric_bytes
 from bitsmith.passes.low_rank import Coding, Contest, claimed_error, contest, format_gaps
 
 RNG_SEED = 7
@@ -263,6 +264,35 @@ def test_symmetric_codes_are_nearest_steps(rows: int, columns: int, bits: int, g
     assert symmetric_bytes(rows, columns, bits, group) == rows * (
         (columns * bits + 7) // 8 + 2 * -(-columns // (group or columns))
     )
+
+
+@pytest.mark.parametrize("code", factor_codes(512), ids=lambda code: code.name)
+def test_products_of_several_ranks_are_those_of_each(code: FactorCode) -> None:
+    left, right = gaussian(40, 512), gaussian(512, 30)
+    left[::3, 300] = 9.0  # whose rows take another scale from rank 301 on
+    ranks = [0, 256, 256, 512] if code.multiple > 1 else [0, 7, 290, 310, 310, 512]
+    for rank, found in zip(ranks, code.products(left, right, ranks), strict=True):
+        expected = code.decoded(np.ascontiguousarray(left[:, :rank])) @ right[:rank] if rank else 0.0
+        assert np.allclose(found, expected, atol=1e-4)
+
+
+def test_vectors_in_float32_measure_as_exact_ones_do(monkeypatch) -> None:
+    monkeypatch.setattr(spectrum, "LARGE", 64)
+    for matrix in (gaussian(384, 256), gaussian(256, 256), gaussian(128, 512)):
+        known = spectrum.decompose(matrix)
+        assert known.vectors.dtype == np.float32
+        exact = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+        assert np.allclose(known.spectrum.sigma, exact, rtol=1e-9)
+        pairs = zip(contest(matrix, known=known).low_rank, contest(matrix).low_rank, strict=True)
+        for single, double in pairs:
+            assert (single.method, single.rank) == (double.method, double.rank)
+            assert single.relative_error == pytest.approx(double.relative_error, rel=2e-3)
+
+
+def test_vectors_of_an_almost_low_rank_are_found_in_float64(monkeypatch) -> None:
+    monkeypatch.setattr(spectrum, "LARGE", 64)
+    found = spectrum.decompose(planted(384, 256, 8) + np.float32(1e-5) * gaussian(384, 256))
+    assert found.vectors.dtype == np.float64
 
 
 class Attention:
