@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from bitsmith.cli.main import app
 from bitsmith.errors import BitsmithError, OutputError
 from bitsmith.lab.models import DEMO_MODEL
+from bitsmith.report.forecast_lines import forecast_lines
 from bitsmith.run.compress import compress
 from bitsmith.run.compress import plan as plan_of
 from bitsmith.run.forecast import Forecast, Io, Part, folder_of, io_so_far
 from bitsmith.run.forecast_assay import Law, _makespan
 from bitsmith.run.forecast_compress import forecast
+from bitsmith.run.forecast_forward import Line, Spent
 from bitsmith.run.forecast_gguf import Rehearsal
 from bitsmith.run.forecast_guided import _through
 from bitsmith.run.job import Job
@@ -78,6 +80,28 @@ def test_a_run_that_nothing_can_hold_is_refused(tmp_path: Path) -> None:
         _forecast(folder=tmp_path, peak_memory_bytes=10**15).refuse_too_large()
 
 
+def test_what_is_unmeasured_is_neither_promised_nor_refused(tmp_path: Path) -> None:
+    found = _forecast(folder=tmp_path, unmeasured=("tuning",), peak_memory_bytes=10**15)
+    found.refuse_too_large()
+    assert found.seconds_interval is None
+    assert found.memory_interval is None
+    lines = forecast_lines(found)
+    assert "will take 10.0 s at least" in lines[0]
+    assert "  tuning: unmeasured" in lines
+    assert not any("promised within" in line for line in lines)
+    with pytest.raises(OutputError, match="bytes of disk"):
+        replace(found, output_bytes=10**15).refuse_too_large()
+
+
+def test_tokens_cost_what_the_processor_did_for_them() -> None:
+    few, more = Spent(1.0, 1.0, Io(100, 0)), Spent(9.0, 2.7, Io(300, 0))
+    line = Line.through(few, more, (10, 110), 2)
+    assert line.token == pytest.approx(1.7 / 100 / 1.7)
+    assert line.seconds(10) == pytest.approx(1.0)
+    assert line.read_bytes(210) == pytest.approx(500)
+    assert line.less(line.times(2)) == Line(0.0, 0.0, 0.0, 0.0)
+
+
 def test_forecasts_follow_one_another() -> None:
     first, second = (
         _forecast(peak_memory_bytes=5),
@@ -87,6 +111,7 @@ def test_forecasts_follow_one_another() -> None:
     assert both.seconds == 11.0
     assert both.peak_memory_bytes == second.peak_memory_bytes
     assert both.scratch_bytes == 50 + 100 + 50
+    assert both.seconds_interval is not None
     low, high = both.seconds_interval
     assert low == pytest.approx(7.7)
     assert high == pytest.approx(14.3)
