@@ -44,7 +44,7 @@ from bitsmith.store.checkpoint import ComputedTensor, TensorRef
 
 _SIZES = (256, 256), (1024, 256), (512, 512), (2048, 512), (1024, 1024), (2048, 1024)
 _SHARE = 0.85  # of the budget, for the laws of matrices
-_BESIDE = 1.1  # how much longer a matrix takes beside others, which share caches and memory; measured
+_BESIDE = 1.1  # how much longer a matrix takes beside others, which share caches; from one run
 _TRAIN_COLUMNS = 512
 _TRAIN_ROWS = 4096
 _MIXER_HIDDEN = (64, 256)
@@ -128,7 +128,7 @@ def forecast_assay(
     )
 
 
-_LOOSE = "how near the matrices come to this: runs have taken .6 to 1.5 times as long"
+_LOOSE = "how near the matrices come to this: before the law was changed, runs took .6 to 1.5 times as long"
 _OUTPUT_BYTES = 18 << 10  # of one matrix in assay.json, in the page and in the journal, measured
 _PAGE_BYTES = 4 << 20  # of the page that shows them, measured
 
