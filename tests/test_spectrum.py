@@ -10,10 +10,10 @@ from scipy.linalg import eigvalsh
 
 from bitsmith.errors import BitsmithError
 from bitsmith.numerics import band
+from bitsmith.numerics.partial_spectrum import bounds_from_partial
 from bitsmith.numerics.spectrum import (
     ACCURATE,
     Spectrum,
-    bounds_from_partial,
     compare_with_random,
     describe,
     singular_values,

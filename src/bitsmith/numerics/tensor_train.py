@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from bitsmith.errors import BitsmithError
+from bitsmith.numerics.modes import Modes, balanced_modes
 from bitsmith.numerics.squares import row_products
 from bitsmith.numerics.threads import one_blas_thread
 
@@ -39,8 +40,6 @@ SEED_RANKS = (
 """The seed's sweep on its 248,320 × 4,096 embedding."""
 SEED_CORE_RANK = 1024
 SEED_CORE_TRAIN = (1, 32, 32, 1)
-_LEAST_SHARE, _MOST_SHARE = 0.5, 2.0  # a balanced mode factor against the geometric mean
-_LARGEST_SPREAD = 4.0  # of the largest factor over the smallest, where any split keeps it
 
 
 class RowSource(Protocol):
@@ -84,24 +83,6 @@ def as_rows(matrix: RowSource | NDArray[Any]) -> RowSource:
 
 
 @dataclass(frozen=True)
-class Modes:
-    """How rows and columns split into mode factors, the slowest first: core k has mode `m_k n_k`."""
-
-    rows: tuple[int, ...]
-    columns: tuple[int, ...]
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        """Mode sizes `p_k = m_k n_k`."""
-        return tuple(m * n for m, n in zip(self.rows, self.columns, strict=True))
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns, padding included."""
-        return int(np.prod(self.rows)), int(np.prod(self.columns))
-
-
-@dataclass(frozen=True)
 class Train:
     """One Tensor-Train of one matrix, measured by comparing its rows with the original's.
 
@@ -135,35 +116,6 @@ def scaled(rank: int, columns: int) -> int:
 def scaled_ranks(columns: int, ranks: Sequence[Sequence[int]] = SEED_RANKS) -> tuple[tuple[int, ...], ...]:
     """Return rank lists meant for 4096 columns in proportion to `columns`; the outer ranks stay 1."""
     return tuple((1, *(scaled(rank, columns) for rank in config[1:-1]), 1) for config in ranks)
-
-
-def balanced_modes(rows: int, columns: int, cores: int = 3) -> Modes:
-    """Return near-equal mode factors with the least padding, the largest in the middle.
-
-    The largest is at most four times the smallest where that can be. A large middle mode makes for small
-    outer unfoldings, which is what streaming has to hold.
-    """
-    return Modes(_middle_largest(_factors(rows, cores)), _middle_largest(_factors(columns, cores)))
-
-
-def _factors(count: int, parts: int) -> tuple[int, ...]:
-    """Return factors whose product is at least `count`: not too uneven, least padding, most even."""
-    if parts == 1:
-        return (count,)
-    mean = count ** (1 / parts)
-    low, high = max(1, int(mean * _LEAST_SHARE)), int(np.ceil(mean * _MOST_SHARE))
-    splits = []
-    for first in range(low, high + 1):
-        split = (first, *_factors(-(-count // first), parts - 1))
-        spread = max(split) / min(split)
-        splits.append((spread > _LARGEST_SPREAD, int(np.prod(split)), spread, split))
-    return min(splits)[-1]
-
-
-def _middle_largest(factors: tuple[int, ...]) -> tuple[int, ...]:
-    *ends, largest = sorted(factors)
-    middle = len(ends) // 2
-    return (*ends[:middle], largest, *ends[middle:])
 
 
 def possible_ranks(sizes: Sequence[int], asked: Sequence[int]) -> tuple[int, ...]:

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitsmith.formats.format import Float32
-from bitsmith.numerics.tensor_train import ArrayRows, Modes, ProjectedRows, RowSource, fitted_cores
+from bitsmith.numerics.modes import Modes
+from bitsmith.numerics.tensor_train import ArrayRows, ProjectedRows, RowSource, fitted_cores
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes.factorize import ErrorMetric, FactorCode, Rounded, solved
 from bitsmith.passes.factors import Factors, Metric

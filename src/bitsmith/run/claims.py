@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from bitsmith.archs import Qwen35, TensorSpec
 from bitsmith.archs.published import published_config
-from bitsmith.numerics.spectrum import PartialSpectrum, bounds_from_partial
+from bitsmith.numerics.partial_spectrum import PartialSpectrum, bounds_from_partial
 from bitsmith.run.assay_result import SeedCheck
 
 SIGMA = {1: 4.65, 2: 4.05, 3: 3.65, 4: 3.55, 512: 2.03, 1024: 1.72, 2048: 1.18, 4096: 0.95}

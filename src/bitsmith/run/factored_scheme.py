@@ -28,7 +28,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 from bitsmith.errors import BitsmithError, printable
-from bitsmith.numerics.tensor_train import balanced_modes, possible_ranks
+from bitsmith.numerics.modes import balanced_modes
+from bitsmith.numerics.tensor_train import possible_ranks
 from bitsmith.store.factored import (
     FLOAT_CODES,
     Blocks,

@@ -9,7 +9,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from bitsmith.numerics.tensor_train import COSINE_GATE, RowSource, Train, balanced_modes, matrix_shape, sweep
+from bitsmith.numerics.modes import balanced_modes
+from bitsmith.numerics.tensor_train import COSINE_GATE, RowSource, Train, matrix_shape, sweep
 from bitsmith.passes.factors import symmetric, symmetric_bytes
 
 Float64 = NDArray[np.float64]

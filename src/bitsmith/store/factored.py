@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from bitsmith.formats.format import Float32
 from bitsmith.formats.integer import GRIDS, GridFormat, grid_named
-from bitsmith.numerics.tensor_train import Modes
+from bitsmith.numerics.modes import Modes
 from bitsmith.store.compressed_tensors import words
 
 METHOD, VERSION = "bitsmith", 1
