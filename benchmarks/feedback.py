@@ -6,7 +6,9 @@ Both take turns on the same Gaussian rows, whose inputs are correlated (64 direc
 log-normal size). `times` is the cost of the feedback in plain searches, `times_with_factors` that with the
 factors of the site's second moments, for a matrix of as many rows as columns, and `output_error` the
 feedback's `tr(E H Eᵀ)` over the search's. The limit is the matrix products that bring each column's target
-up to date, a multiply-add per earlier column, at the rate of float32 products measured in the same run.
+up to date, a multiply-add per earlier column, at the rate of float32 products measured in the same run;
+`floor_times` is these and one plain search, in plain searches: no feedback by float32 products costs less.
+`times_of_ggml` is the cost in searches of ggml's own with the same importance on the same rows.
 """
 
 from __future__ import annotations
@@ -14,18 +16,23 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import numpy as np
 from measuring import OURS, Limit, Row, alternate, arguments, limits, rate_row, report
 from numpy.typing import NDArray
 
-from bitsmith.formats import format_named
+from bitsmith.formats import FORMATS, format_named
 from bitsmith.formats.integer import GRIDS
 from bitsmith.numerics.input_metric import InputMetric
 from bitsmith.numerics.threads import one_blas_thread
 from bitsmith.passes import grid_feedback
 from bitsmith.passes.rounding import round_rows
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+import ggml_oracle
 
 Float32 = NDArray[np.float32]
 ROWS = 512
@@ -85,12 +92,21 @@ def measured(name: str, width: int, moment: Float32, metric: InputMetric, factor
         return float(np.einsum("ij,ij->", error @ moment, error, dtype=np.float64))
 
     ratio = cost(fed()) / cost(searched())
-    turns = alternate({OURS: timed, "weighted search": plain}, repeats)
+    sides = {OURS: timed, "weighted search": plain}
+    if name in FORMATS:
+        sides["ggml's search"] = lambda: ggml_oracle.quantize(name, rows, importance)
+    turns = alternate(sides, repeats)
     own, other = turns[OURS].median, turns["weighted search"].median
+    products = rows.size * width / (limit.rate.high or limit.rate.median)
     whole = (own * width / ROWS + factors) / (other * width / ROWS)
     facts = {"output_error": ratio, "times": own / other, "times_with_factors": whole}
+    facts["floor_times"] = 1 + products / other
+    if "ggml's search" in turns:
+        facts["times_of_ggml"] = own / turns["ggml's search"].median
     facts["beside"] = (
-        f"{own / other:.1f} times the search, {whole:.1f} with factors; output error {ratio:.3f}"
+        f"{own / other:.1f} times the search, {whole:.1f} with factors, {facts['floor_times']:.1f} at least; "
+        + (f"{facts['times_of_ggml']:.2f} times ggml's; " if "times_of_ggml" in facts else "")
+        + f"output error {ratio:.3f}"
     )
     done = rows.size * width
     return rate_row(

@@ -17,7 +17,6 @@ from bitsmith.formats.lanes import (
     LANES,
     NOISE,
     ONE,
-    REFITS,
     WIDE,
     ZERO,
     half_in_unit,
@@ -228,9 +227,12 @@ def _refit_factors(
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_super_affine(
     blocks: Float32, weights: Float32 | None, first: int, high: np.float32, starts: Float32, reach: int,
-    reach_m: int, top: np.float32, d: Float32, m: Float32, scales: Int16, mins: Int16,
+    reach_m: int, refits: int, top: np.float32, d: Float32, m: Float32, scales: Int16, mins: Int16,
 ) -> None:  # fmt: skip
-    """Fill `d`, `m` (`n`), `scales`, `mins` (`n s`) for `x ≈ d * scale[sub] * code - m * min[sub]`."""
+    """Fill `d`, `m` (`n`), `scales`, `mins` (`n s`) for `x ≈ d * scale[sub] * code - m * min[sub]`.
+
+    Whole numbers are chosen `refits` times.
+    """
     subs = scales.shape[1]
     size, group = blocks.shape[1] // subs, LANES // subs
     x, w = np.empty((size, LANES), np.float32), weight_lanes(weights, size)
@@ -243,7 +245,7 @@ def fit_super_affine(
         load_weights(weights, first, block, subs, w)
         _search_affine(x, w, high, starts, 1, False, scratch, line)
         best[:] = HIGHEST
-        for turn in range(REFITS):
+        for turn in range(refits):
             for b in range(group):
                 lanes = slice(b * subs, (b + 1) * subs)
                 value, value_m = line[0, lanes].max() / top, line[1, lanes].max() / top

@@ -15,6 +15,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from bitsmith.formats.format import Bytes, Float32, Format
+from bitsmith.formats.lanes import REFITS
 from bitsmith.numerics.threads import for_ranges
 
 Codes = NDArray[np.uint8]
@@ -68,7 +69,8 @@ class BlockFormat(Format):
     largest whole number that a sub-block's scale and min may be; equal limits mean that it is fixed. Where
     scales are floats of their own, without a float16 `d`, `scale_values` are those that may be written, in
     ascending order, and `scale_limits` the first and the last index. A scale search begins at `starts`,
-    without importance at the first `plain_starts`, and looks as far as `reach` around whole scales and mins.
+    without importance at the first `plain_starts`, and looks as far as `reach` around whole scales and mins,
+    which are chosen `refits` times.
     `decoder` is a loop of `decoders`.
     """
 
@@ -83,6 +85,7 @@ class BlockFormat(Format):
     starts: ClassVar[Float32] = np.empty(0, np.float32)
     plain_starts: ClassVar[int | None] = None
     reach: ClassVar[tuple[int, int]] = (0, 0)
+    refits: ClassVar[int] = REFITS
     piece_weights: ClassVar[int] = 1 << 18  # encoded at a time by one thread
 
     @property
@@ -109,6 +112,10 @@ class BlockFormat(Format):
         fields = self._empty(len(blocks))
         self._fit(blocks, self.weights(importance), 0, fields)
         return fields
+
+    def quick(self) -> BlockFormat:
+        """Return the format with a shorter search of fields, for rounders that search whole numbers again."""
+        return self
 
     def round(self, rows: Float32, fields: Fields) -> Codes:
         """Return the codes (`n block_size`) of the levels nearest to `rows` under `fields`."""

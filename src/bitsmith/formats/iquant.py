@@ -75,7 +75,7 @@ class IQ4_XS(_Uneven):
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_symmetric(
             blocks, weights, first, _LEVELS[0], _LEVELS[-1], _LEVEL_TABLE, self.starts, self.reach[0],
-            np.float32(-32), np.float32(31), fields.d, fields.scales,
+            self.refits, np.float32(-32), np.float32(31), fields.d, fields.scales,
         )  # fmt: skip
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import ClassVar
 
 import numpy as np
@@ -22,8 +23,8 @@ class _Symmetric(BlockFormat):
         low, high = self.levels[self.first_code], self.levels[-1]
         starts, _ = self.effort(weighted=weights is not None)
         fit_super_symmetric(
-            blocks, weights, first, low, high, EVEN, starts, self.reach[0], self.scale_range[0],
-            self.scale_range[1], fields.d, fields.scales,
+            blocks, weights, first, low, high, EVEN, starts, self.reach[0], self.refits,
+            self.scale_range[0], self.scale_range[1], fields.d, fields.scales,
         )  # fmt: skip
 
 
@@ -34,8 +35,8 @@ class _Affine(BlockFormat):
 
     def _fit(self, blocks: Float32, weights: Float32 | None, first: int, fields: Fields) -> None:
         fit_super_affine(
-            blocks, weights, first, self.levels[-1], self.starts, self.reach[0], self.reach[1],
-            self.scale_max, fields.d, fields.m, fields.scales, fields.mins,
+            blocks, weights, first, self.levels[-1], self.starts, *self.reach, self.refits, self.scale_max,
+             fields.d, fields.m, fields.scales, fields.mins,
         )  # fmt: skip
 
 
@@ -101,6 +102,12 @@ class Q4_K(_Affine):
     scale_max = np.float32(63)
     scale_limits = min_limits = (0, 63)
     starts = AFFINE_4
+
+    def quick(self) -> BlockFormat:
+        """Return the format with whole numbers chosen once, mins next to what scales call for."""
+        found = copy(self)
+        found.reach, found.refits = (1, 0), 1  # type: ignore[misc]
+        return found
 
     def _pack(self, fields: Fields, codes: Codes, out: Bytes) -> None:
         klayout.pack_q45(*fields, False, codes, out)

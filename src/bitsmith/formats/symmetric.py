@@ -20,7 +20,6 @@ from bitsmith.formats.lanes import (
     LANES,
     NOISE,
     ONE,
-    REFITS,
     TWO,
     WIDE,
     ZERO,
@@ -195,9 +194,13 @@ def _choose_scales(
 @njit(nogil=True, cache=True, error_model="numpy")
 def fit_super_symmetric(
     blocks: Float32, weights: Float32 | None, first: int, low: np.float32, high: np.float32, table: Float32,
-    starts: Float32, reach: int, scale_low: np.float32, scale_high: np.float32, d: Float32, scales: Int16,
+    starts: Float32, reach: int, refits: int, scale_low: np.float32, scale_high: np.float32, d: Float32,
+    scales: Int16,
 ) -> None:  # fmt: skip
-    """Fill `d` (`n`) and `scales` (`n s`) for `x ≈ d * scale[sub] * level` (as `fit_symmetric`)."""
+    """Fill `d` (`n`) and `scales` (`n s`) for `x ≈ d * scale[sub] * level` (as `fit_symmetric`).
+
+    Whole numbers are chosen `refits` times.
+    """
     subs = scales.shape[1]
     size, group = blocks.shape[1] // subs, LANES // subs
     x, w = np.empty((size, LANES), np.float32), weight_lanes(weights, size)
@@ -210,7 +213,7 @@ def fit_super_symmetric(
         load_weights(weights, first, block, subs, w)
         _search_symmetric(x, w, low, high, table, starts, 1, places, scratch, scale)
         best[:] = HIGHEST
-        for turn in range(REFITS):
+        for turn in range(refits):
             for b in range(group):
                 lanes = slice(b * subs, (b + 1) * subs)
                 if turn == 0:

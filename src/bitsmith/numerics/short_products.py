@@ -1,9 +1,9 @@
 """Products of a matrix with values in lanes, both in 16-bit whole numbers: two products per multiply-add.
 
 Every row of a chunk of the matrix, and every lane of a chunk of the values, is scaled to a length (root of
-the sum of squares) of `_LENGTH` and rounded. By Cauchy and Schwarz no sum over a chunk leaves 32 bits, so sums are
-exact and do not depend on their order; a rounded value is off by 1e-4 of the root mean square of its 256.
-Chunks add up in float32, in order.
+the sum of squares) of `_LENGTH` and rounded. By Cauchy and Schwarz no sum over a chunk leaves 32 bits, so
+sums are exact and do not depend on their order; rounded, one of 256 values is off by about 1.4e-4 of their
+root mean square. Chunks add up in float32, in order.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _shorten_rows(matrix: NDArray[Any], codes: Int32, scales: NDArray[np.float32
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def shorten(values: NDArray[np.float32], codes: Int32, scales: NDArray[np.float32]) -> None:
+def shorten(values: NDArray[Any], codes: Int32, scales: NDArray[np.float32]) -> None:
     """Fill a chunk's `codes` (`LANES/16 size/2 16`) and `scales` (`LANES`) with `values` (`size LANES`)."""
     by = np.empty(LANES, np.float32)
     for at in range(0, LANES, _SLICE):

@@ -69,7 +69,7 @@ def _bring_four(
     count: int,
     work: Tile,
 ) -> None:
-    """Set the rows from `FOUR` on to those of `start` from `at` on, plus products of four rows of the matrix."""
+    """Set the rows from `FOUR` on to those of `start` from `at` on, plus products of the matrix."""
     for place in range(0, 4 * LANES, 16):
         store(work, FOUR * LANES + place, load(start, at * LANES + place, 16))
     add_four(matrix, row, column - first, values, first, first + count, work, FOUR)

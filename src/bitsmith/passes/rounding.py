@@ -9,7 +9,7 @@ float16 factors in H. A sweep's step is kept only where the cost falls.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from bitsmith.numerics.threads import for_ranges
 from bitsmith.passes import feedback as kernels
 from bitsmith.passes.feedback import Tile
 
-SWEEPS = 0
+SWEEPS = 2
+"""Of the default, over rows of one panel: there they cost no products beside the panel's own."""
 PANEL_COLUMNS = 256
 """Columns rounded together."""
 
@@ -40,15 +41,16 @@ class Effort:
     """How hard `round_rows` tries: each part of the search by itself, for measuring what it brings.
 
     `panel` columns (in whole blocks, at least one) are rounded together: their fields are fitted before the
-    first of them is rounded, and with `local` they are improved once before the feedback goes on. `sweeps`
-    follow the error feedback where columns that see each other are no more than `sweep_columns` (they end
-    early where nothing changes). Improving, `scales` searches whole scales and mins (the feedback does too),
-    `descent` moves single codes and `refit`, in panels only, the float16 factors. `importance` weighs the
-    columns where a block's fields are fitted: by `schur` complements, H's `diagonal` or `none`.
+    first of them is rounded (`quick`: by a shorter search, see `BlockFormat.quick`), and with `local` they
+    are improved once before the feedback goes on. `sweeps` follow the error feedback where rows have
+    no more than `sweep_columns` weights (they end early where nothing changes). Improving, `scales`
+    searches whole scales and mins (the feedback does too), `descent` moves single codes and `refit`, in
+    panels only, the float16 factors. `importance` weighs the columns where a block's fields are fitted: by
+    `schur` complements, H's `diagonal` or `none`.
     `FEEDBACK_ONLY` is GPTQ as in the literature.
     """
 
-    sweeps: int = SWEEPS
+    sweeps: int = 0
     descent: bool = True
     refit: bool = False
     scales: bool = True
@@ -56,10 +58,11 @@ class Effort:
     local: bool = True
     panel: int = PANEL_COLUMNS
     sweep_columns: int = 1 << 30
+    quick: bool = True
 
 
-EFFORT = Effort()
-FEEDBACK_ONLY = Effort(sweeps=0, scales=False, local=False, panel=0)
+EFFORT = Effort(sweeps=SWEEPS, sweep_columns=PANEL_COLUMNS)
+FEEDBACK_ONLY = Effort(sweeps=0, scales=False, local=False, panel=0, quick=False)
 
 
 def round_rows(
@@ -81,6 +84,8 @@ def round_rows(
         return form.encode(rows)
     if rows.shape[-1] != metric.width:
         raise BitsmithError(f"rows have {rows.shape[-1]} weights, the second moment {metric.width}")
+    if metric.width > effort.sweep_columns:
+        effort = replace(effort, sweeps=0)
     fast = accelerator()
     found = None if fast is None or steps is not None else fast.round_rows(form, rows, metric, effort)
     if found is not None:
@@ -103,6 +108,7 @@ class _Plan:
 
     def __init__(self, form: BlockFormat, group: Group, effort: Effort, size: int) -> None:
         self.form, self.group, self.effort, self.size = form, group, effort, size
+        self.fitted = form.quick() if effort.quick else form
         self.panels = group.panels(size, form.sub_size)
         self.kind = group.feedback.dtype
         self.short = group.short_rows(size) if self.kind == np.float32 else None
@@ -116,7 +122,7 @@ class _Plan:
         self.grid: Any = form.scale_values, low, high, form.level_table
         self.moves = moves_of(form, effort)
         self.refits = effort.refit and not len(form.scale_values)
-        self.sweeps = effort.sweeps if group.width <= effort.sweep_columns else 0
+        self.sweeps = effort.sweeps
 
 
 def _round_wave(plans: list[_Plan], rows: Float32, steps: Float32 | None, out: Bytes) -> None:
@@ -151,7 +157,7 @@ def _feed_wave(plan: _Plan, tiles: list[_Tile], index: int) -> None:
         form, at = plan.form, index * plan.size
         blocks = np.concatenate(moved).reshape(-1, form.block_size)
         importance = None if plan.importance is None else plan.importance[at : at + moved[0].shape[1]]
-        fields = form.fit_alone(blocks, importance)
+        fields = plan.fitted.fit_alone(blocks, importance)
         first = 0
         for tile, rows in zip(tiles, moved, strict=True):
             last = first + rows.size // form.block_size
@@ -208,9 +214,9 @@ class _Tile:
         There every column of the panel takes its own target as it is: the panel's optimum unquantized.
         """
         at = self._columns(index)
-        self.target = np.empty_like(self.base[at])
-        moved = np.empty((self.count, len(self.target)), np.float32)
-        by = np.zeros_like(self.target)
+        by: Tile = np.zeros_like(self.base[at])
+        self.target = np.empty_like(by)
+        moved = np.empty((self.count, len(by)), np.float32)
         if self.plan.short is None:
             add_products(self.plan.group.feedback, at.start, 0, self.errors, 0, at.start, by)
         else:
@@ -220,7 +226,7 @@ class _Tile:
 
     def take(self, index: int, fields: Fields) -> None:
         """Take a panel's fields as fitted, row by row."""
-        found = fields.d, fields.m, fields.scales, fields.mins
+        found: tuple[Tile, ...] = (fields.d, fields.m, fields.scales, fields.mins)
         for mine, given in zip(self._fields(index), found, strict=True):
             mine[:, : self.count] = given.reshape(self.count, -1).T
 

@@ -114,8 +114,7 @@ class _Rows:
             subs = put(panel.subs.feedback), put(panel.subs.weights), put(panel.subs.inverse)
             whole = put(panel.metric), put(panel.factor), put(panel.turned), put(panel.feedback)
             self._feed(index, _Factors(*whole, put(panel.solved), subs))
-        sweeps = self.effort.sweeps if self.group.width <= self.effort.sweep_columns else 0
-        for _ in range(sweeps):
+        for _ in range(self.effort.sweeps):
             changed = torch.stack([self._sweep(index) for index in range(len(panels))])
             if not changed.any():
                 break
@@ -160,7 +159,8 @@ class _Rows:
         }[self.effort.importance]  # fmt: skip
         given = None if importance is None else form.weights(np.asarray(importance[at], np.float32))
         weights = None if given is None else self.device.put(given.reshape(-1))
-        d, m, scales, mins = fit(form, wanted.T.contiguous(), weights)
+        fitted = form.quick() if self.effort.quick else form
+        d, m, scales, mins = fit(fitted, wanted.T.contiguous(), weights)
         part = self._part(at)
         for mine, found in zip(part, (d, m, scales.flatten(1), mins.flatten(1)), strict=True):
             mine.copy_(found.T)

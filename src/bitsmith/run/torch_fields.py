@@ -27,7 +27,9 @@ def fit(form: BlockFormat, rows: Tensor, weights: Tensor | None) -> tuple[Tensor
     high = float(form.levels[-1])
     whole, pairs = form.scale_limits[0] < form.scale_limits[1], form.min_limits[1] > 0
     if pairs and whole:
-        return search.fit_super_affine(tile, high, places, form.reach, float(form.scale_limits[1]))
+        return search.fit_super_affine(
+            tile, high, places, form.reach, form.refits, float(form.scale_limits[1])
+        )
     if pairs:
         d, m = search.fit_affine(tile, high, places, rounds)
         return d, m, torch.ones_like(d)[..., None], torch.ones_like(d)[..., None]
@@ -36,7 +38,9 @@ def fit(form: BlockFormat, rows: Tensor, weights: Tensor | None) -> tuple[Tensor
         d = search.fit_symmetric(tile, grid, places, rounds)
         return d, torch.zeros_like(d), torch.ones_like(d)[..., None], torch.zeros_like(d)[..., None]
     low, top = form.scale_limits
-    d, scales = search.fit_super_symmetric(tile, grid, places, form.reach[0], (float(low), float(top)))
+    d, scales = search.fit_super_symmetric(
+        tile, grid, places, form.reach[0], form.refits, (float(low), float(top))
+    )
     return d, torch.zeros_like(d), scales, torch.zeros_like(scales)
 
 

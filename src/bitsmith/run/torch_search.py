@@ -205,7 +205,7 @@ def _along(values: Tensor) -> Tensor:
 
 
 def fit_super_symmetric(
-    tile: Tile, grid: Grid, starts: Tensor, reach: int, limits: tuple[float, float]
+    tile: Tile, grid: Grid, starts: Tensor, reach: int, refits: int, limits: tuple[float, float]
 ) -> tuple[Tensor, Tensor]:
     """Return `d` (`rows blocks`) and the whole scales (`rows blocks subs`)."""
     scale = search_symmetric(tile, grid, starts, 1)
@@ -216,7 +216,7 @@ def fit_super_symmetric(
     best = torch.full_like(unit, torch.inf)
     d, scales = torch.zeros_like(unit), torch.zeros_like(by_block)
     factor, found = unit, [unit]
-    for turn in range(lanes.REFITS):
+    for turn in range(refits):
         if turn > 0:
             whole, sqx, sqq = (tile.blocks(part) for part in found[1:])
             total = _along(whole * whole * sqq)
@@ -356,7 +356,7 @@ def _refit_factors(
 
 
 def fit_super_affine(
-    tile: Tile, high: float, starts: Tensor, reach: tuple[int, int], top: float
+    tile: Tile, high: float, starts: Tensor, reach: tuple[int, int], refits: int, top: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return `d`, `m` (`rows blocks`) and the whole scales and mins (`rows blocks subs`)."""
     line = _search_affine(tile, high, starts, 1, False)
@@ -368,7 +368,7 @@ def fit_super_affine(
     kept = [torch.zeros_like(unit), torch.zeros_like(unit)]
     wholes = [torch.zeros_like(tile.blocks(line.scale)) for _ in range(2)]
     found, factor, factor_m = list[Tensor](), unit, unit
-    for turn in range(lanes.REFITS):
+    for turn in range(refits):
         if turn > 0:
             value, value_m = _refit_factors(tile, found, line, factor, factor_m)
         factor = half_in_unit(value.clamp(min=0.0), unit)
