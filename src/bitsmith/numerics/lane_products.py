@@ -139,18 +139,6 @@ def add_products(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def add_row(
-    matrix: NDArray[Any], row: int, column: int, values: NDArray[Any], first: int, last: int,
-    out: NDArray[Any], out_row: int,
-) -> None:  # fmt: skip
-    """As `add_products` for the one row `out_row` of `out`."""
-    if first < last:
-        width = matrix.shape[1]
-        at = row * width + column + first
-        _one_row(out, out_row, matrix, at, width, values, first, last - first, 0)
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
 def add_four(
     matrix: NDArray[Any], row: int, column: int, values: NDArray[Any], first: int, last: int,
     out: NDArray[Any], out_row: int,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from bitsmith.report.terminal import bytes_text
 from bitsmith.run.forecast import MARGIN, Forecast, Part
 
-
 UNMEASURED = "what the run will take is unmeasured: no forecast of its kind has been held against runs"
 
 
