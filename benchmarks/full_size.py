@@ -12,10 +12,11 @@ what storage moved; what llama.cpp reads by its calls is left out, as it maps mo
 
 A step's figures are kept in `--folder` as it ends, so a run that was stopped goes on, and one that fails
 does not stop the others; `--again` measures steps once more and keeps both. Outputs are deleted when no
-later step needs them. The peer's BF16 file is as large as the checkpoint: `--drop-source` deletes the
-checkpoint then. With `--virtual` weights are computed as they are read, and llama.cpp's tools, which cannot
-read those, are left out. `--model` is a checkpoint that is there already. Kernels are compiled before, on
-the bundled model, and that is not counted.
+later step needs them. The wall time of a run beside programs that took more than .3 of the processor time
+is left out. The peer's BF16 file is as large as the checkpoint: `--drop-source` deletes the checkpoint then.
+With `--virtual` weights are computed as they are read, and llama.cpp's tools, which cannot read those, are
+left out. `--model` is a checkpoint that is there already. Kernels are compiled before, on the bundled model,
+and that is not counted.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ TYPES = ("Q4_K_M", "IQ4_XS")
 SBGQ = "sbgq-iq4xs"
 PEER = "llama.cpp"
 CONVERT = "peer-convert"
+BUSY = 0.3
+"""Share of the processor time that other programs may take beside a run whose wall time counts."""
 
 Json = dict[str, Any]
 Words = list[str | Path]
@@ -213,6 +216,9 @@ def work(place: Place, options: argparse.Namespace, peer: Peer | None, failed: l
 
 
 def spread(runs: Sequence[Json], key: str) -> Spread | None:
+    """Return the spread of a figure; wall time of runs beside busy programs is not one."""
+    if key == "seconds":
+        runs = [run for run in runs if (run["others_cpu_share"] or 0.0) <= BUSY]
     values = [run[key] for run in runs if run.get(key) is not None]
     return Spread.of(values) if values else None
 
