@@ -41,6 +41,11 @@ def specs(tiny_qwen3_5: Path) -> list[TensorSpec]:
         return list(model_specs(checkpoint))
 
 
+def nearly_equal(found: np.ndarray, expected: np.ndarray) -> None:
+    """Calibrate weighs tokens in multiples of their mean, which is known at the end: sums round otherwise."""
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 def coded(spec: TensorSpec, ref: TensorRef) -> TensorRef:
     """`ref` in GGUF layout as Q2_K holds it."""
     form, laid = format_named("Q2_K"), spec.to_gguf(ref)
@@ -56,10 +61,10 @@ def test_nothing_encoded_gives_the_calibrations_own_statistics(
         for spec in sorted((spec for spec in specs if base.knows(spec)), key=found.place):
             here, there = found.of(spec), base.of(spec)
             assert here.tokens == there.tokens and here.held_tokens == there.held_tokens
-            np.testing.assert_array_equal(here.moment, there.moment)
-            np.testing.assert_array_equal(here.held, there.held)
+            nearly_equal(here.moment, there.moment)
+            nearly_equal(here.held, there.held)
             np.testing.assert_array_equal(here.held, here.held_original)
-            np.testing.assert_allclose(here.cross, there.moment, atol=1e-5 * np.abs(there.moment).max())
+            nearly_equal(here.cross, there.moment)
             checked += 1
     assert checked > 20 and not (tmp_path / "work").exists()
 
@@ -74,12 +79,12 @@ def test_inputs_are_those_behind_what_is_encoded(
         open_checkpoint(tiny_qwen3_5) as checkpoint,
         sequential(tiny_qwen3_5, open_statistics(stats, specs), specs, tmp_path / "work") as found,
     ):
-        np.testing.assert_array_equal(found.of(gate).moment, base.of(gate).moment)
+        nearly_equal(found.of(gate).moment, base.of(gate).moment)
         found.encoded(gate, coded(gate, checkpoint[gate.name]))
         before, after = base.of(down), found.of(down)
         assert np.abs(after.moment - before.moment).max() > 1e-3 * np.abs(before.moment).max()
-        np.testing.assert_array_equal(after.held_original, before.held)
-        assert not np.array_equal(after.held, before.held)
+        nearly_equal(after.held_original, before.held)
+        assert np.abs(after.held - before.held).max() > 1e-3 * np.abs(before.held).max()
         np.testing.assert_array_equal(found.saliency(str(down.site)), base.saliency(str(down.site)))
         with pytest.raises(BitsmithError, match="was asked for behind layer 1"):
             found.of(named["1.mlp.down_proj.weight"])
