@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -40,17 +40,34 @@ def for_ranges(count: int, least: int, most: int, work: Callable[[int, int], Non
 
 def in_order(
     work: Callable[[_Piece], _Found], pieces: Iterable[_Piece], *, spare: int = 1, overlaps: bool = False
-) -> Iterator[_Found]:
+) -> Generator[_Found]:
     """Yield `work(piece)` in the order of the pieces, from as many threads as `numba.get_num_threads()` says.
 
     Compiled loops inside use one thread each. At most `spare` more than the threads are under way or wait to
     be taken, so that memory stays bounded. With `overlaps` one thread, too, works while its last result is in
-    the caller's hands.
+    the caller's hands. Pieces that can be closed are, at the end. Whoever may stop before the end closes this
+    too: a collector of garbage would wait for the threads from whatever thread it is in, maybe one of them.
     """
     threads = numba.get_num_threads()
-    if threads == 1 and not overlaps:
-        yield from map(work, pieces)
-        return
+    with _closing(pieces):
+        if threads == 1 and not overlaps:
+            yield from map(work, pieces)
+        else:
+            yield from _by_threads(work, pieces, threads, spare)
+
+
+@contextmanager
+def _closing(pieces: Iterable[object]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
+
+
+def _by_threads(
+    work: Callable[[_Piece], _Found], pieces: Iterable[_Piece], threads: int, spare: int
+) -> Iterator[_Found]:
     with ThreadPoolExecutor(threads, initializer=numba.set_num_threads, initargs=(1,)) as pool:
         waiting: deque[Future[_Found]] = deque()
         try:
@@ -79,8 +96,11 @@ def at_most(threads: int | None) -> Iterator[None]:
         numba.set_num_threads(before)
 
 
-def ahead(pieces: Iterable[_Piece], most: int) -> Iterator[_Piece]:
-    """Yield pieces that a thread of its own takes from `pieces`, up to `most` before they are asked for."""
+def ahead(pieces: Iterable[_Piece], most: int) -> Generator[_Piece]:
+    """Yield pieces that a thread of its own takes from `pieces`, up to `most` before they are asked for.
+
+    To be closed as `in_order` is, which does it.
+    """
     iterator, threads = iter(pieces), numba.get_num_threads()
     with ThreadPoolExecutor(1, initializer=numba.set_num_threads, initargs=(threads,)) as pool:
         waiting = deque(pool.submit(_next, iterator) for _ in range(most))

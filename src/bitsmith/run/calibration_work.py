@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -144,9 +145,10 @@ class Work:
             if name in done:
                 continue
             event("calibrate", step=name)
-            for chunks in self._step(name):
-                now += steps.cost(name) * chunks * self._tokens.shape[1]
-                progress("calibrate", now, total)
+            with closing(self._step(name)) as step:
+                for chunks in step:
+                    now += steps.cost(name) * chunks * self._tokens.shape[1]
+                    progress("calibrate", now, total)
         self._finished()
         sites: dict[str, SiteEntry] = {}
         for value in self._journal.entries.values():
@@ -180,7 +182,7 @@ class Work:
         states.create()
         return states
 
-    def _step(self, name: str) -> Iterator[int]:
+    def _step(self, name: str) -> Generator[int]:
         """Do one step; let its sites be written and its entry be made, then what none reads be dropped."""
         gather = self._gather([site for site in self._kept.blocks if site.startswith(f"{name}.")])
         kind, _, number = name.partition(".")

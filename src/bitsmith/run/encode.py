@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn, get_args
@@ -140,10 +140,11 @@ class TensorEncoder:
         blocks = form.encode(weights)
         return Coded(piece, blocks, _sums(form, weights, blocks, None), time.thread_time() - started)
 
-    def encode(self, tensor: SourceTensor, row: PlanRow) -> Iterator[Bytes]:
-        """Yield the tensor's blocks slice by slice by the plain search."""
-        for coded in in_order(self.coded, self.pieces(tensor, row)):
-            yield coded.blocks
+    def encode(self, tensor: SourceTensor, row: PlanRow) -> Generator[Bytes]:
+        """Yield the tensor's blocks slice by slice by the plain search; to be closed as `in_order` is."""
+        with closing(in_order(self.coded, self.pieces(tensor, row))) as found:
+            for coded in found:
+                yield coded.blocks
 
     def encode_guided(
         self, tensor: SourceTensor, row: PlanRow, write: Callable[[Iterable[Bytes]], None]
@@ -207,13 +208,15 @@ class TensorEncoder:
                 )
             return encoded, own, other
 
-        def blocks() -> Iterator[Bytes]:
+        def blocks() -> Generator[Bytes]:
             nonlocal total, plain
-            for encoded, own, other in in_order(attempt, ahead(self._slices(tensor, row), 2)):
-                total, plain = total.plus(own), plain.plus(other)
-                yield encoded
+            with closing(in_order(attempt, ahead(self._slices(tensor, row), 2))) as found:
+                for encoded, own, other in found:
+                    total, plain = total.plus(own), plain.plus(other)
+                    yield encoded
 
-        write(blocks())
+        with closing(blocks()) as found:
+            write(found)
         return total, plain if compares else None
 
     def _encoded(self, form: Format, weights: Float32, inputs: SiteStatistics, choice: Choice) -> Bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -172,10 +173,14 @@ class GgufJob:
 
     def _stream(self, rows: Sequence[PlanRow]) -> None:
         """Encode all tensors that nothing guides, in the order of the file."""
+        pieces = ahead(self._pieces(rows), _AHEAD)
+        with closing(in_order(self._coded, pieces, spare=_WAITING, overlaps=True)) as stream:
+            self._taken(stream)
+
+    def _taken(self, stream: Iterable[tuple[Coded, dict[str, str]]]) -> None:
         unkept, unkept_bytes = dict[str, Any](), 0
         total, seconds, done = Sums(), 0.0, 0
-        pieces = ahead(self._pieces(rows), _AHEAD)
-        for coded, sources in in_order(self._coded, pieces, spare=_WAITING, overlaps=True):
+        for coded, sources in stream:
             row = coded.piece.row
             done += self._file.write_last(self._layout.offsets[row.gguf_name] + done, coded.blocks)
             total, seconds = total.plus(coded.sums), seconds + coded.seconds

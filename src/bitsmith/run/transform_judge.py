@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -259,7 +260,8 @@ class Blocks:
         if self._encoder.is_guided(tensor, row):
             self._encoder.encode_guided(tensor, row, lambda blocks: _write(path, blocks))
         else:
-            _write(path, self._encoder.encode(tensor, row))
+            with closing(self._encoder.encode(tensor, row)) as blocks:
+                _write(path, blocks)
         return _Coded(spec, path, form, ref.shape)
 
 
