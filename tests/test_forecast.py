@@ -86,7 +86,7 @@ def test_what_is_unmeasured_is_neither_promised_nor_refused(tmp_path: Path) -> N
     assert found.seconds_interval is None
     assert found.memory_interval is None
     lines = forecast_lines(found)
-    assert "will take 10.0 s at least" in lines[0]
+    assert "without what is unmeasured: 10.0 s" in lines[0]
     assert "  tuning: unmeasured" in lines
     assert not any("promised within" in line for line in lines)
     with pytest.raises(OutputError, match="bytes of disk"):

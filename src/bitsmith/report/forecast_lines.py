@@ -31,7 +31,8 @@ def _promise(forecast: Forecast) -> str:
     seconds, memory = duration(forecast.seconds), mib(forecast.peak_memory_bytes)
     time, peak = forecast.seconds_interval, forecast.memory_interval
     if time is None or peak is None:
-        return f"{forecast.command} will take {seconds} at least, peak memory {memory} at least"
+        told = f"{seconds}, peak memory {memory}"
+        return f"{forecast.command}, by a rehearsal and without what is unmeasured: {told}"
     return (
         f"{forecast.command} will take {seconds} ({duration(time[0])} … {duration(time[1])}), "
         f"peak memory {memory} ({mib(peak[0])} … {mib(peak[1])})"

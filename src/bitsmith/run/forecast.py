@@ -42,7 +42,7 @@ class Forecast:
     """A prediction; `seconds` and `peak_memory_bytes` hold within `MARGIN`, the bytes nearly.
 
     Where a run does what no forecast has been held against, `unmeasured` names it: seconds, peak memory,
-    bytes read and written are then without it, the least that the run takes. `output_bytes` stay on the
+    bytes read and written are then without it, and nothing is promised. `output_bytes` stay on the
     disk, `scratch_bytes` lie there besides at the most. `read_bytes` and `written_bytes` are what the run
     asks the system for, whether or not it comes from the page cache.
     `calibrated_seconds` were spent on measuring.
