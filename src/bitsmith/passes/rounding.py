@@ -25,6 +25,7 @@ from bitsmith.numerics.short_products import add_short_products, short_values, s
 from bitsmith.numerics.threads import for_ranges
 from bitsmith.passes import feedback as kernels
 from bitsmith.passes.feedback import Tile
+from bitsmith.passes.refit import refit_panel
 
 SWEEPS = 2
 """Of the default, over rows of one panel: there they cost no products beside the panel's own."""
@@ -249,7 +250,7 @@ class _Tile:
         base, target, levels, errors = self.base[at], self.target, self.levels[at], self.errors[at]
         fields = self._fields(index)
         if plan.refits and self.given is None:
-            kernels.refit_panel(base, target, panel.turned, *fields, levels, errors)
+            refit_panel(base, target, panel.turned, *fields, levels, errors)
         residual, gradient = np.empty_like(base), np.empty_like(base)
         kernels.gradient_of(target, base, errors, panel.factor, residual, gradient)
         self._improve(index, gradient, panel.metric, panel.subs)
